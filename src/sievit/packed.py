@@ -1,0 +1,164 @@
+"""Packing: the tokens that take part, of all images of a batch, as one sequence; and attention within each image.
+
+A layout tells a transformer block how its tokens are arranged. Three layouts compute the same numbers:
+
+- `Packed`: (t, c), no padding anywhere. What inference uses.
+- `Dense`: (b, n, c), every token takes part.
+- `Masked`: (b, n, c), tokens that do not take part are computed but hidden from the others. What training with
+  straight-through gates needs, and, on tokens padded to the longest image, the reference for `Packed`.
+
+Letters: b images, n canvas tokens per image, t packed tokens, c channels, h heads, d channels per head.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Backend = Literal["auto", "per_image", "padded", "varlen"]
+
+
+class Layout(Protocol):
+    """How the tokens of a batch are arranged."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Softmax attention within each image; q, k, v and the result are (..., h, d), `...` being this layout's."""
+        ...
+
+    def per_image(self, values: Tensor) -> Tensor:
+        """(b,) values, one per image, shaped to multiply the tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where packed tokens come from.
+
+    Attributes:
+        index: (t,) int64, positions in the flattened canvas (b * n), ascending, so image by image.
+        lengths: tokens of each image; on CUDA this is the one host synchronisation of a choice.
+    """
+
+    index: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, part: Tensor) -> "Packing":
+        """The packing of a choice (b, n) bool."""
+        return cls(index=part.flatten().nonzero().squeeze(1), lengths=tuple(part.sum(1).tolist()))
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """(b + 1,) int32: where each image starts and ends in the packed sequence."""
+        ends = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return ends.to(self.index.device, non_blocking=True)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """(t,) int64: positions of the packed tokens in a flattened (b, max(lengths)) padding."""
+        longest = max(self.lengths)
+        return torch.cat([torch.arange(n) + i * longest for i, n in enumerate(self.lengths)]).to(self.index.device)
+
+
+def pack(x: Tensor, packing: Packing) -> Tensor:
+    """(b, n, c) to (t, c)."""
+    return x.flatten(0, 1).index_select(0, packing.index)
+
+
+def unpack(canvas: Tensor, packed: Tensor, packing: Packing, *, inplace: bool = False) -> Tensor:
+    """(t, c) back to its places on the canvas (b, n, c); all other tokens keep the value they have."""
+    packed = packed.to(canvas.dtype)
+    if inplace:
+        canvas.view(-1, canvas.shape[2]).index_copy_(0, packing.index, packed)
+        return canvas
+    return canvas.flatten(0, 1).index_copy(0, packing.index, packed).view_as(canvas)
+
+
+def pad(packed: Tensor, packing: Packing) -> Tensor:
+    """(t, ...) to (b, max(lengths), ...), zeros behind each image's tokens."""
+    b, longest = len(packing.lengths), max(packing.lengths)
+    padded = packed.new_zeros((b * longest, *packed.shape[1:])).index_copy(0, packing.slots, packed)
+    return padded.unflatten(0, (b, longest))
+
+
+def padding_mask(packing: Packing) -> Tensor:
+    """(b, max(lengths)) bool: True where `pad` puts a token."""
+    lengths = torch.tensor(packing.lengths, device=packing.index.device)
+    return torch.arange(max(packing.lengths), device=lengths.device) < lengths[:, None]
+
+
+class Dense:
+    """Every token of (b, n, c) takes part."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _attend(q, k, v)
+
+    def per_image(self, values: Tensor) -> Tensor:
+        return values[:, None, None]
+
+
+class Masked(Dense):
+    """Tokens of (b, n, c) that do not take part are computed, but no other token sees them.
+
+    Args:
+        part: (b, n) bool. An image in which none takes part is computed as if all did: nobody uses the result, and
+            gradients stay finite.
+    """
+
+    def __init__(self, part: Tensor) -> None:
+        self.part = part | ~part.any(1, keepdim=True)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _attend(q, k, v, self.part[:, None, None, :])
+
+
+class Packed:
+    """The packed tokens (t, c) of a batch; attention stays within each image.
+
+    Args:
+        backend: `per_image` calls fused attention once per image (once for all when they have equally many tokens),
+            `padded` once on padded queries and keys with a mask, `varlen` is torch's variable-length flash attention
+            (CUDA, 16 bits). `auto` takes `varlen` where it runs, else `per_image`.
+    """
+
+    def __init__(self, packing: Packing, backend: Backend = "auto") -> None:
+        self.packing = packing
+        self.backend = backend
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        lengths = self.packing.lengths
+        if not sum(lengths):
+            return q
+        backend = self.backend
+        if backend == "auto":
+            backend = "varlen" if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else "per_image"
+        if backend == "varlen":
+            return _attend_varlen(q, k, v, self.packing)
+        if backend == "padded":
+            out = _attend(*(pad(x, self.packing) for x in (q, k, v)), padding_mask(self.packing)[:, None, None, :])
+            return out.flatten(0, 1).index_select(0, self.packing.slots)
+        if len(set(lengths)) == 1:
+            shape = (len(lengths), lengths[0])
+            return _attend(*(x.unflatten(0, shape) for x in (q, k, v))).flatten(0, 1)
+        images = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+        return torch.cat([_attend(qi[None], ki[None], vi[None])[0] for qi, ki, vi in images if len(qi)])
+
+    def per_image(self, values: Tensor) -> Tensor:
+        lengths = torch.tensor(self.packing.lengths, device=values.device)
+        return values.repeat_interleave(lengths)[:, None]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(b, n, h, d) each; mask: True where a key is visible, broadcast to (b, h, n, n)."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return out.transpose(1, 2)
+
+
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends, longest = packing.cu_seqlens, max(packing.lengths)
+    return varlen_attn(q, k, v, ends, ends, longest, longest)

@@ -1,0 +1,23 @@
+"""Policies: which tokens take part in which block. One file per method; importing this package registers them all."""
+
+from sievit.policies.base import Policy, PolicyConfig, build_policy, policies, policy_config
+from sievit.policies.keep_all import KeepAll, KeepAllConfig
+from sievit.policies.random import Random, RandomConfig
+from sievit.policies.svit import SViT, SViTConfig
+from sievit.policies.top_norm import TopNorm, TopNormConfig
+
+__all__ = [
+    "KeepAll",
+    "KeepAllConfig",
+    "Policy",
+    "PolicyConfig",
+    "Random",
+    "RandomConfig",
+    "SViT",
+    "SViTConfig",
+    "TopNorm",
+    "TopNormConfig",
+    "build_policy",
+    "policies",
+    "policy_config",
+]

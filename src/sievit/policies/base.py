@@ -1,0 +1,101 @@
+"""What a policy is, and the registry that tests, recipes and the command line go through."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sievit.config import ConfigError, nearest, variants
+from sievit.tokens import Tokens, Trace
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Base of every policy's configuration; each policy file has one, registered under the policy's name."""
+
+
+class Policy(nn.Module):
+    """Decides, before each block, which tokens take part in it.
+
+    A policy sees the canvas and the trace so far and returns values; it writes nothing on itself during `forward`.
+    """
+
+    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
+        """Choose for block `index` (0-based).
+
+        Returns:
+            The canvas with its `keep` (and in training `gate`) set, and what the trace should remember by name.
+        """
+        raise NotImplementedError
+
+    def loss(self, trace: Trace) -> dict[str, Tensor]:
+        """Training losses by name, already weighted; empty for a policy that learns nothing."""
+        return {}
+
+
+Builder = Callable[..., Policy]
+_POLICIES: dict[type[PolicyConfig], Builder] = {}
+
+
+def register(config_class: type[PolicyConfig]) -> Callable[[type], type]:
+    """Class decorator: `build_policy` makes this policy from a `config_class`."""
+
+    def mark(cls: type) -> type:
+        _POLICIES[config_class] = cls
+        return cls
+
+    return mark
+
+
+def build_policy(config: PolicyConfig, *, embed_dim: int, depth: int) -> Policy:
+    """The policy that `config` describes, for a backbone of `depth` blocks of `embed_dim` channels."""
+    builder = _POLICIES.get(type(config))
+    if builder is None:
+        raise ConfigError(f"no policy is registered for {type(config).__name__}{nearest('', policies())}")
+    return builder(config, embed_dim=embed_dim, depth=depth)
+
+
+def policies() -> dict[str, type[PolicyConfig]]:
+    """Every registered policy's configuration class, by name."""
+    return variants(PolicyConfig)
+
+
+def policy_config(name: str) -> PolicyConfig:
+    """The default configuration of the policy called `name`; an unknown name is an error with the nearest match."""
+    if name not in policies():
+        raise ConfigError(f"unknown policy {name!r}{nearest(name, policies())}")
+    return policies()[name]()
+
+
+PAPER_SCHEDULE = (0.7, 0.7, 0.7, 0.49, 0.49, 0.49, 0.343, 0.343, 0.343)
+"""SViT's share of tokens to keep, for blocks 3 to 11 of twelve."""
+
+
+def spread(shares: tuple[float, ...], *, first_block: int, depth: int) -> tuple[float, ...]:
+    """One share per block from `first_block` on: the given ones in equal runs, in their order.
+
+    Raises:
+        ConfigError: a share outside 0..1, more shares than blocks, or no block left to choose for.
+    """
+    blocks = depth - first_block
+    if not 0 <= first_block < depth:
+        raise ConfigError(f"first_block {first_block}: the backbone has blocks 0 to {depth - 1}")
+    if not shares or any(not 0.0 <= share <= 1.0 for share in shares):
+        raise ConfigError(f"shares of tokens to keep must be between 0 and 1, got {shares}")
+    if blocks < len(shares) and len(set(shares)) > blocks:
+        raise ConfigError(
+            f"{len(shares)} shares for {blocks} blocks from block {first_block} on; give {blocks} or fewer"
+        )
+    return tuple(shares[i * len(shares) // blocks] for i in range(blocks))
+
+
+def keep_top(scores: Tensor, share: float, valid: Tensor) -> Tensor:
+    """(b, n) bool: of each image's valid tokens the `share` with the highest scores (b, n), rounded up."""
+    order = scores.masked_fill(~valid, -math.inf).argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    count = (valid.sum(1, keepdim=True) * share).ceil()
+    return valid & (rank < count)

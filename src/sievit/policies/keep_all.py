@@ -1,0 +1,26 @@
+"""Control: the dense model."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sievit.config import variant
+from sievit.policies.base import Policy, PolicyConfig, register
+from sievit.tokens import Tokens, Trace
+
+
+@variant("keep_all")
+@dataclass(frozen=True)
+class KeepAllConfig(PolicyConfig):
+    """Every token takes part in every block."""
+
+
+@register(KeepAllConfig)
+class KeepAll(Policy):
+    """Control: every token takes part in every block."""
+
+    def __init__(self, config: KeepAllConfig, *, embed_dim: int, depth: int) -> None:
+        super().__init__()
+
+    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
+        return tokens.select(None), {}

@@ -1,0 +1,128 @@
+"""SViT: dynamic token selection with preserved and reactivated tokens (WACV 2024, arXiv 2306.07050)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sievit.config import ConfigError, variant
+from sievit.distributed import global_sum
+from sievit.policies.base import PAPER_SCHEDULE, Policy, PolicyConfig, register, spread
+from sievit.tokens import Tokens, Trace
+
+
+@variant("svit")
+@dataclass(frozen=True)
+class SViTConfig(PolicyConfig):
+    """SViT's gates and the loss that sets their rate; the defaults are the paper's.
+
+    Attributes:
+        first_block: the first gated block; every later one has a gate too.
+        targets: share of tokens to keep, spread over the gated blocks.
+        loss_weight: weight of the ratio loss.
+        per_sample: hold every image to the target (fixed rate) instead of the mean of the batch (dynamic rate).
+        temperature: of the Gumbel-softmax in training.
+        reactivate: a token that was left out may come back in a later block.
+        preserve: a token that is left out keeps its features on the canvas; otherwise they become zero.
+        sample: draw Gumbel noise at inference too, as the released test scripts do, instead of taking the arg-max.
+        hidden_ratio: hidden width of a gate, relative to the embedding.
+    """
+
+    first_block: int = 3
+    targets: tuple[float, ...] = PAPER_SCHEDULE
+    loss_weight: float = 4.0
+    per_sample: bool = False
+    temperature: float = 1.0
+    reactivate: bool = True
+    preserve: bool = True
+    sample: bool = False
+    hidden_ratio: float = 0.25
+
+
+class Gate(nn.Module):
+    """LayerNorm, linear, GELU, linear: (b, n, c) to logits (b, n, 2); index 0 means "take part"."""
+
+    def __init__(self, *, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
+@register(SViTConfig)
+class SViT(Policy):
+    """A two-layer gate per block picks the tokens that the block computes (SViT, sections 3.2 and 3.3).
+
+    Training draws hard Gumbel-softmax samples with straight-through gradients; inference takes the arg-max, and a tie
+    leaves the token out. The trace holds `logits` (b, n, 2) and, in training, `gate` (b, n).
+    """
+
+    def __init__(self, config: SViTConfig, *, embed_dim: int, depth: int) -> None:
+        super().__init__()
+        if config.reactivate and not config.preserve:
+            raise ConfigError("svit: preserve=False leaves nothing to come back; set reactivate=False with it")
+        if config.temperature <= 0:
+            raise ConfigError(f"svit: temperature must be positive, got {config.temperature}")
+        self.config = config
+        self.targets = spread(config.targets, first_block=config.first_block, depth=depth)
+        hidden_dim = int(embed_dim * config.hidden_ratio)
+        self.gates = nn.ModuleList(Gate(dim=embed_dim, hidden_dim=hidden_dim) for _ in self.targets)
+
+    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
+        config = self.config
+        if index < config.first_block:
+            return tokens.select(None), {}
+        logits = self.gates[index - config.first_block](tokens.patches).float()  # (b, n, 2)
+        aux = {"logits": logits}
+        earlier = None if config.reactivate or index == config.first_block else trace.aux[-1]
+        if self.training:
+            gate = gumbel_gate(logits, config.temperature)
+            if tokens.valid is not None:
+                gate = gate * tokens.valid
+            if earlier is not None:
+                gate = gate * earlier["gate"]
+            keep, aux["gate"] = gate.detach() > 0.5, gate
+        else:
+            gate = None
+            noisy = logits.log_softmax(-1) + gumbel_noise(logits) if config.sample else logits
+            keep = noisy[..., 0] > noisy[..., 1]
+            if earlier is not None:
+                keep = keep & trace.keep[-1]
+        if not config.preserve:
+            left = keep if gate is None else gate
+            tokens = tokens.replace_patches(tokens.patches * left[..., None].to(tokens.x.dtype))
+        return tokens.select(keep, gate), aux
+
+    def loss(self, trace: Trace) -> dict[str, Tensor]:
+        """The ratio loss: squared distance of the kept share from its target, mean over gated blocks, weighted.
+
+        The share is that of the whole batch, over all processes, or of each image with `per_sample`.
+        """
+        gates = [aux["gate"] for aux in trace.aux if "gate" in aux]
+        if not gates:
+            return {}
+        kept = torch.stack([gate.sum(1) for gate in gates])  # (gates, b)
+        total = trace.valid.sum(1).to(kept.dtype)  # (b,)
+        targets = kept.new_tensor(self.targets)
+        if self.config.per_sample:
+            images = global_sum(torch.ones_like(total).sum())
+            error = global_sum((kept / total - targets[:, None]).square().sum(1)) / images
+        else:
+            error = (global_sum(kept.sum(1)) / global_sum(total.sum()) - targets).square()
+        return {"ratio": self.config.loss_weight * error.mean()}
+
+
+def gumbel_noise(like: Tensor) -> Tensor:
+    """Standard Gumbel noise of the shape of `like`."""
+    return -torch.empty_like(like).exponential_().log()
+
+
+def gumbel_gate(logits: Tensor, temperature: float) -> Tensor:
+    """(b, n) in {0, 1}: a hard Gumbel-softmax sample of index 0 of (b, n, 2), gradient of the soft one."""
+    soft = ((logits.log_softmax(-1) + gumbel_noise(logits)) / temperature).softmax(-1)
+    hard = (soft[..., 0] > soft[..., 1]).to(soft.dtype)
+    return hard - soft[..., 0].detach() + soft[..., 0]

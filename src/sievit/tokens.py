@@ -1,0 +1,110 @@
+"""The canvas: tokens that never leave their place, and the trace of which of them took part where.
+
+Letters: b images, n = h*w grid tokens, p prefix tokens, c channels. The grid is row-major.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A batch of token canvases. A value: operations return a new one.
+
+    Attributes:
+        x: (b, p+n, c); the p prefix tokens (class, registers) stand first and always take part.
+        grid: (h, w) in tokens.
+        num_prefix: p.
+        valid: (b, n) bool, the tokens that stand on pixels of their image; None when all do. Tokens on pixels that
+            only pad a batch are never computed, whatever a policy says.
+        keep: (b, n) bool, the tokens that take part in the next block; None when all valid ones do.
+        gate: (b, n) float, the value of `keep` with the straight-through gradient of whatever decided; training only.
+    """
+
+    x: Tensor
+    grid: tuple[int, int]
+    num_prefix: int = 0
+    valid: Tensor | None = None
+    keep: Tensor | None = None
+    gate: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n = self.grid[0] * self.grid[1]
+        assert self.x.ndim == 3 and self.x.shape[1] == self.num_prefix + n, (self.x.shape, self.grid, self.num_prefix)
+        for mask in (self.valid, self.keep, self.gate):
+            assert mask is None or mask.shape == (self.x.shape[0], n), (mask.shape, self.grid)
+
+    @property
+    def patches(self) -> Tensor:
+        """(b, n, c): the grid tokens without the prefix."""
+        return self.x[:, self.num_prefix :]
+
+    def map(self) -> Tensor:
+        """(b, c, h, w): the grid tokens as a feature map."""
+        return self.patches.transpose(1, 2).unflatten(2, self.grid)
+
+    def replace_patches(self, patches: Tensor) -> "Tokens":
+        """The same canvas with other values (b, n, c) of its grid tokens."""
+        if self.num_prefix == 0:
+            return replace(self, x=patches)
+        return replace(self, x=torch.cat([self.x[:, : self.num_prefix], patches], dim=1))
+
+    def select(self, keep: Tensor | None, gate: Tensor | None = None) -> "Tokens":
+        """The same canvas with another choice for the next block: (b, n) bool, None for all; padding never takes part."""
+        if keep is not None and self.valid is not None:
+            keep = keep & self.valid
+        return replace(self, keep=keep, gate=gate)
+
+    def taking_part(self) -> Tensor | None:
+        """(b, p+n) bool: what the next block computes, prefix included; None when it is everything."""
+        keep = self.valid if self.keep is None else self.keep
+        if keep is None:
+            return None
+        prefix = keep.new_ones(keep.shape[0], self.num_prefix)
+        return torch.cat([prefix, keep], dim=1) if self.num_prefix else keep
+
+    def valid_or_all(self) -> Tensor:
+        """(b, n) bool, never None."""
+        if self.valid is not None:
+            return self.valid
+        return self.x.new_ones(self.x.shape[0], self.grid[0] * self.grid[1], dtype=torch.bool)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What happened in a pass over the blocks; a value that the block loop returns.
+
+    Attributes:
+        grid: (h, w) in tokens.
+        num_prefix: prefix tokens per image, which took part everywhere.
+        valid: (b, n) bool.
+        keep: per block a (b, n) bool tensor: who took part.
+        aux: per block what the policy wants remembered, by name, e.g. `logits` (b, n, 2), `gate` (b, n).
+    """
+
+    grid: tuple[int, int]
+    num_prefix: int
+    valid: Tensor
+    keep: tuple[Tensor, ...] = ()
+    aux: tuple[dict[str, Tensor], ...] = field(default=())
+
+    @classmethod
+    def start(cls, tokens: Tokens) -> "Trace":
+        """The trace before the first block."""
+        return cls(grid=tokens.grid, num_prefix=tokens.num_prefix, valid=tokens.valid_or_all())
+
+    def record(self, tokens: Tokens, aux: dict[str, Tensor]) -> "Trace":
+        """The trace with one more block."""
+        keep = self.valid if tokens.keep is None else tokens.keep
+        return replace(self, keep=(*self.keep, keep), aux=(*self.aux, aux))
+
+    def counts(self) -> Tensor:
+        """(depth, b) int: tokens that each block computed per image, prefix included."""
+        return torch.stack([keep.sum(1) for keep in self.keep]) + self.num_prefix
+
+    def shares(self) -> Tensor:
+        """(depth, b) float: the share of an image's valid grid tokens that took part in each block."""
+        kept = torch.stack([keep.sum(1) for keep in self.keep])
+        return kept / self.valid.sum(1).clamp(min=1)
