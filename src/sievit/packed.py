@@ -161,4 +161,6 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     ends, longest = packing.cu_seqlens, max(packing.lengths)
-    return varlen_attn(q, k, v, ends, ends, longest, longest)
+    out = varlen_attn(q, k, v, ends, ends, longest, longest)
+    assert isinstance(out, Tensor)
+    return out

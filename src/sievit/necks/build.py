@@ -1,0 +1,52 @@
+"""The wiring of a backbone."""
+
+from torch import Tensor, nn
+
+from sievit.config import ConfigError, kind_of
+from sievit.necks import NeckConfig
+from sievit.necks.adapter import AdapterConfig, ViTAdapter
+from sievit.necks.pyramid import PyramidConfig, SimplePyramid
+from sievit.packed import Backend
+from sievit.policies import Policy, PolicyConfig, build_policy
+from sievit.tokens import Trace
+from sievit.vit import Mode, Sizes, ViT, ViTConfig
+
+
+class PyramidBackbone(nn.Module):
+    """A plain ViT with the simple pyramid; the light alternative to `ViTAdapter`, called in the same way."""
+
+    size_divisor = 32
+
+    def __init__(self, config: PyramidConfig, *, vit: ViT, policy: Policy) -> None:
+        super().__init__()
+        self.out_channels = config.out_channels
+        self.vit = vit
+        self.policy = policy
+        self.pyramid = SimplePyramid(config, embed_dim=vit.config.embed_dim)
+
+    def forward(
+        self,
+        images: Tensor,
+        sizes: Sizes | None = None,
+        *,
+        policy: Policy | None = None,
+        mode: Mode = "auto",
+        backend: Backend = "auto",
+    ) -> tuple[dict[str, Tensor], Trace]:
+        """See `ViTAdapter.forward`."""
+        policy = self.policy if policy is None else policy
+        tokens, trace = self.vit(images, policy, sizes, mode=mode, backend=backend)
+        return self.pyramid(tokens.map()), trace
+
+
+Backbone = ViTAdapter | PyramidBackbone
+
+
+def build_backbone(neck: NeckConfig, vit: ViTConfig, policy: PolicyConfig) -> Backbone:
+    """The backbone that the three configurations describe, with random weights."""
+    parts = {"vit": ViT(vit), "policy": build_policy(policy, embed_dim=vit.embed_dim, depth=vit.depth)}
+    if isinstance(neck, AdapterConfig):
+        return ViTAdapter(neck, **parts)
+    if isinstance(neck, PyramidConfig):
+        return PyramidBackbone(neck, **parts)
+    raise ConfigError(f"no backbone is known for the neck {kind_of(neck) or type(neck).__name__!r}")

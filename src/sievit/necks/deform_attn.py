@@ -1,0 +1,150 @@
+"""Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159, equation 3), in plain PyTorch.
+
+Letters: b images, q queries, s values over all levels, h heads, d channels per head, l levels, p points per level.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Shapes = list[tuple[int, int]]
+Method = Literal["auto", "bag", "grid_sample"]
+
+
+class DeformAttn(nn.Module):
+    """Each query looks at a few points around its own place in every level of a feature pyramid.
+
+    Args:
+        value_ratio: width of the values, relative to `dim`.
+    """
+
+    def __init__(self, *, dim: int, num_heads: int, num_levels: int, num_points: int, value_ratio: float = 1.0) -> None:
+        super().__init__()
+        value_dim = int(dim * value_ratio)
+        if value_dim % num_heads:
+            raise ValueError(f"{value_dim} value channels are not a multiple of {num_heads} heads")
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        self.sampling_offsets = nn.Linear(dim, num_heads * num_levels * num_points * 2)
+        self.attention_weights = nn.Linear(dim, num_heads * num_levels * num_points)
+        self.value_proj = nn.Linear(dim, value_dim)
+        self.output_proj = nn.Linear(value_dim, dim)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angle = torch.arange(self.num_heads) * (2.0 * math.pi / self.num_heads)
+        ring = torch.stack([angle.cos(), angle.sin()], -1)
+        ring = ring / ring.abs().amax(-1, keepdim=True)  # (h, 2), on the unit square
+        reach = torch.arange(1, self.num_points + 1)[:, None]
+        bias = (ring[:, None, None] * reach).expand(-1, self.num_levels, -1, -1)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(bias.flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for proj in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(proj.weight)
+            nn.init.zeros_(proj.bias)
+
+    def forward(
+        self, queries: Tensor, points: Tensor, features: Tensor, shapes: Shapes, valid: Tensor | None = None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            queries: (b, q, c).
+            points: (q, 2), places of the queries as x, y in 0..1 of the canvas.
+            features: (b, s, c), the levels one after the other, row-major.
+            shapes: (h, w) of each level.
+            valid: (b, s) bool, features that stand on the image; others count as zero, as outside the map.
+
+        Returns:
+            (b, q, c).
+        """
+        values = self.value_proj(features)
+        if valid is not None:
+            values = values * valid[..., None].to(values.dtype)
+        offsets = self.sampling_offsets(queries).float()
+        offsets = offsets.unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
+        weights = self.attention_weights(queries).float().unflatten(-1, (self.num_heads, -1)).softmax(-1)
+        weights = weights.unflatten(-1, (self.num_levels, self.num_points))
+        extent = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=queries.device)  # (l, 2)
+        places = points[:, None, None, None] * extent[:, None] + offsets - 0.5  # (b, q, h, l, p, 2) in pixels
+        out = deform_sample(values.unflatten(-1, (self.num_heads, -1)), shapes, places, weights)
+        return self.output_proj(out.to(queries.dtype))
+
+
+def deform_sample(values: Tensor, shapes: Shapes, places: Tensor, weights: Tensor, method: Method = "auto") -> Tensor:
+    """Weighted sums of bilinearly interpolated values; zero outside a level.
+
+    Args:
+        values: (b, s, h, d).
+        places: (b, q, h, l, p, 2) float32, x and y in pixels of the level; 0 is the centre of the first pixel.
+        weights: (b, q, h, l, p).
+        method: `bag` gathers and sums rows in one embedding-bag, the quick way; `grid_sample` is its slow twin.
+
+    Returns:
+        (b, q, h * d).
+    """
+    if method == "grid_sample":
+        return _by_grid_sample(values, shapes, places, weights)
+    return _by_bag(values, shapes, places, weights)
+
+
+def _by_bag(values: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> Tensor:
+    b, s, h, d = values.shape
+    q = places.shape[1]
+    device = values.device
+    extent = torch.tensor(shapes, device=device)  # (l, 2)
+    height, width = (extent[:, i, None] for i in (0, 1))  # (l, 1)
+    sizes = torch.tensor([0, *(rows * columns for rows, columns in shapes[:-1])], device=device)
+    first = sizes.cumsum(0)[:, None]  # (l, 1), where each level starts
+    corner = places.floor()
+    fx, fy = (places - corner).unbind(-1)  # (b, q, h, l, p)
+    x0, y0 = corner.long().unbind(-1)
+    rows, shares = [], []
+    for dy, wy in ((0, 1 - fy), (1, fy)):
+        y = y0 + dy
+        inside_y = (y >= 0) & (y < height)
+        for dx, wx in ((0, 1 - fx), (1, fx)):
+            x = x0 + dx
+            inside = inside_y & (x >= 0) & (x < width)
+            rows.append(torch.where(inside, first + y * width + x, 0))
+            shares.append(wy * wx * weights * inside)
+    row = torch.stack(rows, -1).flatten(3)  # (b, q, h, l*p*4), within one image
+    image = torch.arange(b, device=device)[:, None, None, None] * s
+    head = torch.arange(h, device=device)[None, None, :, None]
+    bags = ((image + row) * h + head).flatten(0, 2)
+    share = torch.stack(shares, -1).flatten(3).flatten(0, 2)
+    table = values.reshape(b * s * h, d)
+    out = F.embedding_bag(bags, table, per_sample_weights=share.to(table.dtype), mode="sum")
+    return out.view(b, q, h * d)
+
+
+def _by_grid_sample(values: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> Tensor:
+    b, _, h, d = values.shape
+    q = places.shape[1]
+    sampled = []
+    for level, (value, (rows, columns)) in enumerate(
+        zip(values.split([r * c for r, c in shapes], dim=1), shapes, strict=True)
+    ):
+        planes = value.permute(0, 2, 3, 1).reshape(b * h, d, rows, columns)
+        extent = torch.tensor([columns, rows], dtype=places.dtype, device=places.device)
+        grid = (2 * places[:, :, :, level] + 1) / extent - 1  # (b, q, h, p, 2)
+        grid = grid.transpose(1, 2).flatten(0, 1)  # (b*h, q, p, 2)
+        sampled.append(F.grid_sample(planes.float(), grid, align_corners=False))  # (b*h, d, q, p)
+    share = weights.transpose(1, 2).reshape(b * h, 1, q, -1)  # (b*h, 1, q, l*p)
+    out = (torch.cat(sampled, -1) * share).sum(-1)  # (b*h, d, q)
+    return out.view(b, h * d, q).transpose(1, 2).to(values.dtype)
+
+
+def reference_points(shapes: Shapes, device: torch.device) -> Tensor:
+    """(q, 2): centres of the cells of each level in turn, row-major, as x, y in 0..1."""
+    points = []
+    for rows, columns in shapes:
+        y = (torch.arange(rows, dtype=torch.float32, device=device) + 0.5) / rows
+        x = (torch.arange(columns, dtype=torch.float32, device=device) + 0.5) / columns
+        points.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1))
+    return torch.cat(points)

@@ -1,0 +1,38 @@
+"""Normalisation of maps."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sievit.distributed import global_sum, world_size
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes, on CPU and CUDA alike (torch's SyncBatchNorm is CUDA only)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        x = input.float()
+        total = global_sum(torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))]))  # (2, c)
+        count = global_sum(x.new_tensor(x.numel() / x.shape[1]))
+        mean, square = total / count
+        var = square - mean.square()
+        with torch.no_grad():
+            momentum = self.momentum or 0.0
+            assert self.running_mean is not None and self.running_var is not None
+            assert self.num_batches_tracked is not None
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(var * count / (count - 1), momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        return (x * scale[:, None, None] + shift[:, None, None]).to(input.dtype)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer norm over the channels of a map (b, c, h, w)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = F.layer_norm(input.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
