@@ -220,7 +220,7 @@ class ViT(nn.Module):
         """The one loop: before each block the policy decides, then the executor computes, then the trace remembers."""
         inplace = not torch.is_grad_enabled()
         if inplace:
-            tokens = replace(tokens, x=tokens.x.clone())
+            tokens = replace(tokens, x=tokens.x.clone(memory_format=torch.contiguous_format))
         for index in range(start, len(self.blocks) if stop is None else stop):
             tokens, aux = policy.before_block(index, tokens, trace)
             block = self.blocks[index]

@@ -1,0 +1,6 @@
+"""Weights of other projects, through key tables in which every key is used or dropped on purpose."""
+
+from sievit.convert.svit import svit_backbone
+from sievit.convert.timm import timm_vit
+
+__all__ = ["svit_backbone", "timm_vit"]

@@ -1,0 +1,69 @@
+"""Renaming state dicts strictly: a key that no rule knows, or that is missing, is an error that lists it."""
+
+import re
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from sievit.config import ConfigError
+
+Rules = Sequence[tuple[str, str | None]]
+"""Pairs of a pattern that has to match a whole key and its new name (None: dropped on purpose)."""
+
+
+def rename(state: dict[str, Tensor], rules: Rules, *, source: str) -> dict[str, Tensor]:
+    """The state dict under our names.
+
+    Raises:
+        ConfigError: keys that no rule knows; `source` says what they were taken for.
+    """
+    compiled = [(re.compile(pattern), name) for pattern, name in rules]
+    renamed, unknown = {}, []
+    for key, value in state.items():
+        for pattern, name in compiled:
+            match = pattern.fullmatch(key)
+            if match:
+                if name is not None:
+                    renamed[match.expand(name)] = value
+                break
+        else:
+            unknown.append(key)
+    if unknown:
+        raise ConfigError(f"not {source}: {_listed(unknown)} have no place in it")
+    return renamed
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
+    """Load under our names.
+
+    Raises:
+        ConfigError: missing or surplus keys, or shapes that do not fit; all of them are listed.
+    """
+    own = module.state_dict()
+    missing, surplus = own.keys() - state.keys(), state.keys() - own.keys()
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if state[key].shape != own[key].shape
+    ]
+    problems = [
+        f"{what}: {_listed(keys)}"
+        for what, keys in (("missing", missing), ("surplus", surplus), ("of another shape", shapes))
+        if keys
+    ]
+    if problems:
+        raise ConfigError(f"not {source}; {'; '.join(problems)}")
+    module.load_state_dict(state)
+
+
+def need(state: dict[str, Tensor], key: str, *, source: str) -> Tensor:
+    """One tensor that sizes are read from."""
+    if key not in state:
+        raise ConfigError(f"not {source}: it has no {key!r}")
+    return state[key]
+
+
+def _listed(keys: Sequence[str] | set[str], limit: int = 12) -> str:
+    keys = sorted(keys)
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more
