@@ -1,0 +1,65 @@
+"""sievit makes plain vision transformers faster on dense prediction by not computing the tokens an image does not need.
+
+>>> import sievit
+>>> model = sievit.load("model.safetensors")
+>>> detections = model.predict(["image.jpg"])
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sievit.config import ConfigError
+    from sievit.heads.config import MaskRCNNConfig
+    from sievit.model import Detector, InputConfig, ModelConfig, Output, build, load, save
+    from sievit.policies import policy_config
+    from sievit.tokens import Tokens, Trace
+    from sievit.vit import ViT, ViTConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "Detector",
+    "InputConfig",
+    "MaskRCNNConfig",
+    "ModelConfig",
+    "Output",
+    "Tokens",
+    "Trace",
+    "ViT",
+    "ViTConfig",
+    "__version__",
+    "build",
+    "load",
+    "policy_config",
+    "save",
+]
+
+_HOMES = {
+    "ConfigError": "sievit.config",
+    "Detector": "sievit.model",
+    "InputConfig": "sievit.model",
+    "MaskRCNNConfig": "sievit.heads.config",
+    "ModelConfig": "sievit.model",
+    "Output": "sievit.model",
+    "Tokens": "sievit.tokens",
+    "Trace": "sievit.tokens",
+    "ViT": "sievit.vit",
+    "ViTConfig": "sievit.vit",
+    "build": "sievit.model",
+    "load": "sievit.model",
+    "policy_config": "sievit.policies",
+    "save": "sievit.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: `import sievit` alone does not import torch (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sievit' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,212 @@
+"""What becomes of proposals: pooled features, classes, refined boxes and masks; torchvision's layers and names.
+
+Letters: b images, r boxes of the whole batch, c channels, k classes with the background at 0. Boxes are xyxy pixels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes, roi_align
+
+from sievit.heads import boxes as box_ops
+from sievit.heads.config import MaskRCNNConfig
+from sievit.heads.masks import crop_masks
+
+
+def box_levels(boxes: Tensor, config: MaskRCNNConfig, num_levels: int) -> Tensor:
+    """(r,) int: the map that each box (r, 4) is pooled from, larger boxes from coarser maps."""
+    size = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
+    relative = size / config.roi_finest_size
+    level = (relative + 1e-6).log2() if config.roi_level_rule == "inside" else relative.log2() + 1e-6
+    return level.floor().clamp(0, num_levels - 1).long()
+
+
+def pool_boxes(
+    features: list[Tensor], boxes: list[Tensor], image_size: tuple[int, int], size: int, config: MaskRCNNConfig
+) -> Tensor:
+    """RoIAlign over a pyramid, in float32.
+
+    Args:
+        features: per level (b, c, h, w); strides follow from `image_size` (height, width).
+        boxes: per image (n, 4).
+        size: cells per side.
+
+    Returns:
+        (r, c, size, size), in the order of the boxes.
+    """
+    flat = torch.cat(boxes)
+    images = torch.cat([b.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
+    rois = torch.cat([images, flat], dim=1)
+    levels = box_levels(flat, config, len(features))
+    pooled, order = [], []
+    for level, feature in enumerate(features):
+        index = torch.where(levels == level)[0]
+        if len(index) == 0:
+            continue
+        scale = feature.shape[-2] / image_size[0]
+        pooled.append(
+            roi_align(feature.float(), rois[index], size, scale, config.roi_sampling_ratio, aligned=config.roi_aligned)
+        )
+        order.append(index)
+    if not pooled:
+        return features[0].new_zeros(0, features[0].shape[1], size, size, dtype=torch.float32)
+    return torch.cat(pooled)[torch.cat(order).argsort()]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The boxes that one image trains on.
+
+    Attributes:
+        boxes: (n, 4); labels: (n,) int, 0 for the background; matched: (n,) int, the object of each box.
+        offsets: (n, 4), what the box regressor should say.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    matched: Tensor
+    offsets: Tensor
+
+
+class RoIHeads(nn.Module):
+    """Box and mask branch."""
+
+    def __init__(self, config: MaskRCNNConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels, num_outputs = config.fpn_channels, config.num_classes + 1
+        self.box_head = TwoMLPHead(channels * config.box_pool**2, config.box_fc)
+        self.box_predictor = FastRCNNPredictor(config.box_fc, num_outputs)
+        if config.with_masks:
+            self.mask_head = MaskRCNNHeads(channels, config.mask_convs, 1)
+            self.mask_predictor = MaskRCNNPredictor(config.mask_convs[-1], config.mask_deconv, num_outputs)
+
+    def forward(
+        self,
+        features: list[Tensor],
+        proposals: list[Tensor],
+        image_size: tuple[int, int],
+        sizes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Detections (without targets) or losses (with them); see `MaskRCNN.forward`."""
+        if targets is not None:
+            return [], self.losses(features, proposals, image_size, targets)
+        logits, offsets = self.box_branch(features, proposals, image_size)
+        detections = self.detect(logits, offsets, proposals, sizes)
+        if self.config.with_masks:
+            boxes = [detection["boxes"] for detection in detections]
+            labels = torch.cat([detection["labels"] for detection in detections])
+            mask_logits = self.mask_branch(features, boxes, image_size)
+            probs = mask_logits[torch.arange(len(labels), device=labels.device), labels].sigmoid()[:, None]
+            for detection, masks in zip(detections, probs.split([len(b) for b in boxes]), strict=True):
+                detection["masks"] = masks
+        return detections, {}
+
+    def box_branch(
+        self, features: list[Tensor], boxes: list[Tensor], image_size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Class logits (r, k) and box offsets (r, k, 4) of boxes given per image, float32."""
+        pooled = pool_boxes(features, boxes, image_size, self.config.box_pool, self.config)
+        logits, offsets = self.box_predictor(self.box_head(pooled))
+        return logits.float(), offsets.float().unflatten(1, (-1, 4))
+
+    def mask_branch(self, features: list[Tensor], boxes: list[Tensor], image_size: tuple[int, int]) -> Tensor:
+        """Mask logits (r, k, m, m) of boxes given per image, float32."""
+        pooled = pool_boxes(features, boxes, image_size, self.config.mask_pool, self.config)
+        pooled = pooled.contiguous(memory_format=torch.channels_last)
+        return self.mask_predictor(self.mask_head(pooled)).float()
+
+    @torch.no_grad()
+    def detect(
+        self, logits: Tensor, offsets: Tensor, proposals: list[Tensor], sizes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """Per image `boxes` (d, 4), `labels` (d,), `scores` (d,): clipped, NMS within each class, best first."""
+        config, counts = self.config, [len(p) for p in proposals]
+        batch = zip(logits.softmax(1).split(counts), offsets.split(counts), proposals, sizes, strict=True)
+        detections = []
+        for probs, offset, proposal, size in batch:
+            row, label = torch.where(probs[:, 1:] > config.box_min_score)
+            label = label + 1
+            scores = probs[row, label]
+            boxes = box_ops.decode(offset[row, label], proposal[row], config.box_weights)
+            boxes = clip_boxes_to_image(boxes, size)
+            keep = remove_small_boxes(boxes, config.box_min_size)
+            boxes, label, scores = boxes[keep], label[keep], scores[keep]
+            keep = batched_nms(boxes, scores, label, config.box_nms_iou)[: config.box_max_detections]
+            detections.append({"boxes": boxes[keep], "labels": label[keep], "scores": scores[keep]})
+        return detections
+
+    def losses(
+        self,
+        features: list[Tensor],
+        proposals: list[Tensor],
+        image_size: tuple[int, int],
+        targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """Class, box and mask losses of a random choice of proposals and the objects themselves."""
+        config = self.config
+        sampled = [self.sample(p, target) for p, target in zip(proposals, targets, strict=True)]
+        logits, offsets = self.box_branch(features, [s.boxes for s in sampled], image_size)
+        labels = torch.cat([s.labels for s in sampled])
+        positive = torch.where(labels > 0)[0]
+        count = box_ops.normaliser(len(labels), like=logits)
+        goals = torch.cat([s.offsets for s in sampled])[positive]
+        predicted = offsets[positive, labels[positive]]
+        losses = {
+            "loss_classifier": F.cross_entropy(logits, labels, reduction="sum") / count,
+            "loss_box_reg": box_ops.box_loss(predicted, goals, config.box_loss, config.smooth_l1_beta) / count,
+        }
+        if config.with_masks:
+            losses["loss_mask"] = self.mask_loss(features, image_size, sampled, targets)
+        return losses
+
+    @torch.no_grad()
+    def sample(self, proposals: Tensor, target: dict[str, Tensor]) -> Sampled:
+        """Choose among the proposals (n, 4) and the objects of one image."""
+        config, objects = self.config, target["boxes"].float().view(-1, 4)
+        boxes = torch.cat([proposals, objects])
+        matched, kind = box_ops.match(
+            objects, boxes, fg_iou=config.box_fg_iou, bg_iou=config.box_bg_iou, low_quality_iou=None
+        )
+        positive, negative = box_ops.sample(
+            kind, batch_size=config.box_batch_size, positive_fraction=config.box_positive_fraction
+        )
+        chosen = torch.cat([positive, negative]).sort().values
+        boxes, matched, kind = boxes[chosen], matched[chosen], kind[chosen]
+        if len(objects) == 0:
+            return Sampled(boxes=boxes, labels=kind, matched=matched, offsets=torch.zeros_like(boxes))
+        labels = torch.where(kind > 0, target["labels"][matched], 0)
+        offsets = box_ops.encode(objects[matched], boxes, config.box_weights)
+        return Sampled(boxes=boxes, labels=labels, matched=matched, offsets=offsets)
+
+    def mask_loss(
+        self,
+        features: list[Tensor],
+        image_size: tuple[int, int],
+        sampled: list[Sampled],
+        targets: list[dict[str, Tensor]],
+    ) -> Tensor:
+        """The mean cross-entropy of the positives' masks, in the channel of their class."""
+        config = self.config
+        positives = [torch.where(s.labels > 0)[0] for s in sampled]
+        boxes = [s.boxes[p] for s, p in zip(sampled, positives, strict=True)]
+        labels = torch.cat([s.labels[p] for s, p in zip(sampled, positives, strict=True)])
+        logits = self.mask_branch(features, boxes, image_size)  # (r, k, m, m)
+        count = box_ops.normaliser(len(labels) * logits.shape[-1] ** 2, like=logits)
+        goals = [
+            crop_masks(target["masks"], s.matched[p], box, logits.shape[-1], aligned=config.roi_aligned)
+            for target, s, p, box in zip(targets, sampled, positives, boxes, strict=True)
+            if len(p)
+        ]
+        if not goals:
+            return logits.sum() * 0
+        goal = torch.cat(goals)
+        if config.mask_targets == "binary":
+            goal = (goal >= 0.5).to(goal.dtype)
+        logits = logits[torch.arange(len(labels), device=labels.device), labels]
+        return F.binary_cross_entropy_with_logits(logits, goal, reduction="sum") / count
