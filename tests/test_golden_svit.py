@@ -54,7 +54,7 @@ def test_evaluation_equals_the_release(backbone, cases, name, mode) -> None:
     case = cases[name]
     images = case["input"] if "input" in case else cases["c"]["input"]
     check(backbone, images, case, mode)
-    if mode == "packed":
+    if mode == "packed" and "gate_logits_0" in case:
         with torch.inference_mode():
             logits = [aux["logits"] for aux in backbone(images)[1].aux if "logits" in aux]
         for k, own in enumerate(logits):

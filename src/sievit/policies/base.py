@@ -34,6 +34,10 @@ class Policy(nn.Module):
         """Training losses by name, already weighted; empty for a policy that learns nothing."""
         return {}
 
+    def macs(self, trace: Trace) -> Tensor:
+        """(b,) multiply-adds per image that deciding took in this pass, also if another policy decided; by default none."""
+        return torch.zeros(len(trace.valid), device=trace.valid.device)
+
 
 Builder = Callable[..., Policy]
 _POLICIES: dict[type[PolicyConfig], Builder] = {}
@@ -93,7 +97,7 @@ def spread(shares: tuple[float, ...], *, first_block: int, depth: int) -> tuple[
 
 def keep_top(scores: Tensor, share: float, valid: Tensor) -> Tensor:
     """(b, n) bool: of each image's valid tokens the `share` with the highest scores (b, n), rounded up."""
-    order = scores.masked_fill(~valid, -math.inf).argsort(dim=1, descending=True, stable=True)
+    order = scores.double().masked_fill(~valid, -math.inf).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )

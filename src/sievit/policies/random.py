@@ -13,11 +13,11 @@ from sievit.tokens import Tokens, Trace
 @variant("random")
 @dataclass(frozen=True)
 class RandomConfig(PolicyConfig):
-    """A fixed share of tokens per block, drawn from a seeded generator.
+    """A fixed share of tokens per block, drawn by a seeded hash.
 
     Attributes:
         shares: share of tokens kept, spread over the blocks from `first_block` on.
-        seed: the draw of a block depends on the seed, the block and the grid, and not on the image or the batch.
+        seed: the draw of a token depends on the seed, the block and its place, and not on the image or the batch.
     """
 
     first_block: int = 3
@@ -37,8 +37,17 @@ class Random(Policy):
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
         if index < self.config.first_block:
             return tokens.select(None), {}
-        generator = torch.Generator().manual_seed(self.config.seed * 1000 + index)
-        scores = torch.rand(tokens.grid[0] * tokens.grid[1], generator=generator).to(tokens.x.device)
         valid = tokens.valid_or_all()
+        scores = draw(tokens.grid, seed=self.config.seed * 1000 + index, device=tokens.x.device)
         share = self.shares[index - self.config.first_block]
         return tokens.select(keep_top(scores.expand(valid.shape), share, valid)), {}
+
+
+def draw(grid: tuple[int, int], *, seed: int, device: torch.device) -> Tensor:
+    """(n,) int64: a random number per cell that depends on its row, its column and the seed alone (SplitMix32)."""
+    rows = torch.arange(grid[0], device=device)[:, None]
+    columns = torch.arange(grid[1], device=device)
+    x = (rows * 0x10001 + columns * 0x9E3779B1 + seed * 0x85EBCA6B) & 0xFFFFFFFF
+    for multiplier in (0x21F0AAAD, 0x735A2D97):
+        x = ((x ^ (x >> 16)) * multiplier) & 0xFFFFFFFF
+    return (x ^ (x >> 15)).flatten()

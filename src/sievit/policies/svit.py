@@ -115,6 +115,12 @@ class SViT(Policy):
             error = (global_sum(kept.sum(1)) / global_sum(total.sum()) - targets).square()
         return {"ratio": self.config.loss_weight * error.mean()}
 
+    def macs(self, trace: Trace) -> Tensor:
+        """A gate looks at every grid token of the canvas: n (c hidden + 2 hidden)."""
+        per_token = sum(p.numel() for p in self.gates.parameters() if p.ndim == 2) / len(self.gates)
+        n, asked = trace.grid[0] * trace.grid[1], sum("logits" in aux for aux in trace.aux)
+        return torch.full((len(trace.valid),), float(asked * n * per_token), device=trace.valid.device)
+
 
 def gumbel_noise(like: Tensor) -> Tensor:
     """Standard Gumbel noise of the shape of `like`."""
