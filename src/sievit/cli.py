@@ -1,0 +1,284 @@
+"""The command line. Everything heavy is imported by the command that needs it: `sievit --help` answers at once.
+
+Exit status: 0 done, 1 something could not be done, 2 something the user has to change, 130 interrupted.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from sievit.config import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: how it is called, what it does in a line, and the function that takes its arguments."""
+
+    usage: str
+    summary: str
+    run: Callable[[list[str]], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; `--help` and mistyped options leave by SystemExit instead."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(args)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that cannot be written: the machine's, no bug
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_overview(), file=sys.stdout if args else sys.stderr)
+        return 0 if args else 2
+    if args[0] == "--version":
+        from sievit import __version__
+
+        print(f"sievit {__version__}")
+        return 0
+    if args[0] in COMMANDS:
+        return COMMANDS[args[0]].run(args[1:])
+    group = [name for name in COMMANDS if name.startswith(f"{args[0]} ")]
+    if not group:
+        raise ConfigError(f"unknown command {args[0]!r}{nearest(args[0], COMMANDS)}")
+    if len(args) == 1 or args[1] in ("-h", "--help"):
+        print("\n".join(_line(name) for name in group), file=sys.stdout if len(args) > 1 else sys.stderr)
+        return 0 if len(args) > 1 else 2
+    name = " ".join(args[:2])
+    if name not in COMMANDS:
+        raise ConfigError(f"unknown command {name!r}{nearest(name, group)}")
+    return COMMANDS[name].run(args[2:])
+
+
+def _overview() -> str:
+    lines = ["usage: sievit COMMAND ...", "", (sys.modules["sievit"].__doc__ or "").partition("\n")[0], ""]
+    lines += [_line(name) for name in COMMANDS]
+    return "\n".join([*lines, "", "sievit COMMAND --help lists a command's options."])
+
+
+def _line(name: str) -> str:
+    command = COMMANDS[name]
+    return f"  {f'{name} {command.usage}':<22} {command.summary}"
+
+
+def _parse(target: Callable[..., Any], args: list[str], name: str) -> Any:
+    """Call `target` with the options in `args`, typed by its annotations; tyro names the nearest option of a typo.
+
+    Raises:
+        SystemExit: of status 2 on a wrong option, 0 on --help.
+    """
+    import tyro
+
+    config = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    return tyro.cli(target, args=args, prog=f"sievit {name}", config=config)
+
+
+def _print_json(figures: dict[str, Any]) -> None:
+    print(json.dumps(figures), flush=True)
+
+
+def _train(args: list[str]) -> int:
+    from sievit.recipes import recipe, recipes
+
+    if not args or args[0].startswith("-"):
+        if args and args[0] in ("-h", "--help"):
+            print(f"usage: sievit train RECIPE [OPTIONS]\n\n{_recipe_list()}\n\nsievit train RECIPE --help lists options.")
+            return 0
+        raise ConfigError(f"sievit train needs the name of a recipe first{nearest('', recipes())}")
+    name = args[0]
+    default = recipe(name)
+    from sievit.report import TrainOptions, train
+
+    def run(options: TrainOptions, recipe: Any) -> int:
+        return train(name, options, recipe)
+
+    raise NotImplementedError(default, run)
+
+
+def _eval(args: list[str]) -> int:
+    from tyro.conf import arg
+
+    def run(
+        model: Annotated[Path, arg(metavar="MODEL")],
+        /,
+        *,
+        images: Path,
+        annotations: Path,
+        policy: str | None = None,
+        batch_size: int = 1,
+        limit: int | None = None,
+        device: str = "auto",
+    ) -> int:
+        """Evaluate a model on data in COCO format; the last line of the output is one JSON object with every figure.
+
+        Args:
+            model: checkpoint, or the folder of a training run.
+            images: folder that holds the images.
+            annotations: COCO annotation file.
+            policy: takes the place of the model's own, e.g. keep_all for dense.
+            batch_size: images that go through the network together.
+            limit: only the first so many images.
+            device: cpu, cuda, cuda:1, or auto.
+        """
+        from sievit.report import evaluate
+
+        _print_json(
+            evaluate(
+                model, images, annotations, policy=policy, batch_size=batch_size, limit=limit, device=device
+            )
+        )
+        return 0
+
+    return _parse(run, args, "eval")
+
+
+def _predict(args: list[str]) -> int:
+    from tyro.conf import arg
+
+    def run(
+        model: Annotated[Path, arg(metavar="MODEL")],
+        images: Annotated[Path, arg(metavar="IMAGES")],
+        /,
+        *,
+        out: Path,
+        policy: str | None = None,
+        score_threshold: float = 0.5,
+        ids: Path | None = None,
+        device: str = "auto",
+    ) -> int:
+        """Detect objects in an image or in a folder of images.
+
+        Writes results.json (COCO results), images.json (which image has which id) and one picture per image.
+
+        Args:
+            model: checkpoint, or the folder of a training run.
+            images: an image, or a folder of images.
+            out: folder for the results.
+            policy: takes the place of the model's own, e.g. keep_all for dense.
+            score_threshold: pictures show objects of at least this score; results.json holds all.
+            ids: COCO annotation file whose image ids results.json shall use; by default 1, 2, ... by file name.
+            device: cpu, cuda, cuda:1, or auto.
+        """
+        from sievit.report import predict
+
+        return predict(
+            model, images, out, policy=policy, score_threshold=score_threshold, ids=ids, device=device
+        )
+
+    return _parse(run, args, "predict")
+
+
+def _demo(args: list[str]) -> int:
+    def run(
+        *,
+        out: Path = Path("out/demo"),
+        num_images: int = 24,
+        pictures: int = 12,
+        seed: int = 2024,
+        data_root: Path | None = None,
+        device: str = "auto",
+    ) -> int:
+        """Dense against sparse on freshly generated scenes, and on nuclei where the data is there.
+
+        Args:
+            out: folder for the pictures.
+            num_images: per data set.
+            pictures: how many images get a picture, per data set.
+            seed: of the scenes; those of the training sets lie elsewhere.
+            data_root: folder with nuclei/; default the environment's SIEVIT_DATA, else ../shared/data.
+            device: cpu, cuda, cuda:1, or auto.
+        """
+        from sievit.report import demo
+
+        _print_json(
+            demo(out, num_images=num_images, pictures=pictures, seed=seed, data_root=data_root, device=device)
+        )
+        return 0
+
+    return _parse(run, args, "demo")
+
+
+def _data_scenes(args: list[str]) -> int:
+    def run(*, out: Path, num_images: int = 100, size: tuple[int, int] = (256, 320), seed: int = 0) -> int:
+        """Generate scenes in COCO format: images/, annotations.json, labels/ (semantic).
+
+        Args:
+            out: folder to write; has to be new or empty.
+            num_images: how many.
+            size: height and width in pixels.
+            seed: the same seed gives the same scenes.
+        """
+        from sievit.data.scenes import generate
+
+        generate(out, num_images=num_images, size=size, seed=seed)
+        print(f"{out}: {num_images} scenes")
+        return 0
+
+    return _parse(run, args, "data scenes")
+
+
+def _bench_blocks(args: list[str]) -> int:
+    from sievit.bench import BlocksBench, bench_blocks
+
+    _print_json(bench_blocks(_parse(BlocksBench, args, "bench blocks")))
+    return 0
+
+
+def _recipes(args: list[str]) -> int:
+    def run(name: str | None = None, /) -> int:
+        """List the recipes, or print one as JSON.
+
+        Args:
+            name: of the recipe to print.
+        """
+        from sievit.config import to_json
+        from sievit.recipes import recipe
+
+        print(_recipe_list() if name is None else json.dumps(to_json(recipe(name)), indent=2))
+        return 0
+
+    return _parse(run, args, "recipes")
+
+
+def _recipe_list() -> str:
+    from sievit.recipes import recipes
+
+    return "\n".join(f"  {name:<22} {_first_line(function)}" for name, function in recipes().items())
+
+
+def _policies(args: list[str]) -> int:
+    def run() -> int:
+        """List the policies that `--policy` takes."""
+        from sievit.policies import policies
+
+        print("\n".join(f"  {name:<22} {_first_line(config)}" for name, config in policies().items()))
+        return 0
+
+    return _parse(run, args, "policies")
+
+
+def _first_line(documented: object) -> str:
+    return (documented.__doc__ or "").strip().partition("\n")[0]
+
+
+COMMANDS = {
+    "demo": Command("", "see it: dense against sparse on fresh scenes", _demo),
+    "train": Command("RECIPE", "train a model, or go on with --resume RUN", _train),
+    "eval": Command("MODEL", "accuracy, tokens, GFLOPs and latency", _eval),
+    "predict": Command("MODEL IMAGES", "detect objects in an image or a folder", _predict),
+    "data scenes": Command("", "generate scenes in COCO format", _data_scenes),
+    "bench blocks": Command("", "time the backbone's blocks, dense against sparse", _bench_blocks),
+    "recipes": Command("[NAME]", "list the recipes, or print one", _recipes),
+    "policies": Command("", "list the token policies", _policies),
+}
