@@ -1,0 +1,1 @@
+"""Images, COCO annotations, augmentation and generated scenes."""

@@ -1,0 +1,224 @@
+"""COCO annotation files: read, checked once, and every complaint names the file, the entry and the way out."""
+
+import json
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sievit.config import ConfigError
+from sievit.data.masks import decode_counts
+
+ROUNDING = 2.0
+"""Pixels by which a box may stick out of its image; it is then clipped, as annotation tools round."""
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """A checked annotation file.
+
+    `images` are the file's image records in its order; `objects[i]` are the annotations of image i, crowds included.
+    Labels are 1-based: label l is `classes[l - 1]` and has the category id `category_ids[l - 1]`; the ids rise, with
+    holes or without.
+    """
+
+    source: str
+    images: tuple[dict[str, Any], ...]
+    objects: tuple[tuple[dict[str, Any], ...], ...]
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+
+    @property
+    def as_coco(self) -> dict[str, Any]:
+        """The checked content in COCO's format, with `area` and `iscrowd` filled in, as the evaluation wants it."""
+        pairs = zip(self.category_ids, self.classes, strict=True)
+        return {
+            "info": {},
+            "images": list(self.images),
+            "annotations": [annotation for objects in self.objects for annotation in objects],
+            "categories": [{"id": number, "name": name} for number, name in pairs],
+        }
+
+
+class _Invalid(Exception):
+    """What is wrong with one annotation."""
+
+
+def load_annotations(source: Path | dict[str, Any], *, invalid: Literal["error", "skip"] = "error") -> Annotations:
+    """Read and check a COCO instances file, or its content.
+
+    Args:
+        source: the JSON file, or what it holds.
+        invalid: "skip" leaves annotations out that cannot be used (unknown image or category, box of zero area or
+            outside the image, damaged segmentation) and warns how many they were; "error" stops at the first.
+
+    Raises:
+        ConfigError: the file is missing or malformed, or an annotation is invalid and `invalid` is "error".
+    """
+    name = "annotations" if isinstance(source, dict) else str(source)
+    content = source if isinstance(source, dict) else _read(source)
+    images = _records(content, "images", name, {"file_name": _is_text, "width": _is_size, "height": _is_size})
+    categories = _records(content, "categories", name, {"name": _is_text})
+    if not categories:
+        raise ConfigError(f"{name}: 'categories' is empty; list the classes with their ids and names")
+    category_ids = {c["id"] for c in categories}
+    objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
+    by_id = {image["id"]: image for image in images}
+    seen: set[int] = set()
+    skipped: list[str] = []
+    for place, annotation in enumerate(_list(content, "annotations", name)):
+        try:
+            checked = _check(annotation, by_id, category_ids, seen)
+        except _Invalid as error:
+            number = annotation.get("id") if isinstance(annotation, dict) else None
+            what = f"number {place} (counted from 0)" if number is None else repr(number)
+            if invalid == "error":
+                raise ConfigError(
+                    f'{name}: annotation {what} {error}; correct the file, or pass invalid="skip" to leave such '
+                    "annotations out"
+                ) from None
+            skipped.append(f"{what} {error}")
+        else:
+            objects[checked["image_id"]].append(checked)
+    if skipped:
+        warnings.warn(f"{name}: {len(skipped)} invalid annotations left out, first: {skipped[0]}", stacklevel=2)
+    categories = sorted(categories, key=lambda c: c["id"])
+    return Annotations(
+        source=name,
+        images=tuple(images),
+        objects=tuple(tuple(objects[image["id"]]) for image in images),
+        classes=tuple(c["name"] for c in categories),
+        category_ids=tuple(c["id"] for c in categories),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: the annotation file cannot be read ({error.strerror}); check the path") from error
+    except ValueError as error:  # not JSON, or not text
+        raise ConfigError(f"{path}: is not a JSON file ({error}); a COCO instances file is expected") from error
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path}: holds a JSON {type(content).__name__}, a COCO instances file is an object with 'images', "
+            "'annotations' and 'categories'; is this a results file?"
+        )
+    return content
+
+
+def _list(content: dict[str, Any], key: str, name: str) -> list[Any]:
+    if key not in content:
+        raise ConfigError(f"{name}: has no '{key}'; a COCO instances file has 'images', 'annotations' and 'categories'")
+    if not isinstance(content[key], list):
+        raise ConfigError(f"{name}: '{key}' is not a list; a COCO instances file is expected")
+    return content[key]
+
+
+def _records(content: dict[str, Any], key: str, name: str, fields: dict[str, Callable[[Any], bool]]) -> list[dict]:
+    """The images or the categories, each with a unique whole `id` and the given fields."""
+    records = _list(content, key, name)
+    for place, record in enumerate(records):
+        if not isinstance(record, dict) or not _is_whole(record.get("id")):
+            raise ConfigError(f"{name}: entry {place} (counted from 0) of '{key}' has no whole number 'id'; add it")
+        for field, fits in fields.items():
+            if not fits(record.get(field)):
+                problem = f"has no '{field}'" if field not in record else f"has {record[field]!r} as '{field}'"
+                raise ConfigError(f"{name}: entry with id {record['id']} of '{key}' {problem}; correct the file")
+    twice = _repeated(record["id"] for record in records)
+    if twice is not None:
+        raise ConfigError(f"{name}: id {twice} occurs more than once in '{key}'; give every entry its own id")
+    return records
+
+
+def _repeated(values: Iterable[int]) -> int | None:
+    return next((value for value, count in Counter(values).items() if count > 1), None)
+
+
+def _check(annotation: Any, images: dict[int, dict], categories: set[int], seen: set[int]) -> dict[str, Any]:
+    """The annotation with what COCO's evaluation needs, or `_Invalid`."""
+    if not isinstance(annotation, dict):
+        raise _Invalid("is not an object")
+    for key in ("id", "image_id", "category_id"):
+        if not _is_whole(annotation.get(key)):
+            raise _Invalid(f"has no whole number '{key}'")
+    if annotation["id"] in seen:
+        raise _Invalid("has an id that was used before")
+    seen.add(annotation["id"])
+    image = images.get(annotation["image_id"])
+    if image is None:
+        raise _Invalid(f"names the image {annotation['image_id']}, which the file does not list")
+    if annotation["category_id"] not in categories:
+        raise _Invalid(f"names the category {annotation['category_id']}, which the file does not list")
+    if annotation.get("iscrowd", 0) not in (0, 1):
+        raise _Invalid(f"has {annotation['iscrowd']!r} as 'iscrowd', 0 or 1 is meant")
+    box = _check_box(annotation, image["width"], image["height"])
+    if annotation.get("segmentation"):
+        _check_segmentation(annotation["segmentation"], (image["height"], image["width"]))
+    area = annotation.get("area", box[2] * box[3])
+    if not _is_finite(area):
+        raise _Invalid(f"has {area!r} as 'area'")
+    return {**annotation, "iscrowd": int(annotation.get("iscrowd", 0)), "area": area}
+
+
+def _check_box(annotation: dict[str, Any], width: int, height: int) -> list[float]:
+    box = annotation.get("bbox")
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(value) for value in box):
+        raise _Invalid(f"has {box!r} as 'bbox', [x, y, width, height] in pixels is meant")
+    x, y, w, h = box
+    if w <= 0 or h <= 0:
+        raise _Invalid(f"has a box of zero area, {box}")
+    out = max(-x, -y, x + w - width, y + h - height)
+    inside = min(x + w, width) - max(x, 0) > 0 and min(y + h, height) - max(y, 0) > 0
+    if not inside or out > ROUNDING:
+        how = f"reaches {out:g} pixels outside" if inside else "lies outside"
+        raise _Invalid(f"has a box {box} that {how} its {width}x{height} image {annotation['image_id']}")
+    return box
+
+
+def _check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
+    if isinstance(segmentation, list):
+        for polygon in segmentation:
+            if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not _all_finite(polygon):
+                raise _Invalid("has a polygon that is not a list of at least three x, y pairs")
+        return
+    if not isinstance(segmentation, dict) or "counts" not in segmentation or "size" not in segmentation:
+        raise _Invalid("has a segmentation that is neither polygons nor RLE with 'size' and 'counts'")
+    if segmentation["size"] != list(size):
+        raise _Invalid(f"has a mask of size {segmentation['size']} in an image of height and width {list(size)}")
+    counts = segmentation["counts"]
+    try:
+        if isinstance(counts, str):
+            runs = decode_counts([counts])[0]
+            total, least = int(runs.sum()), int(runs.min())
+        elif isinstance(counts, list) and counts and all(_is_whole(count) for count in counts):
+            total, least = sum(counts), min(counts)
+        else:
+            raise _Invalid("has RLE 'counts' that are neither a string nor a list of whole numbers")
+    except ValueError as error:
+        raise _Invalid(f"has a damaged mask ({error})") from error
+    if least < 0 or total != size[0] * size[1]:
+        raise _Invalid(f"has a damaged mask (its runs cover {total} of {size[0] * size[1]} pixels)")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    return _is_whole(value) and value > 0
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _all_finite(values: list[Any]) -> bool:
+    return all(_is_finite(value) for value in values)

@@ -1,0 +1,284 @@
+"""Augmentation for detection: a view of the image, and light photometric jitter.
+
+All geometry of one draw (resize, crop, resize again, flips, quarter turns) is one `View`: a rectangle of the source,
+the size it gets, and a symmetry. The image is cropped before it is resized, and masks are rendered in the view alone.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sievit.config import ConfigError
+from sievit.data.coco import Target
+from sievit.data.masks import Masks
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What may happen to a training image. Sizes are pixels, (height, width); probabilities are 0..1.
+
+    The image is first scaled, by `scales` (short edge, the papers' multi-scale) or by `zoom` (a factor on the pixels,
+    for microscopes whose scale means something), then cropped to `crop` at random. With probability `crop_first` it is
+    DETR's way instead: scaled to a short edge of `crop_first_scales`, cropped to a random size of `crop_first_range`,
+    then scaled by `scales`.
+
+    An object of which less than `min_visible` is left by a crop is dropped (the share of its box, or of the crop if
+    that is smaller), also one of which a side is left shorter than `min_side`.
+    """
+
+    flip: float = 0.5
+    vertical_flip: float = 0.0
+    rot90: bool = False
+    scales: tuple[int, ...] = ()
+    max_size: int | None = None
+    zoom: tuple[float, float] | None = None
+    crop: tuple[int, int] | None = None
+    crop_first: float = 0.0
+    crop_first_scales: tuple[int, ...] = (400, 500, 600)
+    crop_first_range: tuple[int, int] = (384, 600)
+    min_visible: float = 0.1
+    min_side: float = 1.0
+    brightness: float = 0.0
+    """Added, up to this share of the range."""
+    contrast: float = 0.0
+    """Factor about the image's mean, in 1 - contrast .. 1 + contrast."""
+    saturation: float = 0.0
+    """Factor on the distance to grey, in 1 - saturation .. 1 + saturation."""
+    gamma: float = 0.0
+    """Exponent in exp(-gamma) .. exp(gamma)."""
+    invert: float = 0.0
+    """Probability of the negative: stained tissue is dark on bright, fluorescence bright on dark."""
+    noise: float = 0.0
+    """Largest standard deviation of Gaussian noise, as a share of the range."""
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "vertical_flip", "crop_first", "invert"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"augmentation: {name} is a probability, 0 to 1, not {getattr(self, name)}")
+        for name in ("min_visible", "min_side", "brightness", "contrast", "saturation", "gamma", "noise"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"augmentation: {name} must not be negative, it is {getattr(self, name)}")
+        if self.scales and self.zoom:
+            raise ConfigError("augmentation: scales and zoom both set the size of the image; use one of them")
+        if self.zoom and not 0 < self.zoom[0] <= self.zoom[1]:
+            raise ConfigError(f"augmentation: zoom is (smallest, largest) factor, not {self.zoom}")
+        if self.crop_first and not self.scales:
+            raise ConfigError("augmentation: crop_first scales the crop by scales; give them too")
+        sizes = (*self.scales, *(self.crop or ()), *self.crop_first_scales, *self.crop_first_range, self.max_size or 1)
+        if min(sizes) < 1:
+            raise ConfigError(f"augmentation: sizes are pixels, at least 1, not {min(sizes)}")
+
+    @classmethod
+    def paper(cls) -> "AugmentConfig":
+        """ViT-Adapter's 3x recipe, which SViT's detectors are trained with: flip, multi-scale, DETR's crops."""
+        return cls(scales=tuple(range(480, 801, 32)), max_size=1333, crop_first=0.5)
+
+
+@dataclass(frozen=True)
+class View:
+    """The rectangle (y, x, height, width) of the source, scaled to `size`, mirrored, then transposed if `transpose`."""
+
+    rect: tuple[int, int, int, int]
+    size: tuple[int, int]
+    flip: bool = False
+    vertical_flip: bool = False
+    transpose: bool = False
+
+    def image(self, image: Tensor) -> Tensor:
+        """From a uint8 source (3, H, W), uint8."""
+        y, x, h, w = self.rect
+        out = image[:, y : y + h, x : x + w]
+        if self.size != (h, w):
+            out = F.interpolate(out[None], size=self.size, mode="bilinear", antialias=True, align_corners=False)[0]
+        mirrored = [axis for axis, on in ((1, self.vertical_flip), (2, self.flip)) if on]
+        out = out.flip(mirrored) if mirrored else out
+        return out.transpose(1, 2) if self.transpose else out
+
+    def boxes(self, boxes: Tensor) -> Tensor:
+        """xyxy pixels of the source to those of the view, clipped to it."""
+        y, x, h, w = self.rect
+        height, width = self.size
+        boxes = boxes - boxes.new_tensor([x, y, x, y])
+        boxes[:, 0::2].clamp_(0, w)
+        boxes[:, 1::2].clamp_(0, h)
+        x0, y0, x1, y1 = (boxes * boxes.new_tensor([width / w, height / h, width / w, height / h])).unbind(1)
+        if self.flip:
+            x0, x1 = width - x1, width - x0
+        if self.vertical_flip:
+            y0, y1 = height - y1, height - y0
+        return torch.stack([y0, x0, y1, x1] if self.transpose else [x0, y0, x1, y1], dim=1)
+
+    def masks(self, masks: Masks) -> Tensor:
+        """Dense (k, height, width) uint8; scaled by nearest neighbour."""
+        y, x, h, w = self.rect
+        rows, cols = y + _centres(h, self.size[0]), x + _centres(w, self.size[1])
+        out = masks.render(rows[::-1] if self.vertical_flip else rows, cols[::-1] if self.flip else cols)
+        return out.transpose(1, 2).contiguous() if self.transpose else out
+
+
+class Augment:
+    """Draws a view and a jitter; deterministic given the generator."""
+
+    def __init__(self, config: AugmentConfig) -> None:
+        self.config = config
+
+    def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
+        """From a uint8 image (3, h, w) and its target (masks as `Masks` or dense) to a float image in 0..1 and a target
+        with dense masks, without the objects that the view lost."""
+        size = (image.shape[1], image.shape[2])
+        view = draw_view(self.config, size, generator)
+        target = apply_view(view, target, size, min_visible=self.config.min_visible, min_side=self.config.min_side)
+        return jitter(self.config, view.image(image), generator), target
+
+
+def draw_view(config: AugmentConfig, size: tuple[int, int], generator: torch.Generator) -> View:
+    """A random view of an image of `size` (height, width)."""
+    chance = torch.rand(5, generator=generator).tolist()
+    whole = (0, 0, *size)
+    if chance[0] < config.crop_first:
+        shape = _scaled(size, _choice(config.crop_first_scales, generator), None)
+        low, high = config.crop_first_range
+        crop = tuple(_between(min(edge, low), min(edge, high), generator) for edge in shape)
+        rect = _random_rect(whole, shape, (crop[0], crop[1]), generator)
+    else:
+        rect = whole
+    shape = rect[2:]
+    if config.scales:
+        shape = _scaled(shape, _choice(config.scales, generator), config.max_size)
+    elif config.zoom:
+        factor = config.zoom[0] * (config.zoom[1] / config.zoom[0]) ** float(torch.rand((), generator=generator))
+        shape = max(1, round(shape[0] * factor)), max(1, round(shape[1] * factor))
+    if config.crop:
+        crop = min(config.crop[0], shape[0]), min(config.crop[1], shape[1])
+        rect, shape = _random_rect(rect, shape, crop, generator), crop
+    turn = int(chance[1] * 4) if config.rot90 else 0  # quarter turns
+    return View(
+        rect=rect,
+        size=shape,
+        flip=(chance[2] < config.flip) != (turn in (1, 2)),
+        vertical_flip=(chance[3] < config.vertical_flip) != (turn in (2, 3)),
+        transpose=turn in (1, 3),
+    )
+
+
+def apply_view(view: View, target: Target, size: tuple[int, int], *, min_visible: float, min_side: float) -> Target:
+    """The target in the view. Objects that it cuts have the extents of what is left of their masks as boxes.
+
+    Args:
+        view: of a source of `size` (height, width).
+        target: of the source; masks as `Masks` or dense (k, h, w).
+        min_visible: objects of which a smaller share is left are dropped, see `AugmentConfig`.
+        min_side: as are those of which a side is shorter, in pixels of the view.
+    """
+    boxes, rect = target["boxes"], view.rect
+    shown = boxes.clone()
+    shown[:, 0::2].clamp_(rect[1], rect[1] + rect[3])
+    shown[:, 1::2].clamp_(rect[0], rect[0] + rect[2])
+    full, left = _areas(boxes), _areas(shown)
+    cut = (shown != boxes).any(1)
+    boxes = view.boxes(boxes)
+    keep = (left >= min_visible * full.clamp(max=rect[2] * rect[3])) & _big_enough(boxes, min_side)
+    kept = keep.nonzero()[:, 0]
+    boxes, cut, area = boxes[kept], cut[kept], target["area"][kept] * _area_factor(view, left, full)[kept]
+    out = {**target, "labels": target["labels"][kept], "iscrowd": target["iscrowd"][kept]}
+    if "masks" in target:
+        masks = target["masks"] if isinstance(target["masks"], Masks) else Masks.from_dense(target["masks"])
+        assert masks.size == size, (masks.size, size)
+        dense = view.masks(masks.select(kept.tolist()))
+        boxes, filled = _with_extents(boxes, dense, cut)
+        area = dense.flatten(1).sum(1).float()
+        ok = filled & _big_enough(boxes, min_side)
+        if not bool(ok.all()):
+            dense, boxes, area = dense[ok], boxes[ok], area[ok]
+            out.update(labels=out["labels"][ok], iscrowd=out["iscrowd"][ok])
+        out["masks"] = dense
+    return {**out, "boxes": boxes, "area": area}
+
+
+def jitter(config: AugmentConfig, image: Tensor, generator: torch.Generator) -> Tensor:
+    """A uint8 image (3, h, w) as float32 in 0..1, its light and colours varied."""
+    draw = (torch.rand(5, generator=generator) * 2 - 1).tolist()
+    levels = torch.arange(256, dtype=torch.float32) / 255
+    if config.gamma:
+        levels = levels ** math.exp(draw[0] * config.gamma)
+    if draw[1] * 0.5 + 0.5 < config.invert:
+        levels = 1 - levels
+    if config.brightness:
+        levels = levels + draw[2] * config.brightness
+    if config.contrast:
+        mean = levels[image[:, ::4, ::4].int()].mean()
+        levels = mean + (levels - mean) * (1 + draw[3] * config.contrast)
+    out = levels[image.contiguous().int()]
+    if config.saturation:
+        grey = out.mean(0)
+        out = torch.lerp(grey.expand_as(out), out, 1 + draw[4] * config.saturation)
+    if config.noise:
+        sigma = config.noise * float(torch.rand((), generator=generator))
+        out += sigma * torch.randn(out.shape, generator=generator)
+    return out.clamp_(0, 1)
+
+
+def _centres(source: int, target: int) -> np.ndarray:
+    """For `target` pixels over `source` ones, the source pixel under the centre of each."""
+    return ((2 * np.arange(target) + 1) * source) // (2 * target)
+
+
+def _scaled(size: tuple[int, int], short: int, longest: int | None) -> tuple[int, int]:
+    """`size` with its short edge at `short` pixels, unless the long one would exceed `longest`."""
+    factor = short / min(size)
+    if longest is not None:
+        factor = min(factor, longest / max(size))
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def _random_rect(
+    rect: tuple[int, int, int, int], shape: tuple[int, int], crop: tuple[int, int], generator: torch.Generator
+) -> tuple[int, int, int, int]:
+    """Where in the source a random crop lies, if `rect` of the source is scaled to `shape` and cropped to `crop`."""
+    corner, sides = [], []
+    for low, edge, scaled, cut in zip(rect[:2], rect[2:], shape, crop, strict=True):
+        side = min(edge, max(1, round(cut * edge / scaled)))
+        corner.append(low + _between(0, edge - side, generator))
+        sides.append(side)
+    return corner[0], corner[1], sides[0], sides[1]
+
+
+def _between(low: int, high: int, generator: torch.Generator) -> int:
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def _choice(values: tuple[int, ...], generator: torch.Generator) -> int:
+    return values[_between(0, len(values) - 1, generator)]
+
+
+def _areas(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def _area_factor(view: View, left: Tensor, full: Tensor) -> Tensor:
+    scale = (view.size[0] * view.size[1]) / (view.rect[2] * view.rect[3])
+    return scale * left / full
+
+
+def _big_enough(boxes: Tensor, min_side: float) -> Tensor:
+    sides = boxes[:, 2:] - boxes[:, :2]
+    return ((sides > 0) & (sides >= min_side)).all(1)
+
+
+def _with_extents(boxes: Tensor, masks: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes (k, 4), those in `cut` replaced by the extents of their masks; and which masks have a pixel."""
+    height, width = masks.shape[1:]
+    rows, cols = masks.amax(2).bool(), masks.amax(1).bool()
+    extents = torch.stack(
+        [_first(cols), _first(rows), width - _first(cols.flip(1)), height - _first(rows.flip(1))], dim=1
+    )
+    return torch.where(cut[:, None], extents.to(boxes.dtype), boxes), rows.any(1)
+
+
+def _first(marks: Tensor) -> Tensor:
+    """Index of the first mark of each row."""
+    return marks.int().argmax(1)
