@@ -10,51 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes, roi_align
+from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from sievit.heads import boxes as box_ops
 from sievit.heads.config import MaskRCNNConfig
 from sievit.heads.masks import crop_masks
-
-
-def box_levels(boxes: Tensor, config: MaskRCNNConfig, num_levels: int) -> Tensor:
-    """(r,) int: the map that each box (r, 4) is pooled from, larger boxes from coarser maps."""
-    size = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
-    relative = size / config.roi_finest_size
-    level = (relative + 1e-6).log2() if config.roi_level_rule == "inside" else relative.log2() + 1e-6
-    return level.floor().clamp(0, num_levels - 1).long()
-
-
-def pool_boxes(
-    features: list[Tensor], boxes: list[Tensor], image_size: tuple[int, int], size: int, config: MaskRCNNConfig
-) -> Tensor:
-    """RoIAlign over a pyramid, in float32.
-
-    Args:
-        features: per level (b, c, h, w); strides follow from `image_size` (height, width).
-        boxes: per image (n, 4).
-        size: cells per side.
-
-    Returns:
-        (r, c, size, size), in the order of the boxes.
-    """
-    flat = torch.cat(boxes)
-    images = torch.cat([b.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
-    rois = torch.cat([images, flat], dim=1)
-    levels = box_levels(flat, config, len(features))
-    pooled, order = [], []
-    for level, feature in enumerate(features):
-        index = torch.where(levels == level)[0]
-        if len(index) == 0:
-            continue
-        scale = feature.shape[-2] / image_size[0]
-        pooled.append(
-            roi_align(feature.float(), rois[index], size, scale, config.roi_sampling_ratio, aligned=config.roi_aligned)
-        )
-        order.append(index)
-    if not pooled:
-        return features[0].new_zeros(0, features[0].shape[1], size, size, dtype=torch.float32)
-    return torch.cat(pooled)[torch.cat(order).argsort()]
+from sievit.heads.pooling import pool_boxes
 
 
 @dataclass(frozen=True, slots=True)
