@@ -1,0 +1,148 @@
+"""Our ViT is timm's, block by block; positions follow the image and not the batch."""
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from sievit.config import ConfigError
+from sievit.convert import timm_vit
+from sievit.policies import KeepAllConfig, SViTConfig, build_policy
+from sievit.tokens import Tokens, Trace
+from sievit.vit import ViT, ViTConfig
+
+SIZES = {
+    "tiny": {"embed_dim": 192, "num_heads": 3, "depth": 12, "patch_size": 16, "img_size": 224},
+    "rectangle": {"embed_dim": 48, "num_heads": 4, "depth": 3, "patch_size": 8, "img_size": (40, 72)},
+    "no class token": {
+        "embed_dim": 48,
+        "num_heads": 2,
+        "depth": 2,
+        "patch_size": 16,
+        "img_size": 64,
+        "class_token": False,
+        "global_pool": "avg",
+    },
+    "no bias, wide": {
+        "embed_dim": 48,
+        "num_heads": 2,
+        "depth": 2,
+        "patch_size": 16,
+        "img_size": 64,
+        "qkv_bias": False,
+        "mlp_ratio": 3.0,
+    },
+}
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    return model.eval()
+
+
+def each_block(vit: ViT, images: Tensor) -> list[Tensor]:
+    dense = build_policy(KeepAllConfig(), embed_dim=vit.config.embed_dim, depth=vit.config.depth)
+    tokens = vit.embed(images)
+    trace = Trace.start(tokens)
+    found = []
+    for index in range(vit.config.depth):
+        tokens, trace = vit.run_blocks(tokens, dense, trace, start=index, stop=index + 1)
+        found.append(tokens.x)
+    return [*found, vit.norm(tokens.x)]
+
+
+@pytest.mark.parametrize("name", SIZES)
+@torch.inference_mode()
+def test_every_block_equals_timm(name: str) -> None:
+    oracle = randomised(VisionTransformer(num_classes=3, **SIZES[name]))
+    assert isinstance(oracle, VisionTransformer)
+    ours = timm_vit(oracle)
+    assert {k for k in oracle.state_dict() if not k.startswith(("head.", "fc_norm."))} == set(ours.state_dict())
+    images = torch.randn(2, 3, *oracle.patch_embed.img_size)
+    x = oracle.norm_pre(oracle.patch_drop(oracle._pos_embed(oracle.patch_embed(images))))
+    got = each_block(ours, images)
+    for block, own in zip(oracle.blocks, got, strict=False):
+        x = block(x)
+        torch.testing.assert_close(own, x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got[-1], oracle.norm(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(96, 64), (32, 160), (64, 64)])
+@torch.inference_mode()
+def test_positions_are_resized_as_timm_does(size: tuple[int, int]) -> None:
+    oracle = randomised(VisionTransformer(embed_dim=48, num_heads=2, depth=2, img_size=64, dynamic_img_size=True))
+    images = torch.randn(1, 3, *size)
+    torch.testing.assert_close(
+        each_block(timm_vit(oracle), images)[-1], oracle.forward_features(images), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_state_dict_loads_strictly() -> None:
+    oracle = randomised(VisionTransformer(embed_dim=48, num_heads=2, depth=2, img_size=64))
+    state = oracle.state_dict()
+    assert timm_vit(state, num_heads=2).config.depth == 2
+    with pytest.raises(ConfigError, match="num_heads"):
+        timm_vit(state)
+    with pytest.raises(ConfigError, match=r"blocks\.1\.norm1\.bias"):
+        timm_vit({k: v for k, v in state.items() if k != "blocks.1.norm1.bias"}, num_heads=2)
+    with pytest.raises(ConfigError, match=r"blocks\.0\.ls1\.gamma"):
+        timm_vit({**state, "blocks.0.ls1.gamma": torch.ones(48)}, num_heads=2)
+
+
+@pytest.mark.parametrize("change", [{"pre_norm": True}, {"no_embed_class": True}, {"act_layer": nn.ReLU}])
+def test_what_cannot_run_exactly_is_refused(change: dict) -> None:
+    with pytest.raises(ConfigError, match="not supported"):
+        timm_vit(VisionTransformer(embed_dim=48, num_heads=2, depth=1, img_size=64, **change))
+
+
+def test_images_that_are_not_whole_patches_are_an_error() -> None:
+    vit = ViT(ViTConfig(embed_dim=24, num_heads=2, depth=1))
+    with pytest.raises(ValueError, match="50x64"):
+        vit.embed(torch.zeros(1, 3, 50, 64))
+    with pytest.raises(ValueError, match="does not fit"):
+        vit.embed(torch.zeros(1, 3, 64, 64), [(80, 64)])
+
+
+def test_stochastic_depth_drops_whole_images_and_keeps_the_mean() -> None:
+    vit = ViT(ViTConfig(grid=(4, 4), embed_dim=24, num_heads=2, depth=2, drop_path_rate=0.5)).train()
+    dense = build_policy(KeepAllConfig(), embed_dim=24, depth=2)
+    images = torch.randn(1, 3, 64, 64).expand(64, -1, -1, -1)
+    out = vit(images, dense)[0].x
+    kinds = {tuple(row.flatten()[:4].mul(1e4).round().tolist()) for row in out}
+    assert 2 <= len(kinds) <= 4, "each of the last block's two branches is there or not, for a whole image"
+
+
+class _Half(nn.Module):
+    """Keeps the given tokens in every block."""
+
+    def __init__(self, keep: Tensor) -> None:
+        super().__init__()
+        self.keep = keep
+
+    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
+        return tokens.select(self.keep), {}
+
+
+def test_packed_gradients_equal_masked_ones() -> None:
+    torch.manual_seed(3)
+    vit = ViT(ViTConfig(grid=(4, 4), embed_dim=24, num_heads=2, depth=3))
+    images = torch.randn(2, 3, 64, 64)
+    keep = torch.rand(2, 16) > 0.4
+    gradients = []
+    for mode in ("packed", "masked", "padded"):
+        vit.zero_grad()
+        vit(images, _Half(keep), mode=mode)[0].x.square().sum().backward()  # ty: ignore[invalid-argument-type]
+        gradients.append([p.grad.clone() for p in vit.parameters() if p.grad is not None])
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_svit_refuses_what_makes_no_sense() -> None:
+    with pytest.raises(ConfigError, match="reactivate=False"):
+        build_policy(SViTConfig(preserve=False), embed_dim=24, depth=12)
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        build_policy(SViTConfig(targets=(1.2,)), embed_dim=24, depth=12)
+    with pytest.raises(ConfigError, match="blocks 0 to 11"):
+        build_policy(SViTConfig(first_block=12), embed_dim=24, depth=12)
