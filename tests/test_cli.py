@@ -1,0 +1,109 @@
+"""The command line: help, names and mistakes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sievit import cli
+
+
+def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in cli.COMMANDS)
+
+
+def test_no_command_is_a_mistake(capsys: pytest.CaptureFixture[str]):
+    assert cli.main([]) == 2
+    assert "usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["trian"], ["unknown command 'trian'", "did you mean 'train'?"]),
+        (["data", "scene"], ["unknown command 'data scene'", "did you mean 'data scenes'?"]),
+        (["train"], ["needs the name of a recipe"]),
+        (["train", "nuclei_svti"], ["nuclei_svti", "did you mean 'nuclei_svit'?"]),
+        (["recipes", "scene_vit"], ["scene_vit", "did you mean 'scenes_vit'?"]),
+        (["predict", "nowhere.safetensors", ".", "--out", "x"], ["nowhere.safetensors", "no such file"]),
+    ],
+)
+def test_mistakes_name_the_way_out(args: list[str], words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert cli.main(args) == 2
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert written.err.startswith("error: ")
+    assert all(word in written.err for word in words)
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (["predict", "a", "b", "--out", "x", "--polciy", "svit"], "--policy"),
+        (["train", "nuclei_vit", "--train.epoch", "3"], "--train.epochs"),
+        (["train", "nuclei_vit", "--train.epochs", "many"], "--train.epochs"),
+        (["eval"], "--annotations"),
+    ],
+)
+def test_wrong_options_name_the_nearest(args: list[str], word: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as left:
+        cli.main(args)
+    assert left.value.code == 2
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert word in written.err
+
+
+@pytest.mark.parametrize("name", [*cli.COMMANDS, "train nuclei_svit"])
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]):
+    try:
+        status = cli.main([*name.split(), "--help"])
+    except SystemExit as left:
+        status = left.code
+    assert not status
+    assert f"usage: sievit {name}" in capsys.readouterr().out
+
+
+def test_groups_have_help(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["data", "--help"]) == 0
+    assert "data scenes" in capsys.readouterr().out
+    assert cli.main(["data"]) == 2
+
+
+def test_recipes_and_policies_are_listed(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["recipes"]) == 0
+    assert cli.main(["policies"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("coco_svit_adapter_s", "nuclei_vit", "keep_all", "svit"))
+
+
+def test_a_recipe_is_printed_as_json(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["recipes", "scenes_svit"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["policy"]["kind"] == "svit"
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 1)])
+def test_the_machine_s_trouble_has_a_status(
+    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fail(args: list[str]) -> int:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "policies", cli.Command("", "", fail))
+    assert cli.main(["policies"]) == status
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_scenes_are_written_and_not_overwritten(tmp_path, capsys: pytest.CaptureFixture[str]):
+    args = ["data", "scenes", "--out", str(tmp_path / "scenes"), "--num-images", "2", "--size", "64", "96"]
+    assert cli.main(args) == 0
+    assert len(list((tmp_path / "scenes" / "images").iterdir())) == 2
+    capsys.readouterr()
+
+
+def test_module_and_version():
+    done = subprocess.run([sys.executable, "-m", "sievit", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("sievit ")

@@ -1,0 +1,122 @@
+"""Predicting on a person's own images, and the demonstration."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+from sievit import cli
+from sievit.heads.config import MaskRCNNConfig
+from sievit.model import InputConfig, ModelConfig, build, save
+from sievit.necks.pyramid import PyramidConfig
+from sievit.policies import SViTConfig
+from sievit.vit import ViTConfig
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny sparse model with random weights that finds a few boxes in anything."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vit=ViTConfig(grid=(4, 4), embed_dim=24, depth=4, num_heads=2),
+        neck=PyramidConfig(out_channels=16),
+        policy=SViTConfig(first_block=1),
+        head=MaskRCNNConfig(
+            num_classes=2,
+            fpn_channels=16,
+            box_fc=32,
+            mask_convs=(16,),
+            mask_deconv=16,
+            rpn_pre_nms_test=20,
+            rpn_post_nms_test=10,
+            box_min_score=0.0,
+            box_max_detections=5,
+        ),
+        input=InputConfig(min_size=64, max_size=128),
+        classes=("disc", "box"),
+        category_ids=(3, 7),
+    )
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    save(build(config), path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three images of three kinds; two of them differ only in their ending."""
+    images = tmp_path / "images"
+    images.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(images / "a.png")
+    Image.fromarray(noise).save(images / "a.jpg")
+    Image.fromarray(noise[:50, :40, 0]).save(images / "b.png")
+    return images
+
+
+def test_predict_writes_results_that_pycocotools_loads(checkpoint: Path, folder: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    assert cli.main(["predict", str(checkpoint), str(folder), "--out", str(out), "--score-threshold", "0.1"]) == 0
+    truth = COCO(out / "images.json")
+    loaded = truth.loadRes(str(out / "results.json"))
+    assert [truth.imgs[i]["file_name"] for i in (1, 2, 3)] == ["a.jpg", "a.png", "b.png"]
+    entries = json.loads((out / "results.json").read_text())
+    assert {entry["category_id"] for entry in entries} <= {3, 7}
+    for annotation in loaded.loadAnns(loaded.getAnnIds(imgIds=[3])):
+        assert loaded.annToMask(annotation).shape == (50, 40)
+        x, y, width, height = annotation["bbox"]
+        assert 0 <= x <= x + width <= 40.01
+        assert 0 <= y <= y + height <= 50.01
+    pictures = {path.name for path in out.glob("*.png")}
+    assert pictures == {"a.jpg.png", "a.png.png", "b.png"}
+    assert all(Image.open(out / name).width > 1000 for name in pictures)
+
+
+def test_predict_does_the_rest_when_an_image_is_broken(
+    checkpoint: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    whole = (folder / "b.png").read_bytes()
+    (folder / "a.png").write_bytes(whole[: len(whole) // 2])
+    out = tmp_path / "out"
+    assert cli.main(["predict", str(checkpoint), str(folder), "--out", str(out)]) == 1
+    written = capsys.readouterr().err
+    assert "a.png" in written
+    assert "1 of 3 images" in written
+    listed = json.loads((out / "images.json").read_text())["images"]
+    assert [(image["id"], image["file_name"]) for image in listed] == [(1, "a.jpg"), (3, "b.png")]
+
+
+def test_predict_takes_one_image_and_another_policy(checkpoint: Path, folder: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    args = ["predict", str(checkpoint), str(folder / "b.png"), "--out", str(out), "--policy", "keep_all"]
+    assert cli.main(args) == 0
+    assert {path.name for path in out.iterdir()} == {"b.png", "images.json", "results.json"}
+
+
+def test_predict_uses_the_ids_of_a_coco_file(checkpoint: Path, folder: Path, tmp_path: Path):
+    names = {"a.jpg": 42, "a.png": 7, "b.png": 9, "elsewhere.png": 1}
+    listing = {"images": [{"id": i, "file_name": name} for name, i in names.items()]}
+    (tmp_path / "ids.json").write_text(json.dumps(listing))
+    out = tmp_path / "out"
+    args = ["predict", str(checkpoint), str(folder), "--out", str(out), "--ids", str(tmp_path / "ids.json")]
+    assert cli.main(args) == 0
+    assert {entry["image_id"] for entry in json.loads((out / "results.json").read_text())} <= {42, 7, 9}
+
+
+@pytest.mark.parametrize("name", ["nothing", "b.txt"])
+def test_predict_leaves_nothing_behind_when_no_image_is_there(checkpoint: Path, tmp_path: Path, name: str):
+    (tmp_path / "b.txt").write_text("no image")
+    out = tmp_path / "out"
+    assert cli.main(["predict", str(checkpoint), str(tmp_path / name), "--out", str(out)]) != 0
+    assert not (out / "results.json").exists()
+
+
+def test_unknown_device_and_policy(checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str]):
+    start = ["predict", str(checkpoint), str(folder), "--out", str(folder / "out")]
+    assert cli.main([*start, "--policy", "keep_al"]) == 2
+    assert "did you mean 'keep_all'?" in capsys.readouterr().err
+    assert cli.main([*start, "--device", "cuba"]) == 2
+    assert "cuba" in capsys.readouterr().err

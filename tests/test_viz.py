@@ -1,0 +1,105 @@
+"""Pictures: what is drawn where."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sievit import viz
+from sievit.tokens import Trace
+
+
+def detections(*, count: int = 1, score: float = 0.9, size: tuple[int, int] = (40, 60)) -> dict[str, Tensor]:
+    """`count` objects on the pixels 10..30 x 10..20 of an image of `size`."""
+    masks = torch.zeros(count, 1, *size, dtype=torch.bool)
+    masks[:, :, 10:20, 10:30] = True
+    return {
+        "boxes": torch.tensor([[10.0, 10.0, 30.0, 20.0]]).repeat(count, 1),
+        "labels": torch.ones(count, dtype=torch.long),
+        "scores": torch.full((count,), score),
+        "masks": masks,
+    }
+
+
+def trace_of(keep: Tensor, grid: tuple[int, int]) -> Trace:
+    """A trace of one image in which every block of `keep` (depth, n) took that."""
+    return Trace(grid=grid, num_prefix=0, valid=torch.ones_like(keep[:1]), keep=tuple(block[None] for block in keep))
+
+
+def changed(picture: np.ndarray, plain: np.ndarray) -> np.ndarray:
+    return (picture != plain).any(2)
+
+
+def test_objects_are_drawn_where_they_are_and_nowhere_else():
+    image = torch.full((3, 40, 60), 0.5)
+    drawn = np.asarray(viz.predictions(image, detections(), ["thing"], box=(600, 400)))
+    assert drawn.shape == (400, 600, 3)
+    touched = changed(drawn, np.full_like(drawn, 128))
+    assert touched[105:195, 105:295].all()  # mask and box
+    assert not touched[210:].any()
+    assert not touched[:, 310:].any()
+    assert not touched[:80].any()  # the label stands right above the box
+
+
+def test_low_scores_are_left_out():
+    image = torch.full((3, 40, 60), 0.5)
+    drawn = np.asarray(viz.predictions(image, detections(score=0.3), ["thing"], box=(60, 40)))
+    assert (drawn == 128).all()
+
+
+def test_mask_layouts_are_equal_and_masks_are_optional():
+    image = torch.rand(3, 40, 60)
+    found = detections()
+    flat = {**found, "masks": found["masks"][:, 0]}
+    boxes_only = {name: value for name, value in found.items() if name != "masks"}
+    four, three, none = (np.asarray(viz.predictions(image, d, ["a", "b"])) for d in (found, flat, boxes_only))
+    assert (four == three).all()
+    assert (four != none).any()
+
+
+@pytest.mark.parametrize("count", [0, 3, 60])
+def test_any_number_of_objects_and_boxes_at_the_border(count: int):
+    image = torch.rand(3, 40, 60)
+    found = detections(count=count)
+    found["boxes"] += torch.tensor([-15.0, -12.0, 45.0, 30.0])  # beyond every side
+    assert viz.predictions(image, found, ["thing"]).size == (960, 640)
+
+
+def test_skipped_tokens_are_faded_at_their_place_and_padding_is_cut_off():
+    # The network saw the 40 x 60 image as 80 x 120 inside a padded 96 x 128 input: 6 x 8 tokens of 16 pixels.
+    image, grid, size, image_size = torch.ones(3, 40, 60), (6, 8), (80, 120), (96, 128)
+    keep = torch.ones(6, 8, dtype=torch.bool)
+    keep[:, :2] = False  # 32 of the 120 pixels that the image has there
+    drawn = np.asarray(
+        viz.keep_maps(image, trace_of(keep.flatten()[None], grid), 0, size=size, image_size=image_size, width=600)
+    )
+    panel = drawn[22 : 22 + 400]
+    assert (panel[:, 161:600] == 255).all()
+    assert (panel[:, :159] < 200).all()
+
+
+def test_heat_map_counts_blocks():
+    grid, keep = (1, 2), torch.tensor([[True, True], [True, False], [True, False], [True, False]])
+    picture = viz.heat_map(
+        torch.ones(3, 16, 32), trace_of(keep, grid), 0, size=(16, 32), image_size=(16, 32), box=(320, 160)
+    )
+    pixels = np.asarray(picture).astype(int)
+    assert (pixels[:, :160] == pixels[0, 0]).all()
+    assert (pixels[:, 160:] == pixels[0, -1]).all()
+    assert pixels[0, 0].sum() > pixels[0, -1].sum()
+
+
+@pytest.mark.parametrize("views", [0, 1, 2])
+def test_figure_takes_any_number_of_views_and_blocks(views: int):
+    image, keep = torch.rand(3, 40, 60), torch.rand(5, 48) < 0.5
+    answers = [viz.View(f"model {i}", "a note", detections()) for i in range(views)]
+    picture = viz.figure(
+        image, answers, ["thing"], trace_of(keep, (6, 8)), 0, size=(80, 120), image_size=(96, 128), title="one"
+    )
+    assert picture.width == 1640
+    assert np.asarray(picture).std() > 0
+
+
+def test_pictures_take_pil_and_grey_images():
+    grey = viz.to_pil(torch.rand(3, 40, 60)).convert("L")
+    assert viz.predictions(grey, detections(), ["thing"]).mode == "RGB"
