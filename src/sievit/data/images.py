@@ -15,6 +15,22 @@ _ORIENTATION = 0x0112  # EXIF tag
 _TURNED = (5, 6, 7, 8)  # values of it that exchange width and height
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error, Image.DecompressionBombError)
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm")
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The image files in a folder and those below it, sorted.
+
+    Raises:
+        ConfigError: there is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != ".")
+    if not paths:
+        raise ConfigError(f"{folder}: holds no images (looked for {', '.join(SUFFIXES)})")
+    return paths
+
 
 def read_image(path: Path, *, size: tuple[int, int] | None = None) -> Image.Image:
     """Read an image file as RGB, upright.

@@ -1,0 +1,150 @@
+"""Average precision as COCO defines it; `faster-coco-eval` does the work, pycocotools is the reference in the tests."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from faster_coco_eval import COCO, COCOeval_faster
+from torch import Tensor
+
+from sievit.config import ConfigError
+from sievit.data.annotations import Annotations, load_annotations
+from sievit.data.masks import encode, tight_patch
+from sievit.distributed import world_size
+
+FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+
+
+class CocoMetric:
+    """Collects the detections of a data set, image by image, and computes COCO's average precisions.
+
+    Judged are the images that `update` was called for, in all processes together; an image that several processes had
+    counts once. Crowd regions are handled as COCO does.
+    """
+
+    def __init__(
+        self,
+        annotations: Annotations | Path | dict[str, Any],
+        *,
+        with_masks: bool = True,
+        max_detections: int = 100,
+    ) -> None:
+        """
+        Args:
+            annotations: the truth: `CocoDetection.annotations`, or a COCO instances file or its content.
+            with_masks: whether mask figures are wanted besides those of the boxes.
+            max_detections: the best so many of an image and class are judged. COCO's is 100.
+        """
+        self.annotations = annotations if isinstance(annotations, Annotations) else load_annotations(annotations)
+        self.with_masks, self.max_detections = with_masks, max_detections
+        self._known = {image["id"] for image in self.annotations.images}
+        self._results: dict[int, list[dict[str, Any]]] = {}
+
+    def update(self, image_id: int, detection: Mapping[str, Any]) -> None:
+        """Add what was found in one image, in pixels of the original; see `coco_results` for the detection.
+
+        Raises:
+            ConfigError: the annotations do not list the image.
+        """
+        if int(image_id) not in self._known:
+            raise ConfigError(
+                f"{self.annotations.source}: lists no image with the id {image_id}; judge with the annotations of the "
+                "images that were looked at"
+            )
+        self._results[int(image_id)] = coco_results(detection, image_id, self.annotations.category_ids)
+
+    def reset(self) -> None:
+        self._results = {}
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """All detections of this process, in COCO's results format."""
+        return [result for image_id in sorted(self._results) for result in self._results[image_id]]
+
+    def gather(self) -> None:
+        """Give every process the detections of all of them; nothing to do without a process group."""
+        if world_size() > 1:
+            parts: list[dict[int, list[dict[str, Any]]]] = [{} for _ in range(world_size())]
+            dist.all_gather_object(parts, self._results)
+            for part in parts:
+                self._results = {**part, **self._results}
+
+    def compute(self) -> dict[str, float]:
+        """box_ap, box_ap50, box_ap75, box_ap_small, box_ap_medium, box_ap_large, and mask_* if there are masks; 0..1,
+        or -1 where there is no object to find. Gathers first: with several processes all of them have to call it."""
+        self.gather()
+        figures = self._average_precision("bbox", "box_")
+        return {**figures, **self._average_precision("segm", "mask_")} if self.with_masks else figures
+
+    def _average_precision(self, kind: Literal["bbox", "segm"], prefix: str) -> dict[str, float]:
+        names = [prefix + name for name in FIGURES]
+        if not self._results:
+            return dict.fromkeys(names, -1.0)
+        results = copy.deepcopy(self.results)
+        if kind == "segm":
+            for result in results:
+                del result["bbox"]  # or the box's area would stand in for the mask's
+        truth = COCO(self._judged())
+        evaluation = COCOeval_faster(truth, truth.loadRes(results), kind, print_function=_silent)
+        evaluation.params.maxDets = [1, 10, self.max_detections]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        precision = np.asarray(evaluation.eval["precision"])[..., -1]  # (thresholds, recalls, classes, areas)
+        parts = (precision[..., 0], precision[0, ..., 0], precision[5, ..., 0], *np.moveaxis(precision, 3, 0)[1:])
+        return {name: _mean(part) for name, part in zip(names, parts, strict=True)}
+
+    def _judged(self) -> dict[str, Any]:
+        content = self.annotations.as_coco
+        content["images"] = [image for image in content["images"] if image["id"] in self._results]
+        content["annotations"] = [dict(a) for a in content["annotations"] if a["image_id"] in self._results]
+        return content
+
+
+def coco_results(detection: Mapping[str, Any], image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """One image's detections as entries of a COCO results file.
+
+    Args:
+        detection: torchvision's: boxes (k, 4) xyxy pixels, labels (k,) from 1, scores (k,), and optionally masks:
+            (k, h, w) or (k, 1, h, w) at the size of the image, bool or probabilities (over 0.5 is the object), or
+            a list of compressed RLE.
+        image_id: COCO's.
+        category_ids: COCO's id of label 1, 2, ...
+
+    Returns:
+        image_id, category_id, bbox (xywh), score, and segmentation (compressed RLE) of each, ready for JSON.
+    """
+    boxes = torch.as_tensor(detection["boxes"]).detach().double().cpu().reshape(-1, 4)
+    boxes[:, 2:] -= boxes[:, :2]
+    labels = torch.as_tensor(detection["labels"]).tolist()
+    scores = torch.as_tensor(detection["scores"]).double().tolist()
+    entries: list[dict[str, Any]] = [
+        {"image_id": int(image_id), "category_id": category_ids[label - 1], "bbox": box, "score": score}
+        for box, label, score in zip(boxes.tolist(), labels, scores, strict=True)
+    ]
+    masks = detection.get("masks")
+    if masks is not None:
+        rles = encode_masks(masks) if isinstance(masks, Tensor) else masks
+        for entry, rle in zip(entries, rles, strict=True):
+            entry["segmentation"] = rle
+    return entries
+
+
+def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
+    """Masks (k, h, w) or (k, 1, h, w), bool or probabilities (over 0.5 is the object), as compressed RLE."""
+    height, width = masks.shape[-2:]
+    dense = masks.detach().reshape(-1, height, width)
+    dense = (dense > 0.5 if dense.is_floating_point() else dense != 0).cpu().numpy()
+    return [encode(tight_patch(mask), (height, width)) for mask in dense]
+
+
+def _mean(precision: np.ndarray) -> float:
+    known = precision[precision > -1]
+    return float(known.mean()) if known.size else -1.0
+
+
+def _silent(*_: object) -> None:
+    """faster-coco-eval reports every step; nobody asked."""
