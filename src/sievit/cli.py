@@ -93,7 +93,9 @@ def _train(args: list[str]) -> int:
 
     if not args or args[0].startswith("-"):
         if args and args[0] in ("-h", "--help"):
-            print(f"usage: sievit train RECIPE [OPTIONS]\n\n{_recipe_list()}\n\nsievit train RECIPE --help lists options.")
+            print(
+                f"usage: sievit train RECIPE [OPTIONS]\n\n{_recipe_list()}\n\nsievit train RECIPE --help lists options"
+            )
             return 0
         raise ConfigError(f"sievit train needs the name of a recipe first{nearest('', recipes())}")
     name = args[0]
@@ -134,9 +136,7 @@ def _eval(args: list[str]) -> int:
         from sievit.report import evaluate
 
         _print_json(
-            evaluate(
-                model, images, annotations, policy=policy, batch_size=batch_size, limit=limit, device=device
-            )
+            evaluate(model, images, annotations, policy=policy, batch_size=batch_size, limit=limit, device=device)
         )
         return 0
 
@@ -172,9 +172,7 @@ def _predict(args: list[str]) -> int:
         """
         from sievit.report import predict
 
-        return predict(
-            model, images, out, policy=policy, score_threshold=score_threshold, ids=ids, device=device
-        )
+        return predict(model, images, out, policy=policy, score_threshold=score_threshold, ids=ids, device=device)
 
     return _parse(run, args, "predict")
 
@@ -201,9 +199,7 @@ def _demo(args: list[str]) -> int:
         """
         from sievit.report import demo
 
-        _print_json(
-            demo(out, num_images=num_images, pictures=pictures, seed=seed, data_root=data_root, device=device)
-        )
+        _print_json(demo(out, num_images=num_images, pictures=pictures, seed=seed, data_root=data_root, device=device))
         return 0
 
     return _parse(run, args, "demo")

@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -16,9 +15,9 @@ from torch import Tensor
 from sievit import viz
 from sievit.config import ConfigError
 from sievit.data.images import list_images, read_image, to_tensor
-from sievit.data.masks import encode, tight_patch
 from sievit.files import atomic_write
 from sievit.flops import detector_gflops
+from sievit.metrics import coco_results
 from sievit.model import Detector, Output, load
 
 
@@ -53,22 +52,6 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     atomic_write(path, buffer.getvalue())
 
 
-def coco_results(detection: dict[str, Tensor], image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """One image's detections as entries of a COCO results file: boxes x, y, width, height; masks compressed RLE."""
-    boxes = detection["boxes"].cpu().double()
-    boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
-    labels, scores = detection["labels"].tolist(), detection["scores"].cpu().double().tolist()
-    entries: list[dict[str, Any]] = [
-        {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
-        for box, label, score in zip(boxes, labels, scores, strict=True)
-    ]
-    if "masks" in detection:
-        masks = detection["masks"].flatten(0, 1).cpu().numpy()
-        for entry, mask in zip(entries, masks, strict=True):
-            entry["segmentation"] = encode(tight_patch(mask), mask.shape)
-    return entries
-
-
 @torch.inference_mode()
 def predict(
     model_path: Path,
@@ -82,8 +65,8 @@ def predict(
 ) -> int:
     """Detect objects in an image or a folder of images.
 
-    Writes to `out`: results.json (COCO results), images.json (the images and categories that it speaks of, itself a COCO
-    file), and a picture per image. Image ids are those of `ids`, a COCO file, or else 1, 2, ... in the order of the names.
+    Writes to `out`: results.json (COCO results), images.json (the images and categories that it speaks of, itself a
+    COCO file), and a picture per image. Image ids are those of `ids`, a COCO file, or else 1, 2, ... by name.
 
     Returns:
         The exit status: 1 when an image could not be read (the others are done all the same), else 0.
@@ -106,9 +89,7 @@ def predict(
                 continue
             output, milliseconds = _timed(model, to_tensor(image))
             results += coco_results(output.detections[0], image_ids[name], model.config.category_ids)
-            described.append(
-                {"id": image_ids[name], "file_name": name, "width": image.width, "height": image.height}
-            )
+            described.append({"id": image_ids[name], "file_name": name, "width": image.width, "height": image.height})
             figure = _overlay(image, name, model, output, milliseconds, score_threshold)
             save_picture(figure, out / pictures[name])
     if described:
@@ -137,12 +118,14 @@ def _ids(names: Sequence[str], annotations: Path | None) -> dict[str, int]:
         raise ConfigError(f"{annotations}: not a COCO file with a list of images ({error!r})") from error
     missing = [name for name in names if name not in known]
     if missing:
-        raise ConfigError(f"{annotations}: has no id for {missing[0]} (nor for {len(missing) - 1} more); leave out --ids")
+        raise ConfigError(
+            f"{annotations}: has no id for {missing[0]} (nor for {len(missing) - 1} more); leave out --ids"
+        )
     return known
 
 
 def _picture_names(names: Sequence[str]) -> dict[str, str]:
-    """Where each image's picture goes: the same name as PNG, or with .png behind it where two would be called the same."""
+    """Where each image's picture goes: its name as PNG, or with .png behind it where two would be called the same."""
     plain = [str(Path(name).with_suffix(".png")) for name in names]
     return {name: short if plain.count(short) == 1 else f"{name}.png" for name, short in zip(names, plain, strict=True)}
 

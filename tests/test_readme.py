@@ -1,0 +1,56 @@
+"""The README is a test: its Python runs, and its commands are commands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from sievit import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+WEIGHTS = ROOT / "src" / "sievit" / "weights"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("sievit ")]
+
+
+@pytest.mark.skipif(not WEIGHTS.is_dir(), reason="no weights are shipped yet")
+def test_the_python_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "src").symlink_to(ROOT / "src")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["data", "scenes", "--out", "scenes", "--num-images", "1"]) == 0
+    (block,) = blocks("python")
+    exec(compile(block, "README.md", "exec"), {})
+    assert "torch.Size" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args", commands(), ids=" ".join)
+def test_the_options_of_the_readme_exist(args: list[str], capsys: pytest.CaptureFixture[str]):
+    name = next(name for name in cli.COMMANDS if args[: len(name.split())] == name.split())
+    recipe = args[1:2] if name == "train" else []
+    with pytest.raises(SystemExit) as left:
+        cli.main([*name.split(), *recipe, "--help"])
+    assert not left.value.code
+    text = capsys.readouterr().out
+    assert all(option in text for option in args if option.startswith("--"))
+
+
+def test_make_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"^make ([a-z-]+)$|`make ([a-z-]+)`", README, flags=re.MULTILINE)):
+        assert re.search(rf"^{''.join(target)}:", makefile, flags=re.MULTILINE), target
+
+
+def test_files_of_the_readme_exist():
+    for name in re.findall(r"`((?:src|docs|scripts)/[\w./]+)`", README):
+        assert (ROOT / name).exists(), name
