@@ -1,9 +1,9 @@
 """The things in generated scenes, drawn as functions of coordinates: a silhouette and a pattern for each.
 
 Coordinates are those of the thing: (u, v) arrays of one shape, u pointing forward, the body within about one unit of
-the origin. A silhouette is a distance in those units, negative inside. A pattern is a pair: how much of the second colour
-(0..1) and a factor on the brightness. Two of the classes share their silhouette and differ in their pattern alone, and
-clutter borrows silhouettes without the pattern.
+the origin. A silhouette is a distance in those units, negative inside. A pattern is a pair: how much of the second
+colour (0..1) and a factor on the brightness. Two of the classes share their silhouette and differ in their pattern
+alone, and clutter borrows silhouettes without the pattern.
 """
 
 from collections.abc import Callable
