@@ -4,7 +4,6 @@ Letters: b images, (h, w) an image's pixels, d detections, g objects. Boxes are 
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from sievit.config import ConfigError, from_json, kind_of, to_json
+from sievit.data.images import read_image, to_rgb, to_tensor
+from sievit.files import write_atomically
 from sievit.heads.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from sievit.heads.masks import paste_masks
 from sievit.necks import NeckConfig
@@ -221,11 +223,9 @@ def as_tensor(image: Any) -> Tensor:
         ConfigError: another type or shape, or a file that cannot be read.
     """
     if isinstance(image, str | Path):
-        from sievit.data.images import read_image
-
         image = read_image(Path(image))
-    if hasattr(image, "convert"):
-        image = np.array(image.convert("RGB"))
+    if isinstance(image, Image):
+        image = to_tensor(to_rgb(image))
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
             raise ConfigError(f"an image array must be uint8, not {image.dtype}; floats in 0..1 go in as tensors")
@@ -263,19 +263,6 @@ def save(model: Detector, path: Path | str, *, half: bool = False) -> None:
         tensors[name] = tensor
     metadata = {"format": FORMAT, "config": json.dumps(to_json(model.config))}
     write_atomically(Path(path), to_bytes(tensors, metadata))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` into the file `path`; whatever happens on the way, the file holds all of the old or all of the new."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load(path: Path | str, *, policy: str | PolicyConfig | None = None, device: str | torch.device = "cpu") -> Detector:
