@@ -36,7 +36,7 @@ LEVELS = {
     "sievit.report": 6,
     "sievit.recipes": 6,
     "sievit.cli": 7,
-    "sievit.__main__": 7,
+    "sievit.__main__": 8,
 }
 
 

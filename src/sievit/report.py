@@ -15,7 +15,7 @@ from torch import Tensor
 from sievit import viz
 from sievit.config import ConfigError
 from sievit.data.images import list_images, read_image, to_tensor
-from sievit.files import atomic_write
+from sievit.files import write_atomically
 from sievit.flops import detector_gflops
 from sievit.metrics import coco_results
 from sievit.model import Detector, Output, load
@@ -49,7 +49,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     buffer = BytesIO()
     picture.save(buffer, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
 @torch.inference_mode()
@@ -73,7 +73,11 @@ def predict(
     """
     model = load(model_path, policy=policy, device=pick_device(device))
     root = images if images.is_dir() else images.parent
-    paths = list_images(images) if images.is_dir() else [images]
+    paths = (
+        [p for p in list_images(images) if not p.resolve().is_relative_to(out.resolve())]
+        if images.is_dir()
+        else [images]
+    )
     names = [path.relative_to(root).as_posix() for path in paths]
     image_ids = _ids(names, ids)
     pictures = _picture_names(names)
@@ -97,8 +101,8 @@ def predict(
             {"id": i, "name": name} for i, name in zip(model.config.category_ids, model.config.classes, strict=True)
         ]
         listing = {"images": described, "categories": categories, "annotations": []}
-        atomic_write(out / "images.json", json.dumps(listing).encode())
-        atomic_write(out / "results.json", json.dumps(results).encode())
+        write_atomically(out / "images.json", json.dumps(listing).encode())
+        write_atomically(out / "results.json", json.dumps(results).encode())
         console.print(f"{len(described)} images, {len(results)} detections: {out / 'results.json'}", soft_wrap=True)
     for failure in failures:
         console.print(f"error: {failure}", soft_wrap=True, markup=False, highlight=False)

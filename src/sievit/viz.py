@@ -23,7 +23,7 @@ Colour = tuple[int, int, int]
 INK: Colour = (38, 42, 51)
 FAINT: Colour = (128, 134, 145)
 PAPER: Colour = (255, 255, 255)
-SKIPPED: Colour = (70, 84, 116)
+VEILS: tuple[Colour, Colour] = ((236, 239, 244), (46, 56, 80))  # over skipped tokens of dark pictures, of light ones
 PALETTE: tuple[Colour, ...] = (
     (255, 99, 72), (46, 196, 182), (255, 200, 40), (96, 125, 255), (240, 98, 190), (124, 207, 70),
     (255, 146, 43), (72, 178, 255), (178, 120, 255), (0, 168, 120), (255, 130, 150), (190, 200, 40),
@@ -230,11 +230,11 @@ def _on_pixels(
 
 
 def _faded(panel: Image.Image, computed: np.ndarray) -> Image.Image:
-    """The panel, with the pixels of skipped tokens faded to a slate that neither black nor white content has."""
+    """The panel, with the pixels of skipped tokens faded: to light in a dark picture, to dark in a light one."""
     pixels = np.asarray(panel, dtype=float)
     grey = pixels.mean(2, keepdims=True)
-    pixels = np.where(computed[..., None], pixels, 0.2 * grey + 0.8 * np.array(SKIPPED))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    veil = np.array(VEILS[int(grey.mean() > 127)])
+    return Image.fromarray(np.where(computed[..., None], pixels, 0.2 * grey + 0.8 * veil).clip(0, 255).astype(np.uint8))
 
 
 def _heat(share: np.ndarray) -> np.ndarray:
