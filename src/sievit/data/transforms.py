@@ -105,7 +105,8 @@ class View:
         boxes = boxes - boxes.new_tensor([x, y, x, y])
         boxes[:, 0::2].clamp_(0, w)
         boxes[:, 1::2].clamp_(0, h)
-        x0, y0, x1, y1 = (boxes * boxes.new_tensor([width / w, height / h, width / w, height / h])).unbind(1)
+        x0, x1 = (boxes[:, 0::2] * (width / w)).clamp_(max=width).unbind(1)  # rounding may exceed the edge
+        y0, y1 = (boxes[:, 1::2] * (height / h)).clamp_(max=height).unbind(1)
         if self.flip:
             x0, x1 = width - x1, width - x0
         if self.vertical_flip:
