@@ -1,0 +1,361 @@
+"""Mask R-CNN: parity with torchvision's and mmdet's, and the cases in which there is nothing to find."""
+
+import subprocess
+import sys
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from torchvision.models.detection import roi_heads as tv_roi_heads
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import AnchorGenerator, RegionProposalNetwork, RPNHead
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+
+from sievit.config import ConfigError, from_json, to_json
+from sievit.convert.mmdet_heads import mmdet_heads
+from sievit.heads import MaskRCNN, MaskRCNNConfig, torchvision_config
+from sievit.heads import boxes as box_ops
+from sievit.heads.masks import crop_masks, paste_masks
+from sievit.heads.pooling import box_levels, pool_by_bags, pool_by_kernel
+
+IMAGE_SIZE = (96, 128)
+SIZES = [(90, 128), (96, 100)]
+SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+SMALL: dict[str, Any] = {"fpn_channels": 16, "box_fc": 32, "mask_convs": (16, 16), "mask_deconv": 16}
+
+
+def random_features(*, channels: int = 8, num_images: int = 2) -> dict[str, Tensor]:
+    height, width = IMAGE_SIZE
+    return {
+        str(i): torch.randn(num_images, channels, height // s, width // s, requires_grad=True)
+        for i, s in enumerate((4, 8, 16, 32))
+    }
+
+
+def random_targets(*, num_objects: tuple[int, ...] = (3, 2), num_classes: int = 3) -> list[dict[str, Tensor]]:
+    targets = []
+    for count, (height, width) in zip(num_objects, SIZES, strict=True):
+        corners = torch.rand(count, 2) * torch.tensor([width - 40.0, height - 40.0])
+        boxes = torch.cat([corners, corners + 8 + torch.rand(count, 2) * 30], dim=1)
+        masks = (torch.rand(count, height, width) > 0.3).to(torch.uint8)
+        labels = torch.randint(1, num_classes + 1, (count,))
+        targets.append({"boxes": boxes, "labels": labels, "masks": masks})
+    return targets
+
+
+def small_head(**changes: Any) -> MaskRCNN:
+    config = replace(MaskRCNNConfig(num_classes=3, **SMALL), **changes)
+    return MaskRCNN(config, in_channels=8)
+
+
+class StockMaskRCNN(torch.nn.Module):
+    """torchvision's own FPN, RPN and RoIHeads, wired as `torchvision.models.detection.MaskRCNN` does."""
+
+    def __init__(self, head: MaskRCNN) -> None:
+        super().__init__()
+        config, channels = head.config, head.config.fpn_channels
+        names = ["0", "1", "2", "3"]
+        self.fpn = head.fpn
+        anchors = AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
+        limits = {"training": 2000, "testing": 1000}
+        self.rpn = RegionProposalNetwork(anchors, RPNHead(channels, 3), 0.7, 0.3, 256, 0.5, limits, limits, 0.7)
+        self.roi_heads = tv_roi_heads.RoIHeads(
+            MultiScaleRoIAlign(names, 7, 2),
+            TwoMLPHead(channels * 49, config.box_fc),
+            FastRCNNPredictor(config.box_fc, config.num_classes + 1),
+            *(0.5, 0.5, 512, 0.25, None, config.box_min_score, 0.5, 100),
+            MultiScaleRoIAlign(names, 14, 2),
+            MaskRCNNHeads(channels, config.mask_convs, 1),
+            MaskRCNNPredictor(config.mask_convs[-1], config.mask_deconv, config.num_classes + 1),
+        )
+        self.load_state_dict(head.state_dict())
+
+    def forward(self, features, targets=None):
+        maps = self.fpn(OrderedDict(features))
+        images = ImageList(torch.zeros(2, 3, *IMAGE_SIZE), SIZES)
+        proposals, losses = self.rpn(images, maps, targets)
+        detections, more = self.roi_heads(maps, proposals, SIZES, targets)
+        return detections, {**losses, **more}
+
+
+@pytest.fixture
+def pair() -> tuple[MaskRCNN, StockMaskRCNN]:
+    # scores of random weights are near 1/4: the lower limit lets detections through
+    config = torchvision_config(num_classes=3, box_min_score=0.2, **SMALL)
+    head = MaskRCNN(config, in_channels=8)
+    return head, StockMaskRCNN(head)
+
+
+def test_detections_equal_torchvision(pair) -> None:
+    head, stock = pair
+    features = random_features()
+    with torch.inference_mode():
+        detections, losses = head(features, IMAGE_SIZE, SIZES)
+        expected, _ = stock.eval()(features)
+    assert losses == {}
+    for ours, theirs in zip(detections, expected, strict=True):
+        assert len(ours["boxes"]) > 20
+        for name in ("boxes", "labels", "scores", "masks"):
+            torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-5)
+
+
+def test_losses_and_gradients_equal_torchvision(pair) -> None:
+    head, stock = pair
+    features, targets = random_features(), random_targets()
+    torch.manual_seed(1)
+    losses = head(features, IMAGE_SIZE, SIZES, targets)[1]
+    torch.manual_seed(1)
+    expected = stock.train()(features, targets)[1]
+    assert losses.keys() == expected.keys()
+    for name, value in losses.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-5)
+    inputs = [*features.values(), *head.rpn.parameters(), *head.roi_heads.parameters()]
+    others = [*features.values(), *stock.rpn.parameters(), *stock.roi_heads.parameters()]
+    ours = torch.autograd.grad(sum(losses.values()), inputs)
+    theirs = torch.autograd.grad(sum(expected.values()), others)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def golden(golden_root: Path) -> Path:
+    return golden_root / "svit"
+
+
+@pytest.fixture(scope="module")
+def released(golden: Path) -> MaskRCNN:
+    constants = MaskRCNNConfig(num_classes=5, rpn_pre_nms_test=300, rpn_post_nms_test=120)
+    return mmdet_heads(load_file(golden / "heads_small.weights_fp16.safetensors"), constants=constants)
+
+
+@pytest.mark.parametrize("name", ["heads_small", "detector_small_e2e"])
+def test_the_released_head(golden, released, name) -> None:
+    want = load_file(golden / f"{name}.safetensors")
+    source = "fpn_in" if "fpn_in0" in want else "backbone_feat"
+    features = {str(i): want[f"{source}{i}"] for i in range(4)}
+    padded, content = (128, 192), (120, 180)
+    with torch.inference_mode():
+        maps = released.pyramid(features)
+        proposals = released.rpn(maps, padded, [content], None)[0]
+        detected = released(features, padded, [content])[0][0]
+        labels = detected["labels"]
+        logits = released.roi_heads.mask_branch(maps[:4], [detected["boxes"]], padded)
+        masks = paste_masks(detected["masks"], detected["boxes"] / 1.5, (80, 120), released.config)
+    torch.testing.assert_close(proposals[0], want["proposals"][:, :4], atol=1e-2, rtol=0)
+    assert torch.equal(box_levels(proposals[0], released.config, 4), want["proposal_levels"])
+    torch.testing.assert_close(detected["boxes"], want["det_bboxes_netscale"][:, :4], atol=1e-2, rtol=0)
+    torch.testing.assert_close(detected["scores"], want["det_bboxes_netscale"][:, 4], atol=1e-4, rtol=0)
+    assert torch.equal(labels - 1, want["det_labels_netscale"])
+    torch.testing.assert_close(logits[torch.arange(len(labels)), labels], want["mask_logits"], atol=1e-2, rtol=0)
+    assert (masks[:, 0] != want["masks"].bool()).float().mean() <= 1e-4
+    for i, level in enumerate(maps):
+        if f"fpn_out{i}" in want:
+            torch.testing.assert_close(level, want[f"fpn_out{i}"], atol=1e-4, rtol=1e-4)
+    if "anchors0" in want:
+        anchors = released.rpn.anchors([(m.shape[2], m.shape[3]) for m in maps], padded, torch.device("cpu"))
+        for i, level in enumerate(anchors):
+            assert torch.equal(level, want[f"anchors{i}"])
+
+
+def test_a_damaged_released_head_is_refused(golden) -> None:
+    weights = load_file(golden / "heads_small.weights_fp16.safetensors")
+    with pytest.raises(ConfigError, match=r"missing.*fpn\.inner_blocks\.1\.0\.bias"):
+        mmdet_heads({k: v for k, v in weights.items() if k != "neck.lateral_convs.1.conv.bias"})
+    weights["roi_head.bbox_head.fc_reg.weight"] = weights["roi_head.bbox_head.fc_reg.weight"][:4]
+    with pytest.raises(ConfigError, match="4 outputs where 5 classes"):
+        mmdet_heads(weights)
+
+
+def test_box_coder_against_the_release(golden) -> None:
+    want = load_file(golden / "det_units.safetensors")
+    encoded = box_ops.encode(want["encode/gt"], want["encode/proposals"], (10.0, 10.0, 5.0, 5.0))
+    torch.testing.assert_close(encoded, want["encode/out"], atol=1e-4, rtol=1e-5)
+    decoded = box_ops.decode(
+        want["decode/rcnn_deltas"].unflatten(1, (5, 4)), want["decode/boxes"][:, None], (10.0, 10.0, 5.0, 5.0)
+    )
+    torch.testing.assert_close(decoded.flatten(1), want["decode/rcnn_noclip_out"], atol=1e-3, rtol=1e-5)
+
+
+def test_mask_pasting_against_the_release(golden) -> None:
+    want = load_file(golden / "det_units.safetensors")
+    pasted = paste_masks(want["paste/probs"], want["paste/boxes"], (80, 120), MaskRCNNConfig(num_classes=1))
+    assert (pasted[:, 0] != (want["paste/full"] >= 0.5)).sum() <= 1
+
+
+def test_pasting_needs_no_detections() -> None:
+    for paste in ("aligned", "torchvision"):
+        config = MaskRCNNConfig(num_classes=1, mask_paste=paste)
+        pasted = paste_masks(torch.zeros(0, 1, 28, 28), torch.zeros(0, 4), (20, 30), config)
+        assert pasted.shape == (0, 1, 20, 30)
+        assert pasted.dtype == torch.bool
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_pooling_by_bags_equals_the_kernel(random_rois, aligned, sampling_ratio) -> None:
+    maps, boxes, images, levels = random_rois
+    pooled, gradients = [], []
+    for pool in (pool_by_bags, pool_by_kernel):
+        out = pool(maps, boxes, images, levels, SCALES, 7, sampling_ratio=sampling_ratio, aligned=aligned)
+        pooled.append(out)
+        gradients.append(torch.autograd.grad((out * torch.linspace(-1, 1, 49).view(7, 7)).sum(), maps))
+    torch.testing.assert_close(pooled[0], pooled[1], atol=1e-5, rtol=1e-5)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def random_rois() -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    maps = list(random_features().values())
+    corners = torch.rand(60, 2) * 140 - 10  # some boxes stick out, some lie outside
+    boxes = torch.cat([corners, corners + torch.rand(60, 2) ** 3 * 150], dim=1)
+    boxes[0, 2:] = boxes[0, :2]
+    return maps, boxes, torch.arange(60) % 2, torch.arange(60) % 4
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_mask_crops_equal_those_of_whole_masks(aligned) -> None:
+    masks = torch.rand(4, 50, 70) > 0.5
+    corners = torch.rand(20, 2) * torch.tensor([60.0, 40.0]) - 4
+    boxes = torch.cat([corners, corners + 1 + torch.rand(20, 2) * 30], dim=1)
+    matched = torch.randint(0, 4, (20,))
+    rois = torch.cat([matched[:, None].float(), boxes], dim=1)
+    expected = roi_align(masks[:, None].float(), rois, 28, 1.0, aligned=aligned)[:, 0]
+    torch.testing.assert_close(crop_masks(masks, matched, boxes, 28, aligned=aligned), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("num_objects", [(0, 0), (0, 2)])
+@pytest.mark.parametrize("with_masks", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_images_without_objects_reach_every_parameter(num_objects, with_masks, autocast) -> None:
+    head = small_head(with_masks=with_masks)
+    targets = random_targets(num_objects=num_objects)
+    if not with_masks:
+        targets = [{name: t[name] for name in ("boxes", "labels")} for t in targets]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        losses = head(random_features(), IMAGE_SIZE, SIZES, targets)[1]
+    assert ("loss_mask" in losses) == with_masks
+    assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
+
+
+def test_no_proposals_and_no_detections() -> None:
+    head = small_head(rpn_min_size=1e6)  # nothing is large enough
+    with torch.inference_mode():
+        detections, _ = head(random_features(), IMAGE_SIZE, SIZES)
+    for detection in detections:
+        shapes = {name: tuple(value.shape) for name, value in detection.items()}
+        assert shapes == {"boxes": (0, 4), "labels": (0,), "scores": (0,), "masks": (0, 1, 28, 28)}
+    losses = head(random_features(), IMAGE_SIZE, SIZES, random_targets(num_objects=(0, 0)))[1]
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in head.parameters())
+
+
+def test_half_precision_changes_little() -> None:
+    head, features = small_head(box_min_score=0.0), random_features()
+    targets = random_targets()
+    torch.manual_seed(1)
+    expected = head(features, IMAGE_SIZE, SIZES, targets)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(1)
+        losses = head(features, IMAGE_SIZE, SIZES, targets)[1]
+        detections = head(features, IMAGE_SIZE, SIZES)[0]
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, expected[name], atol=0.05, rtol=0.05)
+    assert detections[0]["boxes"].dtype == torch.float32
+
+
+def test_the_batch_changes_nothing() -> None:
+    head, features = small_head(box_min_score=0.2), random_features()
+    with torch.inference_mode():
+        together = head(features, IMAGE_SIZE, SIZES)[0]
+        alone = [head({k: v[i : i + 1] for k, v in features.items()}, IMAGE_SIZE, SIZES[i : i + 1])[0] for i in (0, 1)]
+    for a, b in zip(together, alone, strict=True):
+        for name in a:
+            torch.testing.assert_close(a[name], b[0][name], atol=1e-4, rtol=1e-5)
+
+
+def test_crowds_are_no_objects() -> None:
+    head, features, targets = small_head(), random_features(), random_targets(num_objects=(1, 0))
+    doubled = [
+        {k: torch.cat([v, v]) for k, v in t.items()} | {"iscrowd": torch.arange(2 * len(v))}
+        for t in targets
+        for v in [t["labels"]]
+    ]
+    torch.manual_seed(1)
+    expected = head(features, IMAGE_SIZE, SIZES, targets)[1]
+    torch.manual_seed(1)
+    losses = head(features, IMAGE_SIZE, SIZES, doubled)[1]
+    assert all(torch.equal(losses[name], expected[name]) for name in losses)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"masks": None}, "no 'masks'; train with with_masks=False"),
+        ({"labels": torch.tensor([1, 2, 4])}, r"labels 1\.\.4; this model's are 1\.\.3"),
+        ({"labels": torch.tensor([0, 2, 3])}, r"labels 0\.\.3"),
+        ({"boxes": torch.tensor([[5.0, 5, 9, 9], [3, 3, 3, 8], [1, 1, 2, 2]])}, "target 0 .* without area"),
+    ],
+)
+def test_targets_that_cannot_be(change, message) -> None:
+    targets = random_targets()
+    targets[0] = {k: v for k, v in {**targets[0], **change}.items() if v is not None}
+    with pytest.raises(ConfigError, match=message):
+        small_head()(random_features(), IMAGE_SIZE, SIZES, targets)
+
+
+def test_config_through_json() -> None:
+    for config in (MaskRCNNConfig(num_classes=3), torchvision_config(num_classes=80, with_masks=False)):
+        assert from_json(MaskRCNNConfig, to_json(config)) == config
+    with pytest.raises(ConfigError, match="anchor_sizes has 2 levels"):
+        MaskRCNNConfig(num_classes=1, anchor_sizes=((8.0,), (16.0,)))
+
+
+def global_batch() -> tuple[MaskRCNN, dict[str, Tensor], list[dict[str, Tensor]]]:
+    torch.manual_seed(0)
+    everything = 10**6  # every anchor and proposal is sampled: nothing is left to chance
+    head = small_head(rpn_batch_size=2 * everything, box_batch_size=2 * everything, box_positive_fraction=0.5)
+    return head, random_features(), random_targets(num_objects=(4, 1))
+
+
+def save_gradients_of_half(rank: int, folder: Path) -> None:
+    """What one of two processes does: half of the batch, gradients averaged as DDP averages them."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=2)
+    head, features, targets = global_batch()
+    half = {name: value[rank : rank + 1] for name, value in features.items()}
+    losses = head(half, IMAGE_SIZE, SIZES[rank : rank + 1], targets[rank : rank + 1])[1]
+    sum(losses.values()).backward()
+    gradients = [p.grad / 2 for p in head.parameters() if p.grad is not None]
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+    if rank == 0:
+        torch.save(gradients, folder / "gradients.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path) -> None:
+    commands = [[sys.executable, __file__, str(rank), str(tmp_path)] for rank in (0, 1)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), errors
+    head, features, targets = global_batch()
+    losses = head(features, IMAGE_SIZE, SIZES, targets)[1]
+    sum(losses.values()).backward()
+    gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    for ours, single in zip(gradients, (p.grad for p in head.parameters()), strict=True):
+        torch.testing.assert_close(ours, single, atol=1e-6, rtol=1e-4)
+
+
+if __name__ == "__main__":
+    save_gradients_of_half(int(sys.argv[1]), Path(sys.argv[2]))
