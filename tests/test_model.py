@@ -1,0 +1,301 @@
+"""The detector from images to results on their pixels, and the file that holds a model."""
+
+import errno
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import sievit
+from sievit.config import ConfigError
+from sievit.heads import MaskRCNNConfig
+from sievit.model import Detector, InputConfig, ModelConfig, build, load, save
+from sievit.necks import NeckConfig
+from sievit.necks.adapter import AdapterConfig
+from sievit.necks.pyramid import PyramidConfig
+from sievit.policies import KeepAllConfig, PolicyConfig, RandomConfig, SViTConfig, build_policy
+from sievit.vit import ViTConfig
+
+HEAD = MaskRCNNConfig(
+    num_classes=3,
+    fpn_channels=16,
+    box_fc=32,
+    mask_convs=(16,),
+    mask_deconv=16,
+    box_min_score=0.1,
+    box_max_detections=20,
+)
+
+
+def tiny_config(*, policy: PolicyConfig | None = None, neck: NeckConfig | None = None) -> ModelConfig:
+    return ModelConfig(
+        vit=ViTConfig(grid=(6, 6), embed_dim=16, depth=4, num_heads=2),
+        neck=PyramidConfig(out_channels=16) if neck is None else neck,
+        policy=SViTConfig(first_block=1, targets=(0.7, 0.5, 0.3)) if policy is None else policy,
+        head=HEAD,
+        input=InputConfig(min_size=96, max_size=160),
+        classes=("ball", "box", "cone"),
+        category_ids=(1, 4, 9),
+    )
+
+
+@pytest.fixture
+def model() -> Detector:
+    return build(tiny_config()).eval()
+
+
+def random_images(*sizes: tuple[int, int]) -> list[Tensor]:
+    return [torch.rand(3, *size) for size in sizes]
+
+
+def random_target(height: int, width: int) -> dict[str, Tensor]:
+    boxes = torch.tensor([[4.0, 5.0, 40.0, 30.0], [20.0, 10.0, 50.0, 60.0]])
+    return {"boxes": boxes, "labels": torch.tensor([1, 3]), "masks": torch.ones(2, height, width, dtype=torch.uint8)}
+
+
+def assert_same(a: list[dict[str, Tensor]], b: list[dict[str, Tensor]]) -> None:
+    for one, other in zip(a, b, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("neck", [PyramidConfig(out_channels=16), AdapterConfig(conv_inplane=8, deform_num_heads=2)])
+def test_training_reaches_every_parameter(neck) -> None:
+    model = build(tiny_config(neck=neck)).train()
+    output = model(random_images((80, 100), (64, 130)), [random_target(80, 100), random_target(64, 130)])
+    assert output.detections == []
+    assert output.sizes == [(80, 100), (64, 130)]
+    assert output.image_size == (96, 160)
+    expected = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"}
+    assert expected < output.losses.keys()  # the policy's are there too
+    sum(output.losses.values()).backward()
+    unused = [name for name, p in model.named_parameters() if p.grad is None]
+    assert unused == []
+
+
+def test_results_lie_on_the_image(model) -> None:
+    images = random_images((60, 90), (200, 100))
+    with torch.inference_mode():
+        output = model(images)
+    assert output.losses == {}
+    assert output.sizes == [(96, 144), (160, 80)]  # short edge 96; long edge at most 160
+    assert output.image_size == (160, 160)
+    for image, found in zip(images, output.detections, strict=True):
+        height, width = image.shape[1:]
+        count = len(found["boxes"])
+        assert 0 < count <= 20
+        assert found["masks"].shape == (count, 1, height, width)
+        assert found["masks"].dtype == torch.bool
+        assert (found["boxes"] >= 0).all()
+        assert (found["boxes"] <= torch.tensor([width, height, width, height])).all()
+        assert (found["scores"].diff() <= 0).all()
+
+
+def test_the_batch_changes_nothing(model) -> None:
+    images = random_images((60, 90), (60, 90), (60, 90))
+    assert_same(model.predict(images, batch_size=3), model.predict(images, batch_size=1))
+
+
+def test_resizing_is_undone() -> None:
+    model = build(replace(tiny_config(), input=InputConfig(min_size=None)))
+    box = {"boxes": torch.tensor([[10.0, 20.0, 30.0, 60.0]]), "masks": torch.ones(1, 1, 28, 28)}
+    found = model._on_image(box, (100, 200), (50, 400))
+    assert found["boxes"].tolist() == [[20.0, 10.0, 60.0, 30.0]]
+    rows, columns = found["masks"][0, 0].nonzero().unbind(1)
+    assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (10, 30, 20, 60)
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [((480, 640), (800, 1067)), ((640, 480), (1067, 800)), ((300, 1000), (400, 1333)), ((800, 1333), (800, 1333))],
+)
+def test_test_size_is_the_papers(given, seen) -> None:
+    assert InputConfig().test_size(given) == seen
+
+
+def test_predict_takes_every_kind_of_image(model, tmp_path) -> None:
+    array = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    same = [tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(array), array, tensor, tensor.float() / 255]
+    found = model.predict(same)
+    for other in found[1:]:
+        assert_same([found[0]], [other])
+    grey = model.predict([array[..., 0], Image.fromarray(array[..., 0])])
+    assert_same(grey[:1], grey[1:])
+    assert model.predict([]) == []
+
+
+def test_predict_says_what_it_cannot_take(model, tmp_path) -> None:
+    for image, message in [
+        ("missing.png", "missing.png"),
+        (np.zeros((4, 4, 3)), "must be uint8, not float64"),
+        (np.zeros((4, 4, 2), dtype=np.uint8), r"\(h, w, 3\) or \(h, w\)"),
+        (torch.zeros(1, 4, 4), r"\(3, h, w\)"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), "not torch.int64"),
+        (None, "NoneType"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            model.predict([image])
+    for images in ("a.png", torch.zeros(3, 40, 40)):
+        with pytest.raises(ConfigError, match="takes a list of images"):
+            model.predict(images)
+
+
+def test_predict_leaves_the_mode(model) -> None:
+    model.train()
+    assert not model.predict(random_images((50, 50)))[0]["boxes"].requires_grad
+    assert model.training
+
+
+def test_a_policy_for_one_call(model) -> None:
+    dense = build_policy(KeepAllConfig(), embed_dim=16, depth=4)
+    images = random_images((96, 96))
+    with torch.inference_mode():
+        assert model(images, policy=dense).trace.shares().min() == 1
+        assert model(images).trace.shares().min() < 1
+
+
+def test_classes_must_fit() -> None:
+    with pytest.raises(ConfigError, match="num_classes is 3, but there are 2 classes"):
+        replace(tiny_config(), classes=("a", "b"))
+
+
+def test_round_trip(model, tmp_path) -> None:
+    images = random_images((60, 90))
+    save(model, tmp_path / "m.safetensors")
+    again = load(tmp_path / "m.safetensors")
+    assert again.config == model.config
+    assert not again.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    assert_same(again.predict(images), model.predict(images))
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_three_lines(model, tmp_path) -> None:
+    Image.new("RGB", (50, 40)).save(tmp_path / "a.jpg")
+    sievit.save(model, tmp_path / "m.safetensors")
+    assert len(sievit.load(str(tmp_path / "m.safetensors")).predict([str(tmp_path / "a.jpg")])) == 1
+    assert set(sievit.__all__) <= set(dir(sievit))
+    for name in sievit.__all__:
+        assert getattr(sievit, name) is not None
+    with pytest.raises(AttributeError, match="'lod'"):
+        sievit.lod  # noqa: B018
+
+
+def test_half_precision_halves_the_file(model, tmp_path) -> None:
+    model = build(tiny_config(neck=AdapterConfig(conv_inplane=8, deform_num_heads=2))).eval()
+    save(model, tmp_path / "full.safetensors")
+    save(model, tmp_path / "half.safetensors", half=True)
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * (tmp_path / "full.safetensors").stat().st_size
+    stored = load_file(tmp_path / "half.safetensors")
+    assert stored["head.fpn.inner_blocks.0.0.weight"].dtype == torch.float16
+    assert all(tensor.dtype != torch.float16 for name, tensor in stored.items() if "running" in name)
+    for name, tensor in load(tmp_path / "half.safetensors").state_dict().items():
+        assert tensor.dtype == model.state_dict()[name].dtype
+        torch.testing.assert_close(tensor, model.state_dict()[name], atol=1e-3, rtol=1e-3)
+    next(model.parameters()).data.fill_(1e6)
+    with pytest.raises(ConfigError, match="does not fit float16"):
+        save(model, tmp_path / "half.safetensors", half=True)
+
+
+def test_another_policy(model, tmp_path) -> None:
+    path = tmp_path / "m.safetensors"
+    save(model, path)
+    assert load(path, policy="svit").config == model.config
+    for policy in ("keep_all", RandomConfig(first_block=1, shares=(0.5,))):
+        other = load(path, policy=policy)
+        assert not list(other.policy.parameters())
+        assert torch.equal(other.backbone.vit.pos_embed, model.backbone.vit.pos_embed)
+    assert load(path, policy="keep_all").config.policy == KeepAllConfig()
+    with pytest.raises(ConfigError, match="'sviit'; did you mean 'svit'"):
+        load(path, policy="sviit")
+
+
+def test_a_policy_that_was_not_trained(tmp_path) -> None:
+    save(build(tiny_config(policy=KeepAllConfig())), tmp_path / "dense.safetensors")
+    with pytest.raises(ConfigError, match="no weights for the policy 'svit'"):
+        load(tmp_path / "dense.safetensors", policy=SViTConfig(first_block=1, targets=(0.5,)))
+
+
+def test_a_run_folder(model, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"neither best\.safetensors nor last\.safetensors"):
+        load(tmp_path)
+    save(model, tmp_path / "last.safetensors")
+    assert torch.equal(load(tmp_path).backbone.vit.pos_embed, model.backbone.vit.pos_embed)
+    best = build(tiny_config())
+    save(best, tmp_path / "best.safetensors")
+    assert torch.equal(load(tmp_path).backbone.vit.pos_embed, best.backbone.vit.pos_embed)
+
+
+def stored(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return load_file(path), dict(file.metadata())
+
+
+def test_files_that_are_no_model(model, tmp_path) -> None:
+    path, bad = tmp_path / "m.safetensors", tmp_path / "bad.safetensors"
+    save(model, path)
+    whole = path.read_bytes()
+    for size in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        bad.write_bytes(whole[:size])
+        with pytest.raises(ConfigError, match=r"bad\.safetensors: damaged, cut short"):
+            load(bad)
+    bad.write_bytes(b"\x80\x04pickled, perhaps" * 10)
+    with pytest.raises(ConfigError, match=r"bad\.safetensors: damaged"):
+        load(bad)
+    with pytest.raises(ConfigError, match=r"absent\.safetensors: no such file"):
+        load(tmp_path / "absent.safetensors")
+    save_file({"x": torch.zeros(1)}, bad)
+    with pytest.raises(ConfigError, match="not one that sievit wrote"):
+        load(bad)
+
+
+def test_weights_that_do_not_fit(model, tmp_path) -> None:
+    path, bad = tmp_path / "m.safetensors", tmp_path / "bad.safetensors"
+    save(model, path)
+    tensors, metadata = stored(path)
+    save_file({k: v for k, v in tensors.items() if k != "backbone.vit.pos_embed"}, bad, metadata)
+    with pytest.raises(ConfigError, match=r"of another model: it lacks backbone\.vit\.pos_embed$"):
+        load(bad)
+    save_file({**tensors, "extra": torch.zeros(1)}, bad, metadata)
+    with pytest.raises(ConfigError, match="has extra, which the model lacks"):
+        load(bad)
+    config = json.loads(metadata["config"])
+    config["vit"]["embed_dim"] = 32
+    save_file(tensors, bad, {**metadata, "config": json.dumps(config)})
+    with pytest.raises(ConfigError, match=r"of shape .* and \d+ more"):
+        load(bad)
+    config["vit"]["embed_dims"] = config["vit"].pop("embed_dim")
+    save_file(tensors, bad, {**metadata, "config": json.dumps(config)})
+    with pytest.raises(ConfigError, match=r"bad\.safetensors: .*unknown field 'embed_dims'; did you mean 'embed_dim'"):
+        load(bad)
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_save_leaves_the_old_file(model, tmp_path, monkeypatch, where, error) -> None:
+    path = tmp_path / "m.safetensors"
+    save(model, path)
+    before = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(*((os, "fsync") if where == "fsync" else (Path, "replace")), fail)
+    with pytest.raises(type(error)):
+        save(build(tiny_config()), path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+    load(path)
