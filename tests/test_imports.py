@@ -16,6 +16,7 @@ LEVELS = {
     "sievit.config": 0,
     "sievit.files": 0,
     "sievit.distributed": 0,
+    "sievit.devices": 1,
     "sievit.packed": 1,
     "sievit.policies": 1,
     "sievit.heads": 1,

@@ -72,7 +72,9 @@ def test_predict_writes_results_that_pycocotools_loads(checkpoint: Path, folder:
         assert 0 <= y <= y + height <= 50.01
     pictures = {path.name for path in out.glob("*.png")}
     assert pictures == {"a.jpg.png", "a.png.png", "b.png"}
-    assert all(Image.open(out / name).width > 1000 for name in pictures)
+    for name in pictures:
+        with Image.open(out / name) as picture:
+            assert picture.width > 1000
 
 
 def test_predict_does_the_rest_when_an_image_is_broken(

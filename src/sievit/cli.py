@@ -4,6 +4,7 @@ Exit status: 0 done, 1 something could not be done, 2 something the user has to 
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that cannot be written: the machine's, no bug
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
         return 130
 
 
@@ -89,7 +90,8 @@ def _print_json(figures: dict[str, Any]) -> None:
 
 
 def _train(args: list[str]) -> int:
-    from sievit.recipes import recipe, recipes
+    from sievit.recipes import recipe as find
+    from sievit.recipes import recipes
 
     if not args or args[0].startswith("-"):
         if args and args[0] in ("-h", "--help"):
@@ -99,13 +101,48 @@ def _train(args: list[str]) -> int:
             return 0
         raise ConfigError(f"sievit train needs the name of a recipe first{nearest('', recipes())}")
     name = args[0]
-    default = recipe(name)
-    from sievit.report import TrainOptions, train
+    default = find(name)
 
-    def run(options: TrainOptions, recipe: Any) -> int:
-        return train(name, options, recipe)
+    from dataclasses import replace
 
-    raise NotImplementedError(default, run)
+    from tyro.conf import arg
+
+    from sievit.engine.recipe import Recipe
+
+    def run(
+        recipe: Annotated[Recipe, arg(name="")] = default,
+        *,
+        out: Path = Path("runs") / name,
+        resume: Path | None = None,
+        data_root: Path | None = None,
+    ) -> int:
+        """Train a model; the last line of the output is one JSON object with the figures of the last validation.
+
+        Args:
+            out: folder of the run.
+            resume: go on with the run in this folder, as it was started; takes no other option.
+            data_root: folder of the data sets; default the recipe's, else the environment's SIEVIT_DATA, else
+                ../shared/data.
+        """
+        if data_root is not None:
+            recipe = replace(recipe, data=replace(recipe.data, root=data_root))
+        return _run_training(None if resume else recipe, resume or out)
+
+    if any(option.partition("=")[0] == "--resume" for option in args[1:]) and len(args) > 3:
+        raise ConfigError("--resume goes on with the run as it was started and takes no other option")
+    return _parse(run, args[1:], f"train {name}")
+
+
+def _run_training(recipe: Any, out: Path) -> int:
+    """Train `recipe`, or go on with the run in `out` when there is none."""
+    from rich.console import Console
+
+    from sievit.engine.train import train
+
+    figures = train(recipe, out=out, resume=recipe is None, console=Console(stderr=True))
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
+        _print_json(figures)
+    return 0
 
 
 def _eval(args: list[str]) -> int:
@@ -120,6 +157,7 @@ def _eval(args: list[str]) -> int:
         policy: str | None = None,
         batch_size: int = 1,
         limit: int | None = None,
+        max_detections: int = 100,
         device: str = "auto",
     ) -> int:
         """Evaluate a model on data in COCO format; the last line of the output is one JSON object with every figure.
@@ -131,13 +169,22 @@ def _eval(args: list[str]) -> int:
             policy: takes the place of the model's own, e.g. keep_all for dense.
             batch_size: images that go through the network together.
             limit: only the first so many images.
+            max_detections: the best so many of an image and class are judged; COCO's is 100.
             device: cpu, cuda, cuda:1, or auto.
         """
         from sievit.report import evaluate
 
-        _print_json(
-            evaluate(model, images, annotations, policy=policy, batch_size=batch_size, limit=limit, device=device)
+        figures = evaluate(
+            model,
+            images,
+            annotations,
+            policy=policy,
+            batch_size=batch_size,
+            limit=limit,
+            max_detections=max_detections,
+            device=device,
         )
+        _print_json(figures)
         return 0
 
     return _parse(run, args, "eval")
