@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from sievit.config import ConfigError
 from sievit.data.masks import decode_counts
 
@@ -69,9 +71,11 @@ def load_annotations(source: Path | dict[str, Any], *, invalid: Literal["error",
     by_id = {image["id"]: image for image in images}
     seen: set[int] = set()
     skipped: list[str] = []
-    for place, annotation in enumerate(_list(content, "annotations", name)):
+    annotations = _list(content, "annotations", name)
+    runs = _measure_runs(annotations)
+    for place, annotation in enumerate(annotations):
         try:
-            checked = _check(annotation, by_id, category_ids, seen)
+            checked = _check(annotation, by_id, category_ids, seen, runs)
         except _Invalid as error:
             number = annotation.get("id") if isinstance(annotation, dict) else None
             what = f"number {place} (counted from 0)" if number is None else repr(number)
@@ -138,7 +142,27 @@ def _repeated(values: Iterable[int]) -> int | None:
     return next((value for value, count in Counter(values).items() if count > 1), None)
 
 
-def _check(annotation: Any, images: dict[int, dict], categories: set[int], seen: set[int]) -> dict[str, Any]:
+Runs = dict[str, tuple[int, int]]
+"""Compressed RLE strings, with the sum and the smallest of their run lengths."""
+
+
+def _measure_runs(annotations: list[Any]) -> Runs:
+    """Of all compressed masks in one pass; nothing if one of them is damaged, `_check` then finds it."""
+    segmentations = (a.get("segmentation") for a in annotations if isinstance(a, dict))
+    counts = [s["counts"] for s in segmentations if isinstance(s, dict) and isinstance(s.get("counts"), str)]
+    try:
+        runs, offsets = decode_counts(counts)
+    except ValueError:
+        return {}
+    if not counts:
+        return {}
+    sums, least = (f.reduceat(runs, offsets[:-1]).tolist() for f in (np.add, np.minimum))
+    return dict(zip(counts, zip(sums, least, strict=True), strict=True))
+
+
+def _check(
+    annotation: Any, images: dict[int, dict], categories: set[int], seen: set[int], runs: Runs
+) -> dict[str, Any]:
     """The annotation with what COCO's evaluation needs, or `_Invalid`."""
     if not isinstance(annotation, dict):
         raise _Invalid("is not an object")
@@ -157,7 +181,7 @@ def _check(annotation: Any, images: dict[int, dict], categories: set[int], seen:
         raise _Invalid(f"has {annotation['iscrowd']!r} as 'iscrowd', 0 or 1 is meant")
     box = _check_box(annotation, image["width"], image["height"])
     if annotation.get("segmentation"):
-        _check_segmentation(annotation["segmentation"], (image["height"], image["width"]))
+        _check_segmentation(annotation["segmentation"], (image["height"], image["width"]), runs)
     area = annotation.get("area", box[2] * box[3])
     if not _is_finite(area):
         raise _Invalid(f"has {area!r} as 'area'")
@@ -179,7 +203,7 @@ def _check_box(annotation: dict[str, Any], width: int, height: int) -> list[floa
     return box
 
 
-def _check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
+def _check_segmentation(segmentation: Any, size: tuple[int, int], known: Runs) -> None:
     if isinstance(segmentation, list):
         for polygon in segmentation:
             if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not _all_finite(polygon):
@@ -192,8 +216,7 @@ def _check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
     counts = segmentation["counts"]
     try:
         if isinstance(counts, str):
-            runs = decode_counts([counts])[0]
-            total, least = int(runs.sum()), int(runs.min())
+            total, least = known[counts] if counts in known else _measure(counts)
         elif isinstance(counts, list) and counts and all(_is_whole(count) for count in counts):
             total, least = sum(counts), min(counts)
         else:
@@ -202,6 +225,11 @@ def _check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
         raise _Invalid(f"has a damaged mask ({error})") from error
     if least < 0 or total != size[0] * size[1]:
         raise _Invalid(f"has a damaged mask (its runs cover {total} of {size[0] * size[1]} pixels)")
+
+
+def _measure(counts: str) -> tuple[int, int]:
+    runs = decode_counts([counts])[0]
+    return int(runs.sum()), int(runs.min())
 
 
 def _is_text(value: Any) -> bool:

@@ -190,9 +190,9 @@ def apply_view(view: View, target: Target, size: tuple[int, int], *, min_visible
         masks = target["masks"] if isinstance(target["masks"], Masks) else Masks.from_dense(target["masks"])
         assert masks.size == size, (masks.size, size)
         dense = view.masks(masks.select(kept.tolist()))
-        boxes, filled = _with_extents(boxes, dense, cut)
-        area = dense.flatten(1).sum(1).float()
-        ok = filled & _big_enough(boxes, min_side)
+        area = torch.tensor([np.count_nonzero(mask) for mask in dense.numpy()], dtype=torch.float32)
+        boxes[cut] = _extents(dense[cut]).to(boxes.dtype)
+        ok = (area > 0) & _big_enough(boxes, min_side)
         if not bool(ok.all()):
             dense, boxes, area = dense[ok], boxes[ok], area[ok]
             out.update(labels=out["labels"][ok], iscrowd=out["iscrowd"][ok])
@@ -203,6 +203,21 @@ def apply_view(view: View, target: Target, size: tuple[int, int], *, min_visible
 def jitter(config: AugmentConfig, image: Tensor, generator: torch.Generator) -> Tensor:
     """A uint8 image (3, h, w) as float32 in 0..1, its light and colours varied."""
     draw = (torch.rand(5, generator=generator) * 2 - 1).tolist()
+    if not (config.gamma or config.invert or config.brightness or config.contrast):
+        out = image.float().div_(255)
+    else:
+        out = _levels(config, image, draw)[image.contiguous().int()]
+    if config.saturation:
+        grey = out.mean(0)
+        out = torch.lerp(grey.expand_as(out), out, 1 + draw[4] * config.saturation)
+    if config.noise:
+        sigma = config.noise * float(torch.rand((), generator=generator))
+        out += sigma * torch.randn(out.shape, generator=generator)
+    return out.contiguous().clamp_(0, 1)
+
+
+def _levels(config: AugmentConfig, image: Tensor, draw: list[float]) -> Tensor:
+    """What becomes of the 256 values of a uint8 image."""
     levels = torch.arange(256, dtype=torch.float32) / 255
     if config.gamma:
         levels = levels ** math.exp(draw[0] * config.gamma)
@@ -213,14 +228,7 @@ def jitter(config: AugmentConfig, image: Tensor, generator: torch.Generator) -> 
     if config.contrast:
         mean = levels[image[:, ::4, ::4].int()].mean()
         levels = mean + (levels - mean) * (1 + draw[3] * config.contrast)
-    out = levels[image.contiguous().int()]
-    if config.saturation:
-        grey = out.mean(0)
-        out = torch.lerp(grey.expand_as(out), out, 1 + draw[4] * config.saturation)
-    if config.noise:
-        sigma = config.noise * float(torch.rand((), generator=generator))
-        out += sigma * torch.randn(out.shape, generator=generator)
-    return out.clamp_(0, 1)
+    return levels
 
 
 def _centres(source: int, target: int) -> np.ndarray:
@@ -270,14 +278,11 @@ def _big_enough(boxes: Tensor, min_side: float) -> Tensor:
     return ((sides > 0) & (sides >= min_side)).all(1)
 
 
-def _with_extents(boxes: Tensor, masks: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
-    """Boxes (k, 4), those in `cut` replaced by the extents of their masks; and which masks have a pixel."""
+def _extents(masks: Tensor) -> Tensor:
+    """Boxes (k, 4) xyxy of masks (k, h, w), which are not empty or whose boxes do not matter."""
     height, width = masks.shape[1:]
-    rows, cols = masks.amax(2).bool(), masks.amax(1).bool()
-    extents = torch.stack(
-        [_first(cols), _first(rows), width - _first(cols.flip(1)), height - _first(rows.flip(1))], dim=1
-    )
-    return torch.where(cut[:, None], extents.to(boxes.dtype), boxes), rows.any(1)
+    rows, cols = masks.amax(2), masks.amax(1)
+    return torch.stack([_first(cols), _first(rows), width - _first(cols.flip(1)), height - _first(rows.flip(1))], dim=1)
 
 
 def _first(marks: Tensor) -> Tensor:
