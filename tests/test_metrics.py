@@ -186,6 +186,8 @@ def test_boxes_alone():
     content = truth(np.random.default_rng(3), num_images=3)
     for annotation in content["annotations"]:
         del annotation["segmentation"]
+    with pytest.raises(ConfigError, match="masks cannot be judged"):
+        CocoMetric(content)
     metric = CocoMetric(content, with_masks=False)
     for image in content["images"]:
         detection = {"boxes": torch.tensor([[1.0, 2, 30, 30]]), "labels": [1], "scores": [0.5]}

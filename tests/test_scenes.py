@@ -1,6 +1,7 @@
 """Generated scenes: repeatable, true to their annotations, varied, and written whole or not at all."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -126,15 +127,15 @@ def test_a_killed_run_leaves_nothing_half_written(tmp_path: Path, monkeypatch: p
         generate(tmp_path, num_images=4, size=(32, 32), progress=killed)
     assert not (tmp_path / "annotations.json").exists()
 
-    whole = Path.write_bytes
+    calls = []
 
-    def full_disk(path: Path, content: bytes) -> int:
-        if "000003" in path.name:
-            whole(path, content[:10])
+    def full_disk(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 7:
+            os.ftruncate(descriptor, 10)
             raise OSError(28, "No space left on device")
-        return whole(path, content)
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         generate(tmp_path, num_images=4, size=(32, 32))
     monkeypatch.undo()

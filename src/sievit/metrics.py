@@ -38,8 +38,16 @@ class CocoMetric:
             annotations: the truth: `CocoDetection.annotations`, or a COCO instances file or its content.
             with_masks: whether mask figures are wanted besides those of the boxes.
             max_detections: the best so many of an image and class are judged. COCO's is 100.
+
+        Raises:
+            ConfigError: masks are to be judged and some object has none.
         """
         self.annotations = annotations if isinstance(annotations, Annotations) else load_annotations(annotations)
+        if with_masks and not self.annotations.has_masks:
+            raise ConfigError(
+                f"{self.annotations.source}: not every object has a segmentation, so masks cannot be judged; "
+                "judge the boxes alone (with_masks=False)"
+            )
         self.with_masks, self.max_detections = with_masks, max_detections
         self._known = {image["id"] for image in self.annotations.images}
         self._results: dict[int, list[dict[str, Any]]] = {}

@@ -34,6 +34,11 @@ class Annotations:
     category_ids: tuple[int, ...]
 
     @property
+    def has_masks(self) -> bool:
+        """Whether every object has one."""
+        return all(annotation.get("segmentation") for objects in self.objects for annotation in objects)
+
+    @property
     def as_coco(self) -> dict[str, Any]:
         """The checked content in COCO's format, with `area` and `iscrowd` filled in, as the evaluation wants it."""
         pairs = zip(self.category_ids, self.classes, strict=True)

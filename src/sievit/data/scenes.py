@@ -8,7 +8,6 @@ import colorsys
 import io
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from PIL import Image, ImageFilter
 from sievit.config import ConfigError
 from sievit.data.masks import Patch, encode, tight_patch
 from sievit.data.shapes import CLASSES, CLUTTER, SHAPES, Pattern, Silhouette, Traits
+from sievit.files import write_atomically
 
 VERSION = 1
 """Of the drawing: scenes of different versions differ."""
@@ -138,14 +138,14 @@ def generate(
     for index in range(num_images):
         image, instances, labels = draw(seed=seed, index=index, size=size)
         name = f"{index:06d}.png"
-        _write(out / "images" / name, _png(image))
-        _write(out / "labels" / name, _png(labels))
+        write_atomically(out / "images" / name, _png(image))
+        write_atomically(out / "labels" / name, _png(labels))
         content["images"].append({"id": index + 1, "file_name": name, "height": size[0], "width": size[1]})
         for instance in instances:
             content["annotations"].append(_annotation(instance, len(content["annotations"]) + 1, index + 1, size))
         if progress is not None:
             progress(index + 1, num_images)
-    _write(annotations, json.dumps(content).encode())
+    write_atomically(annotations, json.dumps(content).encode())
 
 
 class _Canvas:
@@ -405,13 +405,3 @@ def _png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="png", compress_level=1)
     return buffer.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """The file appears under its name when it is complete, or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
