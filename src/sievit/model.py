@@ -145,6 +145,8 @@ class Detector(nn.Module):
         batch = self.batch(images, sizes)
         image_size = (batch.shape[-2], batch.shape[-1])
         features, trace = self.backbone(batch, sizes, policy=policy, mode=mode)
+        if targets is not None:
+            targets = [{name: x.to(self.device) for name, x in t.items() if isinstance(x, Tensor)} for t in targets]
         detections, losses = self.head(features, image_size, sizes, targets)
         if targets is not None:
             chosen = self.policy if policy is None else policy
