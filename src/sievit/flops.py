@@ -29,9 +29,12 @@ class _Detector(Protocol):
 
 
 class _Output(Protocol):
-    trace: Trace
-    sizes: Sizes
-    detections: list[dict[str, Tensor]]
+    @property
+    def trace(self) -> Trace: ...
+    @property
+    def sizes(self) -> Sizes: ...
+    @property
+    def detections(self) -> list[dict[str, Tensor]]: ...
 
 
 def block_macs(config: ViTConfig, tokens: Tensor) -> Tensor:

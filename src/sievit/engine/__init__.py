@@ -1,0 +1,1 @@
+"""Training and evaluation: visible loops on Lightning Fabric."""

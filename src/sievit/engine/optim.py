@@ -1,0 +1,81 @@
+"""The optimiser and the learning rate of a step."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sievit.engine.recipe import TrainConfig
+
+UNDECAYED = ("pos_embed", "level_embed", "cls_token")
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+    """AdamW's groups: no weight decay on norms, biases, positions and level embeddings; `lr_scale` for the policy."""
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim <= 1 or any(word in name for word in UNDECAYED)
+            groups.setdefault((plain, "policy." in name), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if plain else config.weight_decay,
+            "lr_scale": config.policy_lr if policy else 1.0,
+        }
+        for (plain, policy), parameters in groups.items()
+    ]
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (betas 0.9, 0.999) over `parameter_groups`."""
+    return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr)
+
+
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Of the 0-based `step`: the schedule times the linear warm-up."""
+    if config.schedule == "cosine":
+        factor = 0.5 + 0.5 * math.cos(math.pi * step / (config.epochs * steps_per_epoch))
+    elif config.schedule == "step":
+        factor = 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.step_epochs)
+    else:
+        factor = 1.0
+    if step < config.warmup_steps:
+        factor *= config.warmup_start + (1 - config.warmup_start) * step / config.warmup_steps
+    return config.lr * factor
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+
+
+class Average:
+    """An exponential moving average of a model's state; buffers that are not floats are copied.
+
+    The decay starts low, (1 + t) / (10 + t), so that early weights are forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.values = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move towards the model's weights."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                self.values[name].lerp_(value.detach(), 1 - decay)
+            else:
+                self.values[name].copy_(value)
+
+    def state_dict(self) -> dict:
+        """For `load_state_dict`."""
+        return {"updates": self.updates, "values": self.values}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from `state_dict`."""
+        self.updates, self.values = state["updates"], state["values"]

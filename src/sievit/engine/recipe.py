@@ -1,0 +1,155 @@
+"""A run as a value: the model, its data, and how it is trained."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from sievit.config import ConfigError
+from sievit.data.coco import CocoDetection
+from sievit.data.scenes import generate
+from sievit.data.transforms import Augment, AugmentConfig
+from sievit.model import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenesConfig:
+    """Generated scenes; made when training starts, unless they are there.
+
+    Attributes:
+        size: (height, width) in pixels.
+        seeds: of the training and of the validation series.
+    """
+
+    num_train: int = 2000
+    num_val: int = 200
+    size: tuple[int, int] = (256, 256)
+    seeds: tuple[int, int] = (1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """COCO-format data; every path is relative to `root`.
+
+    Attributes:
+        root: None takes the environment's SIEVIT_DATA, else ../shared/data, as it was when the run was made.
+        scenes: generate the data below `root` instead of expecting it there.
+        max_detections: per image, in evaluation. COCO's is 100.
+        invalid: what to do about annotations that cannot be used.
+    """
+
+    train_images: Path
+    train_annotations: Path
+    val_images: Path
+    val_annotations: Path
+    root: Path | None = None
+    scenes: ScenesConfig | None = None
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    max_detections: int = 100
+    invalid: Literal["error", "skip"] = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained.
+
+    Attributes:
+        init_from: checkpoint or run folder whose weights training starts from; what the policy lacks there stays new.
+        batch_size: images per step, over all processes and accumulated parts.
+        accumulate: parts that a step's images are computed in.
+        warmup_steps: linear, from `warmup_start` times the rate.
+        schedule: of the rate; `step` multiplies it by 0.1 at each of `step_epochs`.
+        clip_norm: largest norm of the gradients.
+        ema: decay of the averaged weights that are validated and saved; 0 for none.
+        precision: Lightning Fabric's.
+        val_every: epochs between validations; the last one is always validated.
+        val_images: validate on so many images during training; all of them at the end.
+        save_every: minutes between saved states; one is saved at the end of each epoch too.
+        workers: processes that load images; 0 loads in the training process.
+        threads: CPU threads; None leaves torch's choice.
+    """
+
+    epochs: int = 36
+    init_from: Path | None = None
+    batch_size: int = 16
+    accumulate: int = 1
+    lr: float = 1e-4
+    weight_decay: float = 0.05
+    warmup_steps: int = 500
+    warmup_start: float = 0.001
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    step_epochs: tuple[int, ...] = (27, 33)
+    policy_lr: float = 1.0
+    """Factor on the rate of the policy's parameters."""
+    clip_norm: float | None = None
+    ema: float = 0.0
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    seed: int = 0
+    val_every: int = 1
+    val_images: int | None = None
+    save_every: float = 5.0
+    log_every: int = 20
+    workers: int = 1
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.accumulate:
+            raise ConfigError(f"train.batch_size {self.batch_size} does not split into {self.accumulate} parts")
+        for name in ("epochs", "batch_size", "accumulate", "val_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} is at least 1, not {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"train.ema is a decay from 0 to below 1, not {self.ema}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that a run depends on; stored as recipe.json in its folder."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+
+
+def default_data_root() -> Path:
+    """The folder of data sets: the environment's SIEVIT_DATA, else ../shared/data."""
+    return Path(os.environ.get("SIEVIT_DATA", "../shared/data"))
+
+
+def open_data(recipe: Recipe) -> tuple[CocoDetection, CocoDetection]:
+    """The training set, augmented, and the validation set.
+
+    Raises:
+        ConfigError: files are missing or malformed, or their categories are not those of the model.
+    """
+    data, masks = recipe.data, recipe.model.head.with_masks
+    root = data.root if data.root is not None else default_data_root()
+    if data.scenes is not None:
+        scenes = data.scenes
+        for images, number, seed in zip(
+            (data.train_images, data.val_images), (scenes.num_train, scenes.num_val), scenes.seeds, strict=True
+        ):
+            generate((root / images).parent, num_images=number, size=scenes.size, seed=seed)
+    if not root.is_dir():
+        raise ConfigError(f"{root}: no such folder of data; give --data-root, or set SIEVIT_DATA")
+    train = CocoDetection(
+        root / data.train_images,
+        root / data.train_annotations,
+        transform=Augment(data.augment),
+        with_masks=masks,
+        invalid=data.invalid,
+        seed=recipe.train.seed,
+        cache_bytes=2**30,
+    )
+    val = CocoDetection(root / data.val_images, root / data.val_annotations, with_masks=False, invalid=data.invalid)
+    for source, path in ((train, data.train_annotations), (val, data.val_annotations)):
+        if source.category_ids != recipe.model.category_ids:
+            raise ConfigError(
+                f"{root / path}: its categories {_named(source.classes)} are not the model's "
+                f"{_named(recipe.model.classes)}; set model.classes, model.category_ids and model.head.num-classes"
+            )
+    return train, val
+
+
+def _named(classes: tuple[str, ...]) -> str:
+    return f"({len(classes)}: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})"

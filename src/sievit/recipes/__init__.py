@@ -1,0 +1,33 @@
+"""Recipes: functions that return everything a run depends on, by name."""
+
+from collections.abc import Callable
+
+from sievit.config import ConfigError, nearest
+from sievit.engine.recipe import Recipe
+from sievit.recipes import coco, nuclei, scenes
+
+_RECIPES: dict[str, Callable[[], Recipe]] = {
+    function.__name__: function
+    for function in (
+        coco.coco_vit_adapter_t,
+        coco.coco_vit_adapter_s,
+        coco.coco_svit_adapter_t,
+        coco.coco_svit_adapter_s,
+        nuclei.nuclei_vit,
+        nuclei.nuclei_svit,
+        scenes.scenes_vit,
+        scenes.scenes_svit,
+    )
+}
+
+
+def recipes() -> dict[str, Callable[[], Recipe]]:
+    """Every recipe by name."""
+    return dict(_RECIPES)
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe called `name`; an unknown one is an error with the nearest match."""
+    if name not in _RECIPES:
+        raise ConfigError(f"unknown recipe {name!r}{nearest(name, _RECIPES)}")
+    return _RECIPES[name]()
