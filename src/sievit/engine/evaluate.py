@@ -91,7 +91,7 @@ def evaluate(
     total = len(dataset) if limit is None else min(limit, len(dataset))
     part = Subset(dataset, range(rank, total, world_size()))
     loader = DataLoader(part, batch_size, collate_fn=collate, num_workers=workers)
-    metric = CocoMetric(dataset.annotations, with_masks=model.config.head.with_masks, max_detections=max_detections)
+    metric = _metric(model, dataset, max_detections)
     records = _Records()
     batches = loader if console is None else track(loader, title, console=console, transient=True)
     training = model.training
@@ -127,10 +127,7 @@ def compare(
     """
     models = {"dense": dense.eval(), "sparse": sparse.eval()}
     total = len(dataset) if limit is None else min(limit, len(dataset))
-    metrics = {
-        name: CocoMetric(dataset.annotations, with_masks=model.config.head.with_masks, max_detections=max_detections)
-        for name, model in models.items()
-    }
+    metrics = {name: _metric(model, dataset, max_detections) for name, model in models.items()}
     records = {name: _Records() for name in models}
     for model in models.values():
         timed(model, [dataset[0][0]], precision=precision)
@@ -164,6 +161,12 @@ def timed(model: Detector, images: Sequence[Tensor], *, precision: str = "32-tru
         output = model(list(images))
     _synchronise(device)
     return output, (time.perf_counter() - start) * 1e3
+
+
+def _metric(model: Detector, dataset: CocoDetection, max_detections: int) -> CocoMetric:
+    """Masks are judged where both the model and the truth have them."""
+    with_masks = model.config.head.with_masks and dataset.annotations.has_masks
+    return CocoMetric(dataset.annotations, with_masks=with_masks, max_detections=max_detections)
 
 
 def _synchronise(device: torch.device) -> None:

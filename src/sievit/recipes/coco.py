@@ -21,6 +21,7 @@ DATA = DataConfig(
     val_images=Path("coco/val2017"),
     val_annotations=Path("coco/annotations/instances_val2017.json"),
     augment=AugmentConfig.paper(),
+    invalid="skip",  # train2017 holds a box without area
 )
 
 DENSE = TrainConfig(

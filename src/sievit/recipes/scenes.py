@@ -15,8 +15,8 @@ DATA = DataConfig(
     val_images=Path("scenes/val/images"),
     val_annotations=Path("scenes/val/annotations.json"),
     root=Path("out"),
-    scenes=ScenesConfig(),
-    augment=AugmentConfig(flip=0.5, scales=(256, 288, 320), crop=(256, 256)),
+    scenes=ScenesConfig(num_train=1200, num_val=100, size=(512, 512)),
+    augment=AugmentConfig(flip=0.5, scales=(352, 416, 480, 544), crop=(288, 288)),
 )
 
 
@@ -24,11 +24,11 @@ def scenes_vit() -> Recipe:
     """Dense detector of generated scenes, from scratch."""
     return Recipe(
         model=small_model(
-            classes=CLASSES, test_size=(320, 512), anchors=(16.0, 32.0, 64.0, 128.0, 256.0), max_detections=100
+            classes=CLASSES, test_size=(512, 1024), anchors=(16.0, 32.0, 64.0, 128.0, 256.0), max_detections=100
         ),
         data=DATA,
         train=TrainConfig(
-            epochs=4,
+            epochs=7,
             batch_size=4,
             lr=1e-3,
             weight_decay=0.05,
@@ -37,7 +37,7 @@ def scenes_vit() -> Recipe:
             clip_norm=5.0,
             ema=0.995,
             precision="bf16-mixed",
-            val_every=2,
+            val_every=3,
             val_images=40,
             workers=0,
         ),
@@ -50,5 +50,5 @@ def scenes_svit() -> Recipe:
     return replace(
         dense,
         model=replace(dense.model, policy=SViTConfig()),
-        train=replace(dense.train, epochs=1, lr=3e-4, policy_lr=3.0, val_every=1),
+        train=replace(dense.train, epochs=2, lr=3e-4, policy_lr=3.0, val_every=2),
     )
