@@ -1,0 +1,105 @@
+"""SViT's gates: the loss, and each of the options."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from sievit.policies import SViTConfig, build_policy
+from sievit.policies.svit import SViT, gumbel_gate
+from sievit.tokens import Trace
+from sievit.vit import ViT, ViTConfig
+
+CONFIG = SViTConfig(first_block=1, targets=(0.6, 0.4))
+VIT = ViTConfig(grid=(4, 6), embed_dim=24, depth=5, num_heads=2)
+
+
+def built(config: SViTConfig = CONFIG) -> SViT:
+    torch.manual_seed(0)
+    policy = build_policy(config, embed_dim=24, depth=5)
+    assert isinstance(policy, SViT)
+    return policy
+
+
+def trace_of(gates: torch.Tensor, valid: torch.Tensor | None = None) -> Trace:
+    """A trace whose gated blocks chose `gates` (blocks, b, n)."""
+    b, n = gates.shape[1:]
+    valid = torch.ones(b, n, dtype=torch.bool) if valid is None else valid
+    return Trace(grid=(1, n), num_prefix=0, valid=valid, keep=(), aux=tuple({"gate": gate} for gate in gates))
+
+
+def test_targets_spread_over_the_gated_blocks() -> None:
+    assert built().targets == (0.6, 0.6, 0.4, 0.4)
+    assert build_policy(SViTConfig(), embed_dim=24, depth=12).targets == (0.7,) * 3 + (0.49,) * 3 + (0.343,) * 3
+
+
+def test_ratio_loss_is_on_the_batch_or_on_each_image() -> None:
+    gates = torch.zeros(4, 2, 10)
+    gates[:, 0, :8] = 1  # one image keeps 0.8, the other 0.2: the mean of the batch is 0.5
+    gates[:, 1, :2] = 1
+    targets = torch.tensor([0.6, 0.6, 0.4, 0.4])
+    batch = 4 * (0.5 - targets).square().mean()
+    torch.testing.assert_close(built().loss(trace_of(gates))["ratio"], batch)
+    each = 4 * torch.stack([(share - targets).square() for share in (0.8, 0.2)]).mean()
+    fixed = built(dataclasses.replace(CONFIG, per_sample=True))
+    torch.testing.assert_close(fixed.loss(trace_of(gates))["ratio"], each)
+
+
+def test_padding_does_not_count_in_the_ratio() -> None:
+    valid = torch.ones(2, 10, dtype=torch.bool)
+    valid[1, 5:] = False
+    gates = torch.ones(4, 2, 10) * valid
+    targets = torch.tensor([0.6, 0.6, 0.4, 0.4])
+    torch.testing.assert_close(built().loss(trace_of(gates, valid))["ratio"], 4 * (1 - targets).square().mean())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_without_reactivation_tokens_stay_out(training: bool) -> None:
+    vit, policy = ViT(VIT), built(dataclasses.replace(CONFIG, reactivate=False)).train(training)
+    for gate in policy.gates:
+        torch.nn.init.normal_(dict(gate.named_parameters())["fc2.weight"], std=2.0)
+    _, trace = vit(torch.randn(4, 3, 64, 96), policy)
+    for earlier, later in zip(trace.keep, trace.keep[1:], strict=False):
+        assert not (later & ~earlier).any()
+    assert trace.keep[1].sum() > trace.keep[4].sum()
+
+
+def test_tokens_do_come_back_by_default() -> None:
+    vit, policy = ViT(VIT), built().eval()
+    for gate in policy.gates:
+        torch.nn.init.normal_(dict(gate.named_parameters())["fc2.weight"], std=2.0)
+    _, trace = vit(torch.randn(4, 3, 64, 96), policy)
+    assert any((later & ~earlier).any() for earlier, later in zip(trace.keep[1:], trace.keep[2:], strict=False))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropped_tokens_are_zero_and_preserved_ones_are_not(training: bool) -> None:
+    vit = ViT(VIT)
+    for preserve in (True, False):
+        config = dataclasses.replace(CONFIG, reactivate=False, preserve=preserve)
+        tokens, trace = vit(torch.randn(2, 3, 64, 96), built(config).train(training))
+        out = tokens.patches[~trace.keep[-1]]
+        assert len(out) and bool(out.any()) == preserve
+
+
+def test_sampling_at_inference_draws_by_the_gates_probability() -> None:
+    vit, policy = ViT(VIT), built(dataclasses.replace(CONFIG, sample=True)).eval()
+    for gate in policy.gates:
+        torch.nn.init.zeros_(dict(gate.named_parameters())["fc2.weight"])
+        dict(gate.named_parameters())["fc2.bias"].data = torch.tensor([0.8, 0.2]).log()
+    _, trace = vit(torch.randn(64, 3, 64, 96), policy)
+    share = trace.shares()[1:].mean().item()
+    assert share == pytest.approx(0.8, abs=0.02)  # 6144 draws: a standard deviation is 0.005
+    quiet = SViT(CONFIG, embed_dim=24, depth=5).eval()
+    quiet.load_state_dict(policy.state_dict())
+    assert vit(torch.randn(1, 3, 64, 96), quiet)[1].shares()[1:].eq(1).all(), "arg-max takes the likelier side"
+
+
+def test_gumbel_gate_is_hard_with_a_soft_gradient() -> None:
+    logits = torch.randn(2, 50, 2, requires_grad=True)
+    gate = gumbel_gate(logits, temperature=1.0)
+    torch.testing.assert_close(gate, gate.round(), atol=1e-6, rtol=0)
+    gate.sum().backward()
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad.sum(-1), torch.zeros(2, 50), atol=1e-6, rtol=0)
+    assert (logits.grad[..., 0] > 0).all()

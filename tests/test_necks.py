@@ -1,0 +1,102 @@
+"""Deformable attention against its slow twin; backbones give an image the same features alone and in any batch."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sievit.config import ConfigError
+from sievit.necks import NeckConfig
+from sievit.necks.adapter import AdapterConfig
+from sievit.necks.build import Backbone, build_backbone
+from sievit.necks.deform_attn import DeformAttn, deform_sample, reference_points
+from sievit.necks.pyramid import PyramidConfig
+from sievit.policies import SViTConfig
+from sievit.vit import ViTConfig
+
+SHAPES = [(6, 4), (3, 2), (1, 5)]
+VIT = ViTConfig(grid=(4, 4), embed_dim=32, depth=4, num_heads=2)
+ADAPTER = AdapterConfig(conv_inplane=8, deform_num_heads=2, num_interactions=2)
+
+
+def test_sampling_equals_grid_sample_with_its_gradients() -> None:
+    b, q, h, d = 2, 7, 3, 5
+    values = torch.randn(b, sum(r * c for r, c in SHAPES), h, d, requires_grad=True)
+    places = (torch.randn(b, q, h, len(SHAPES), 4, 2) * 4).requires_grad_()  # many lie outside
+    weights = torch.rand(b, q, h, len(SHAPES), 4, requires_grad=True)
+    results = []
+    for method in ("bag", "grid_sample"):
+        out = deform_sample(values, SHAPES, places, weights, method)
+        gradients = torch.autograd.grad(out.square().sum(), (values, places, weights))
+        results.append((out, *gradients))
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-4)
+
+
+def test_reference_points_are_cell_centres_x_first() -> None:
+    points = reference_points([(1, 2), (2, 1)], torch.device("cpu"))
+    assert points.tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.25], [0.5, 0.75]]
+
+
+def test_without_offsets_a_query_reads_its_own_place() -> None:
+    attention = DeformAttn(dim=8, num_heads=2, num_levels=1, num_points=1)
+    with torch.no_grad():
+        attention.sampling_offsets.bias.zero_()
+        attention.value_proj.weight.copy_(torch.eye(8))
+        attention.output_proj.weight.copy_(torch.eye(8))
+    features = torch.randn(1, 6, 8)
+    points = reference_points([(2, 3)], features.device)
+    torch.testing.assert_close(attention(features, points, features, [(2, 3)]), features, atol=1e-5, rtol=1e-5)
+
+
+def randomised(neck: NeckConfig) -> Backbone:
+    torch.manual_seed(0)
+    backbone = build_backbone(neck, VIT, SViTConfig(first_block=1, targets=(0.6,)))
+    for name, parameter in backbone.named_parameters():
+        if parameter.ndim <= 1:
+            nn.init.normal_(parameter, mean=float("norm" in name and "weight" in name), std=0.2)
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.2)
+    return backbone.eval()
+
+
+@pytest.mark.parametrize("neck", [ADAPTER, PyramidConfig(out_channels=16)], ids=["adapter", "pyramid"])
+@torch.inference_mode()
+def test_alone_equals_in_a_padded_batch(neck: NeckConfig) -> None:
+    backbone = randomised(neck)
+    sizes = [(64, 96), (40, 90), (64, 33)]
+    pictures = [torch.randn(3, h, w) for h, w in sizes]
+
+    def padded(picture: Tensor, height: int, width: int) -> Tensor:
+        return nn.functional.pad(picture, (0, width - picture.shape[2], 0, height - picture.shape[1]))
+
+    together, trace = backbone(torch.stack([padded(p, 64, 96) for p in pictures]), sizes)
+    for i, (picture, (h, w)) in enumerate(zip(pictures, sizes, strict=True)):
+        own = [-(-side // 32) * 32 for side in (h, w)]
+        alone, own_trace = backbone(padded(picture, *own)[None], [(h, w)])
+        assert torch.equal(trace.counts()[:, i], own_trace.counts()[:, 0])
+        for level, (name, feature) in enumerate(alone.items()):
+            rows, columns = (-(-side // (4 * 2**level)) for side in (h, w))
+            inside = together[name][i, :, :rows, :columns]
+            if isinstance(neck, AdapterConfig):
+                torch.testing.assert_close(inside, feature[0, :, :rows, :columns], atol=1e-4, rtol=1e-4)
+    assert not (torch.stack(trace.keep) & ~trace.valid).any()
+
+
+@pytest.mark.parametrize("neck", [ADAPTER, PyramidConfig(out_channels=16)], ids=["adapter", "pyramid"])
+def test_maps_have_four_strides_and_gradients_reach_everything(neck: NeckConfig) -> None:
+    backbone = randomised(neck).train()
+    features, trace = backbone(torch.randn(2, 3, 96, 64))
+    assert [tuple(f.shape[2:]) for f in features.values()] == [(24, 16), (12, 8), (6, 4), (3, 2)]
+    assert {f.shape[1] for f in features.values()} == {backbone.out_channels}
+    (sum(f.square().mean() for f in features.values()) + sum(backbone.policy.loss(trace).values())).backward()
+    assert [name for name, p in backbone.named_parameters() if p.grad is None] == []
+
+
+def test_what_does_not_fit_is_an_error() -> None:
+    with pytest.raises(ValueError, match="multiples of 32"):
+        randomised(ADAPTER)(torch.zeros(1, 3, 48, 64))
+    with pytest.raises(ValueError, match="3 interactions"):
+        build_backbone(AdapterConfig(num_interactions=3), VIT, SViTConfig(targets=(0.5,)))
+    with pytest.raises(ConfigError, match="neck"):
+        build_backbone(NeckConfig(), VIT, SViTConfig(targets=(0.5,)))
