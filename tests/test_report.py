@@ -1,6 +1,7 @@
 """Predicting on a person's own images, and the demonstration."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-from sievit import cli
+from sievit import cli, report
+from sievit.data.scenes import generate
 from sievit.heads.config import MaskRCNNConfig
 from sievit.model import InputConfig, ModelConfig, build, save
 from sievit.necks.pyramid import PyramidConfig
@@ -122,3 +124,60 @@ def test_unknown_device_and_policy(checkpoint: Path, folder: Path, capsys: pytes
     assert "did you mean 'keep_all'?" in capsys.readouterr().err
     assert cli.main([*start, "--device", "cuba"]) == 2
     assert "cuba" in capsys.readouterr().err
+
+
+def test_demo_ends_with_one_json_line(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    for name in ("scenes_vit", "scenes_svit", "nuclei_vit", "nuclei_svit"):
+        shutil.copy(checkpoint, weights / f"{name}.safetensors")
+    monkeypatch.setattr(report, "WEIGHTS", weights)
+    monkeypatch.setattr(report, "DEMO_SIZE", (64, 96))
+    nuclei = tmp_path / "data" / "nuclei"
+    generate(nuclei, num_images=5, size=(64, 64), seed=1)
+    (nuclei / "annotations").mkdir()
+    shutil.move(nuclei / "annotations.json", nuclei / "annotations" / "instances_val.json")
+    out = tmp_path / "out"
+    args = ["demo", "--out", str(out), "--num-images", "3", "--pictures", "1", "--data-root", str(tmp_path / "data")]
+    assert cli.main(args) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for part in (figures, *figures["datasets"].values()):
+        for model in ("dense", "sparse"):
+            assert part[model].keys() >= {"box_ap", "mask_ap", "gflops", "ms_per_image"}
+        assert len(part["keep"]) == 4
+        assert part["keep"][0] == 1
+        assert part["speedup"] > 0
+        assert part["images"] == 3
+    assert figures["datasets"].keys() == {"scenes", "nuclei"}
+    assert len(list((out / "scenes").glob("*.png"))) == len(list((out / "nuclei").glob("*.png"))) == 1
+
+
+def test_demo_without_weights_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(report, "WEIGHTS", tmp_path)
+    assert cli.main(["demo", "--out", str(tmp_path / "out"), "--num-images", "1"]) == 2
+    assert "scenes_vit" in capsys.readouterr().err
+
+
+def test_eval_ends_with_every_figure(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    generate(tmp_path / "scenes", num_images=2, size=(64, 64), seed=1)
+    content = json.loads((tmp_path / "scenes" / "annotations.json").read_text())
+    ids = {1: 3, 2: 7}
+    content["categories"] = [{"id": new, "name": str(new)} for new in ids.values()]
+    content["annotations"] = [
+        {**a, "category_id": ids[a["category_id"]]} for a in content["annotations"] if a["category_id"] in ids
+    ]
+    (tmp_path / "two.json").write_text(json.dumps(content))
+    args = ["eval", str(checkpoint), "--images", str(tmp_path / "scenes" / "images"), "--annotations"]
+    assert cli.main([*args, str(tmp_path / "two.json"), "--policy", "keep_all"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    sizes = ("", "50", "75", "_small", "_medium", "_large")
+    assert figures.keys() >= {f"{kind}_ap{size}" for kind in ("box", "mask") for size in sizes}
+    assert figures.keys() >= {"keep", "tokens", "gflops", "gflops_std", "ms_per_image", "images", "device"}
+    assert figures["policy"] == "keep_all"
+    assert figures["keep"] == [1.0] * 4
+    assert cli.main([*args, str(tmp_path / "scenes" / "annotations.json")]) == 2
+    assert "category ids" in capsys.readouterr().err

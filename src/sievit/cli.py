@@ -228,7 +228,7 @@ def _demo(args: list[str]) -> int:
     def run(
         *,
         out: Path = Path("out/demo"),
-        num_images: int = 24,
+        num_images: int = 40,
         pictures: int = 12,
         seed: int = 2024,
         data_root: Path | None = None,

@@ -1,12 +1,12 @@
 """What a person gets to see of a model: detections of his own images, and the demonstration."""
 
 import json
+import statistics
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -204,7 +204,7 @@ def demo(
 ) -> dict[str, Any]:
     """The shipped dense and sparse models on fresh scenes, and on nuclei where the data is there.
 
-    Writes the scenes to `out`/scenes-data, pictures to `out`/scenes and `out`/nuclei, and prints a table per data set.
+    Writes the scenes to `out`/data, pictures to `out`/scenes and `out`/nuclei, and prints a table per data set.
 
     Returns:
         `dense` and `sparse` (box_ap, mask_ap, gflops, ms_per_image), `keep` per block, `speedup` and `images` of the
@@ -212,10 +212,9 @@ def demo(
     """
     console = Console()
     where = pick_device(device)
-    generate(out / "scenes-data", num_images=num_images, size=DEMO_SIZE, seed=seed)
-    datasets = {
-        "scenes": CocoDetection(out / "scenes-data/images", out / "scenes-data/annotations.json", with_masks=False)
-    }
+    drawn = out / "data" / f"scenes-{seed}-{num_images}"
+    generate(drawn, num_images=num_images, size=DEMO_SIZE, seed=seed)
+    datasets = {"scenes": CocoDetection(drawn / "images", drawn / "annotations.json", with_masks=False)}
     nuclei = (default_data_root() if data_root is None else data_root) / "nuclei"
     if nuclei.is_dir():
         listing = _thinned(nuclei / "annotations/instances_val.json", num_images)
@@ -257,7 +256,7 @@ def _table(name: str, figures: dict[str, Any], device: str) -> Table:
     dense, sparse = figures["dense"], figures["sparse"]
     table = Table(title=f"{name}: {sparse['images']} images, one at a time, {device}", title_justify="left")
     for column in ("", "dense", "sparse", "difference"):
-        table.add_column(column, justify="left" if not column else "right")
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for label, key in (
         ("box AP", "box_ap"),
         ("mask AP", "mask_ap"),
@@ -271,9 +270,10 @@ def _table(name: str, figures: dict[str, Any], device: str) -> Table:
         table.add_row(label, f"{a:.2f}", f"{b:.2f}", f"{b / a - 1:+.0%}")
     low, high = figures["speedup_quartiles"]
     table.add_row("speed-up", "", f"{figures['speedup']:.2f}x", f"{low:.2f} to {high:.2f}")
+    table.add_row("tokens computed", "100%", f"{statistics.fmean(sparse['keep']):.0%}", "")
     for first in range(0, len(sparse["keep"]), 6):
-        shares = " ".join(f"{share:4.0%}" for share in sparse["keep"][first : first + 6])
-        table.add_row(f"tokens, blocks {first} to {first + len(shares.split()) - 1}", "100%", shares, "")
+        shares = sparse["keep"][first : first + 6]
+        table.add_row(f"  blocks {first}-{first + len(shares) - 1}", "", " ".join(f"{s:4.0%}" for s in shares), "")
     return table
 
 
