@@ -23,6 +23,8 @@ class SViTConfig(PolicyConfig):
         loss_weight: weight of the ratio loss.
         per_sample: hold every image to the target (fixed rate) instead of the mean of the batch (dynamic rate).
         temperature: of the Gumbel-softmax in training.
+        noise: scale of the Gumbel noise. Gates that are trained briefly stay undecided, and then the arg-max keeps
+            another share than the samples did; less noise in training keeps the two together.
         reactivate: a token that was left out may come back in a later block.
         preserve: a token that is left out keeps its features on the canvas; otherwise they become zero.
         sample: draw Gumbel noise at inference too, as the released test scripts do, instead of taking the arg-max.
@@ -34,6 +36,7 @@ class SViTConfig(PolicyConfig):
     loss_weight: float = 4.0
     per_sample: bool = False
     temperature: float = 1.0
+    noise: float = 1.0
     reactivate: bool = True
     preserve: bool = True
     sample: bool = False
@@ -65,8 +68,8 @@ class SViT(Policy):
         super().__init__()
         if config.reactivate and not config.preserve:
             raise ConfigError("svit: preserve=False leaves nothing to come back; set reactivate=False with it")
-        if config.temperature <= 0:
-            raise ConfigError(f"svit: temperature must be positive, got {config.temperature}")
+        if config.temperature <= 0 or config.noise < 0:
+            raise ConfigError(f"svit: temperature must be positive and noise not negative, got {config}")
         self.config = config
         self.targets = spread(config.targets, first_block=config.first_block, depth=depth)
         hidden_dim = int(embed_dim * config.hidden_ratio)
@@ -80,7 +83,7 @@ class SViT(Policy):
         aux = {"logits": logits}
         earlier = None if config.reactivate or index == config.first_block else trace.aux[-1]
         if self.training:
-            gate = gumbel_gate(logits, config.temperature)
+            gate = gumbel_gate(logits, temperature=config.temperature, noise=config.noise)
             if tokens.valid is not None:
                 gate = gate * tokens.valid
             if earlier is not None:
@@ -88,7 +91,7 @@ class SViT(Policy):
             keep, aux["gate"] = gate.detach() > 0.5, gate
         else:
             gate = None
-            noisy = logits.log_softmax(-1) + gumbel_noise(logits) if config.sample else logits
+            noisy = logits.log_softmax(-1) + config.noise * gumbel_noise(logits) if config.sample else logits
             keep = noisy[..., 0] > noisy[..., 1]
             if earlier is not None:
                 keep = keep & trace.keep[-1]
@@ -127,8 +130,8 @@ def gumbel_noise(like: Tensor) -> Tensor:
     return -torch.empty_like(like).exponential_().log()
 
 
-def gumbel_gate(logits: Tensor, temperature: float) -> Tensor:
+def gumbel_gate(logits: Tensor, *, temperature: float, noise: float = 1.0) -> Tensor:
     """(b, n) in {0, 1}: a hard Gumbel-softmax sample of index 0 of (b, n, 2), gradient of the soft one."""
-    soft = ((logits.log_softmax(-1) + gumbel_noise(logits)) / temperature).softmax(-1)
+    soft = ((logits.log_softmax(-1) + noise * gumbel_noise(logits)) / temperature).softmax(-1)
     hard = (soft[..., 0] > soft[..., 1]).to(soft.dtype)
     return hard - soft[..., 0].detach() + soft[..., 0]
