@@ -56,7 +56,7 @@ def randomised(neck: NeckConfig) -> Backbone:
             nn.init.normal_(parameter, mean=float("norm" in name and "weight" in name), std=0.2)
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.normal_(module.get_buffer("running_mean"), std=0.2)
     return backbone.eval()
 
 

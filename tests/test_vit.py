@@ -1,5 +1,7 @@
 """Our ViT is timm's, block by block; positions follow the image and not the batch."""
 
+from typing import Any
+
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -7,11 +9,11 @@ from torch import Tensor, nn
 
 from sievit.config import ConfigError
 from sievit.convert import timm_vit
-from sievit.policies import KeepAllConfig, SViTConfig, build_policy
+from sievit.policies import KeepAllConfig, Policy, SViTConfig, build_policy
 from sievit.tokens import Tokens, Trace
 from sievit.vit import ViT, ViTConfig
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"embed_dim": 192, "num_heads": 3, "depth": 12, "patch_size": 16, "img_size": 224},
     "rectangle": {"embed_dim": 48, "num_heads": 4, "depth": 3, "patch_size": 8, "img_size": (40, 72)},
     "no class token": {
@@ -35,7 +37,7 @@ SIZES = {
 }
 
 
-def randomised(model: nn.Module) -> nn.Module:
+def randomised(model: VisionTransformer) -> VisionTransformer:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.05)
     return model.eval()
@@ -56,7 +58,6 @@ def each_block(vit: ViT, images: Tensor) -> list[Tensor]:
 @torch.inference_mode()
 def test_every_block_equals_timm(name: str) -> None:
     oracle = randomised(VisionTransformer(num_classes=3, **SIZES[name]))
-    assert isinstance(oracle, VisionTransformer)
     ours = timm_vit(oracle)
     assert {k for k in oracle.state_dict() if not k.startswith(("head.", "fc_norm."))} == set(ours.state_dict())
     images = torch.randn(2, 3, *oracle.patch_embed.img_size)
@@ -113,7 +114,7 @@ def test_stochastic_depth_drops_whole_images_and_keeps_the_mean() -> None:
     assert 2 <= len(kinds) <= 4, "each of the last block's two branches is there or not, for a whole image"
 
 
-class _Half(nn.Module):
+class _Half(Policy):
     """Keeps the given tokens in every block."""
 
     def __init__(self, keep: Tensor) -> None:
@@ -132,7 +133,7 @@ def test_packed_gradients_equal_masked_ones() -> None:
     gradients = []
     for mode in ("packed", "masked", "padded"):
         vit.zero_grad()
-        vit(images, _Half(keep), mode=mode)[0].x.square().sum().backward()  # ty: ignore[invalid-argument-type]
+        vit(images, _Half(keep), mode=mode)[0].x.square().sum().backward()
         gradients.append([p.grad.clone() for p in vit.parameters() if p.grad is not None])
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):

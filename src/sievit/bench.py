@@ -23,6 +23,7 @@ from torch import Tensor
 from sievit.config import ConfigError, nearest
 from sievit.data.images import list_images, read_image, to_tensor
 from sievit.data.scenes import draw
+from sievit.devices import pick_device
 from sievit.flops import blocks_gflops
 from sievit.policies import KeepAllConfig, SViTConfig, build_policy
 from sievit.policies.svit import SViT
@@ -79,7 +80,7 @@ def bench_blocks(config: BlocksBench, console: Console | None = None) -> dict:
             raise ConfigError(f"unknown model {name!r}{nearest(name, SIZES)}")
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+    device = pick_device(config.device)
     dtype = getattr(torch, config.precision)
     jobs = [(model, size, batch) for model in config.models for size in config.sizes for batch in config.batches]
     rows = []
@@ -146,9 +147,10 @@ def calibrated(config: ViTConfig, pictures: Tensor, targets: tuple[float, ...]) 
     first = sparse.config.first_block
     for index in range(config.depth):
         if index >= first:
-            logits = torch.cat([sparse.gates[index - first](tokens.patches).float().flatten(0, 1) for tokens in canvases])
+            gate = sparse.gates[index - first]
+            logits = torch.cat([gate(tokens.patches).float().flatten(0, 1) for tokens in canvases])
             margin = (logits[:, 0] - logits[:, 1]).quantile(1 - sparse.targets[index - first])
-            bias = dict(sparse.gates[index - first].named_parameters())["fc2.bias"]
+            bias = gate.get_parameter("fc2.bias")
             bias[0] -= margin.to(bias.dtype)
         steps = [
             vit.run_blocks(tokens, sparse, trace, start=index, stop=index + 1)

@@ -1,4 +1,4 @@
-"""Configurations are frozen dataclasses; this file turns them into JSON and back, and names the nearest match of a typo.
+"""Configurations are frozen dataclasses; this file turns them into JSON and back, and finds what a typo meant.
 
 A field that may hold one of several configurations (a policy, a neck) is annotated with their base class; each of them
 is registered under a name with `variant`, and that name is stored in the JSON under "kind".
@@ -109,11 +109,11 @@ def load_json(cls: type[T], path: Path) -> T:
 
 
 def _from_json_union(cls: Any, data: Any, where: str) -> Any:
+    if data is None and type(None) in typing.get_args(cls):
+        return None
     errors = []
     for option in typing.get_args(cls):
         if option is type(None):
-            if data is None:
-                return None
             continue
         try:
             return from_json(option, data, where=where)

@@ -52,7 +52,7 @@ class Tokens:
         return replace(self, x=torch.cat([self.x[:, : self.num_prefix], patches], dim=1))
 
     def select(self, keep: Tensor | None, gate: Tensor | None = None) -> "Tokens":
-        """The same canvas with another choice for the next block: (b, n) bool, None for all; padding never takes part."""
+        """The canvas with another choice for the next block: (b, n) bool, None for all; padding never takes part."""
         if keep is not None and self.valid is not None:
             keep = keep & self.valid
         return replace(self, keep=keep, gate=gate)

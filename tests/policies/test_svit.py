@@ -57,7 +57,7 @@ def test_padding_does_not_count_in_the_ratio() -> None:
 def test_without_reactivation_tokens_stay_out(training: bool) -> None:
     vit, policy = ViT(VIT), built(dataclasses.replace(CONFIG, reactivate=False)).train(training)
     for gate in policy.gates:
-        torch.nn.init.normal_(dict(gate.named_parameters())["fc2.weight"], std=2.0)
+        torch.nn.init.normal_(gate.get_parameter("fc2.weight"), std=2.0)
     _, trace = vit(torch.randn(4, 3, 64, 96), policy)
     for earlier, later in zip(trace.keep, trace.keep[1:], strict=False):
         assert not (later & ~earlier).any()
@@ -67,7 +67,7 @@ def test_without_reactivation_tokens_stay_out(training: bool) -> None:
 def test_tokens_do_come_back_by_default() -> None:
     vit, policy = ViT(VIT), built().eval()
     for gate in policy.gates:
-        torch.nn.init.normal_(dict(gate.named_parameters())["fc2.weight"], std=2.0)
+        torch.nn.init.normal_(gate.get_parameter("fc2.weight"), std=2.0)
     _, trace = vit(torch.randn(4, 3, 64, 96), policy)
     assert any((later & ~earlier).any() for earlier, later in zip(trace.keep[1:], trace.keep[2:], strict=False))
 
@@ -85,8 +85,8 @@ def test_dropped_tokens_are_zero_and_preserved_ones_are_not(training: bool) -> N
 def test_sampling_at_inference_draws_by_the_gates_probability() -> None:
     vit, policy = ViT(VIT), built(dataclasses.replace(CONFIG, sample=True)).eval()
     for gate in policy.gates:
-        torch.nn.init.zeros_(dict(gate.named_parameters())["fc2.weight"])
-        dict(gate.named_parameters())["fc2.bias"].data = torch.tensor([0.8, 0.2]).log()
+        torch.nn.init.zeros_(gate.get_parameter("fc2.weight"))
+        gate.get_parameter("fc2.bias").data = torch.tensor([0.8, 0.2]).log()
     _, trace = vit(torch.randn(64, 3, 64, 96), policy)
     share = trace.shares()[1:].mean().item()
     assert share == pytest.approx(0.8, abs=0.02)  # 6144 draws: a standard deviation is 0.005

@@ -1,5 +1,7 @@
 """Plain ViTs of timm: the DeiT / AugReg / MAE family."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from sievit.config import ConfigError
@@ -78,9 +80,9 @@ def _read_module(model: nn.Module) -> tuple[int, tuple[int, int], float]:
         raise ConfigError("timm models whose positions leave out the class token are not supported yet")
     if not isinstance(getattr(model, "norm_pre", nn.Identity()), nn.Identity):
         raise ConfigError("timm models with a norm before the blocks (CLIP style) are not supported yet")
-    block = model.blocks[0]
+    block: Any = model.blocks[0]
     activation = getattr(block.mlp, "act", None)
     if not isinstance(activation, nn.GELU):
         raise ConfigError(f"timm models with {type(activation).__name__} in the MLP are not supported yet")
     grid = model.patch_embed.grid_size
-    return block.attn.num_heads, (int(grid[0]), int(grid[1])), float(block.norm1.eps)
+    return int(block.attn.num_heads), (int(grid[0]), int(grid[1])), float(block.norm1.eps)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,18 +36,18 @@ class Policy(nn.Module):
         return {}
 
     def macs(self, trace: Trace) -> Tensor:
-        """(b,) multiply-adds per image that deciding took in this pass, also if another policy decided; by default none."""
+        """(b,) multiply-adds per image that this policy's own products took in the pass; by default none."""
         return torch.zeros(len(trace.valid), device=trace.valid.device)
 
 
-Builder = Callable[..., Policy]
-_POLICIES: dict[type[PolicyConfig], Builder] = {}
+P = TypeVar("P", bound=type[Policy])
+_POLICIES: dict[type[PolicyConfig], Callable[..., Policy]] = {}
 
 
-def register(config_class: type[PolicyConfig]) -> Callable[[type], type]:
+def register(config_class: type[PolicyConfig]) -> Callable[[P], P]:
     """Class decorator: `build_policy` makes this policy from a `config_class`."""
 
-    def mark(cls: type) -> type:
+    def mark(cls: P) -> P:
         _POLICIES[config_class] = cls
         return cls
 

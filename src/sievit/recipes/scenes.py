@@ -16,7 +16,7 @@ DATA = DataConfig(
     val_annotations=Path("scenes/val/annotations.json"),
     root=Path("out"),
     scenes=ScenesConfig(num_train=1200, num_val=100, size=(512, 512)),
-    augment=AugmentConfig(flip=0.5, scales=(352, 416, 480, 544), crop=(288, 288)),
+    augment=AugmentConfig(flip=0.5, scales=(352, 416, 480, 544), crop=(256, 256)),
 )
 
 
@@ -28,7 +28,7 @@ def scenes_vit() -> Recipe:
         ),
         data=DATA,
         train=TrainConfig(
-            epochs=7,
+            epochs=5,
             batch_size=4,
             lr=1e-3,
             weight_decay=0.05,
@@ -37,7 +37,7 @@ def scenes_vit() -> Recipe:
             clip_norm=5.0,
             ema=0.995,
             precision="bf16-mixed",
-            val_every=3,
+            val_every=2,
             val_images=40,
             workers=0,
         ),
