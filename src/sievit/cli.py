@@ -163,7 +163,7 @@ def _eval(args: list[str]) -> int:
         """Evaluate a model on data in COCO format; the last line of the output is one JSON object with every figure.
 
         Args:
-            model: checkpoint, or the folder of a training run.
+            model: checkpoint, folder of a training run, or name of a model that comes with sievit.
             images: folder that holds the images.
             annotations: COCO annotation file.
             policy: takes the place of the model's own, e.g. keep_all for dense.
@@ -209,7 +209,7 @@ def _predict(args: list[str]) -> int:
         Writes results.json (COCO results), images.json (which image has which id) and one picture per image.
 
         Args:
-            model: checkpoint, or the folder of a training run.
+            model: checkpoint, folder of a training run, or name of a model that comes with sievit.
             images: an image, or a folder of images.
             out: folder for the results.
             policy: takes the place of the model's own, e.g. keep_all for dense.
@@ -253,7 +253,7 @@ def _demo(args: list[str]) -> int:
 
 
 def _data_scenes(args: list[str]) -> int:
-    def run(*, out: Path, num_images: int = 100, size: tuple[int, int] = (256, 320), seed: int = 0) -> int:
+    def run(*, out: Path, num_images: int = 100, size: tuple[int, int] = (512, 512), seed: int = 0) -> int:
         """Generate scenes in COCO format: images/, annotations.json, labels/ (semantic).
 
         Args:

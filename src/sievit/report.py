@@ -27,7 +27,7 @@ from sievit.metrics import coco_results
 from sievit.model import Detector, Output, load
 
 WEIGHTS = Path(__file__).parent / "weights"
-DEMO_SIZE = (256, 256)
+DEMO_SIZE = (512, 512)
 """Height and width in pixels of the demonstration's scenes."""
 MIN_SCORE = 0.5
 """Objects under it are left out of the demonstration's pictures."""
@@ -44,6 +44,12 @@ def shipped(name: str) -> Path:
         there = [path.stem for path in WEIGHTS.glob("*.safetensors")]
         raise ConfigError(f"no model called {name!r} comes with this copy of sievit{nearest(name, there)}")
     return path
+
+
+def find_model(name: Path) -> Path:
+    """The path as it is, or the model of that name that comes with the package."""
+    inside = WEIGHTS / f"{name}.safetensors"
+    return inside if not name.exists() and inside.is_file() else name
 
 
 def progress(console: Console) -> Progress:
@@ -78,7 +84,7 @@ def predict(
     Returns:
         The exit status: 1 when an image could not be read (the others are done all the same), else 0.
     """
-    model = load(model_path, policy=policy, device=pick_device(device))
+    model = load(find_model(model_path), policy=policy, device=pick_device(device))
     root = images if images.is_dir() else images.parent
     paths = (
         [p for p in list_images(images) if not p.resolve().is_relative_to(out.resolve())]
@@ -171,7 +177,7 @@ def evaluate(
     device: str = "auto",
 ) -> dict[str, Any]:
     """Every figure of a model on data in COCO format, see `engine.evaluate`; progress goes to standard error."""
-    model = load(model_path, policy=policy, device=pick_device(device))
+    model = load(find_model(model_path), policy=policy, device=pick_device(device))
     dataset = CocoDetection(images, annotations, with_masks=False)
     if dataset.category_ids != model.config.category_ids:
         raise ConfigError(
