@@ -63,20 +63,21 @@ def coco_vit_adapter_s() -> Recipe:
 
 
 def coco_svit_adapter_t() -> Recipe:
-    """SViT-Adapter-T, six epochs from the dense one: give --train.init-from."""
-    return _sparse(coco_vit_adapter_t(), epochs=6, drop_path_rate=0.0)
+    """SViT-Adapter-T, six epochs from the dense one."""
+    return _sparse(coco_vit_adapter_t(), Path("runs/coco_vit_adapter_t"), epochs=6, drop_path_rate=0.0)
 
 
 def coco_svit_adapter_s() -> Recipe:
-    """SViT-Adapter-S, four epochs from the dense one: give --train.init-from."""
-    return _sparse(coco_vit_adapter_s(), epochs=4, drop_path_rate=0.2)
+    """SViT-Adapter-S, four epochs from the dense one."""
+    return _sparse(coco_vit_adapter_s(), Path("runs/coco_vit_adapter_s"), epochs=4, drop_path_rate=0.2)
 
 
-def _sparse(dense: Recipe, *, epochs: int, drop_path_rate: float) -> Recipe:
+def _sparse(dense: Recipe, start: Path, *, epochs: int, drop_path_rate: float) -> Recipe:
     model = replace(
         dense.model,
         vit=replace(dense.model.vit, drop_path_rate=drop_path_rate),
         neck=AdapterConfig(conv_inplane=64, deform_num_heads=6, drop_path_rate=drop_path_rate),
         policy=SViTConfig(),
     )
-    return replace(dense, model=model, train=replace(SPARSE, epochs=epochs, step_epochs=(epochs - epochs // 3,)))
+    train = replace(SPARSE, init_from=start, epochs=epochs, step_epochs=(epochs - epochs // 3,))
+    return replace(dense, model=model, train=train)

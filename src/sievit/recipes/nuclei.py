@@ -51,10 +51,10 @@ def nuclei_vit() -> Recipe:
 
 
 def nuclei_svit() -> Recipe:
-    """SViT from the dense detector of nuclei: give --train.init-from."""
+    """SViT from the dense detector of nuclei."""
     dense = nuclei_vit()
     return replace(
         dense,
-        model=replace(dense.model, policy=SViTConfig()),
-        train=replace(dense.train, epochs=5, lr=3e-4, policy_lr=3.0, val_every=5),
+        model=replace(dense.model, policy=SViTConfig(noise=0.25)),
+        train=replace(dense.train, init_from=Path("runs/nuclei_vit"), epochs=5, lr=3e-4, policy_lr=3.0, val_every=5),
     )

@@ -45,10 +45,10 @@ def scenes_vit() -> Recipe:
 
 
 def scenes_svit() -> Recipe:
-    """SViT from the dense detector of scenes: give --train.init-from."""
+    """SViT from the dense detector of scenes."""
     dense = scenes_vit()
     return replace(
         dense,
-        model=replace(dense.model, policy=SViTConfig()),
-        train=replace(dense.train, epochs=2, lr=3e-4, policy_lr=3.0, val_every=2),
+        model=replace(dense.model, policy=SViTConfig(noise=0.25)),
+        train=replace(dense.train, init_from=Path("runs/scenes_vit"), epochs=1, lr=3e-4, policy_lr=3.0, val_every=1),
     )
