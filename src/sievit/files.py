@@ -17,5 +17,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, and nothing was changed", str(path)) from error
     finally:
         part.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """The folder of a run: what it holds, and how it is written so that a killed run loses nothing.
 
-recipe.json is the resolved recipe, log.csv the log, best.safetensors and last.safetensors are models, state.pt is all
-that training needs to go on, metrics.json the figures of the last full validation.
+recipe.json is the resolved recipe, log.csv and val.csv the logs, best.safetensors and last.safetensors are models,
+metrics.json the figures of the best one, state.pt is all that training needs to go on.
 """
 
 import csv
@@ -23,7 +23,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.recipe_file, self.log_file = path / "recipe.json", path / "log.csv"
+        self.recipe_file = path / "recipe.json"
+        self.log_file, self.val_file = path / "log.csv", path / "val.csv"
         self.state_file, self.metrics_file = path / "state.pt", path / "metrics.json"
         self.best_file, self.last_file = path / "best.safetensors", path / "last.safetensors"
 
@@ -43,8 +44,17 @@ class RunFolder:
     def recipe(self) -> Recipe:
         """The recipe that the run was started with."""
         if not self.recipe_file.exists():
-            raise ConfigError(f"{self.path}: is not the folder of a run: it has no recipe.json")
+            raise ConfigError(f"{self.path}: is not the folder of a run: it has no recipe.json; start one with --out")
         return load_json(Recipe, self.recipe_file)
+
+    def metrics(self) -> dict[str, Any]:
+        """The figures of the best model so far."""
+        return json.loads(self.metrics_file.read_text(encoding="utf-8"))
+
+    def remove_parts(self) -> None:
+        """Remove what a killed process left of files it was writing."""
+        for part in self.path.glob(".*.part"):
+            part.unlink(missing_ok=True)
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write the training state, whole or not at all."""
@@ -63,7 +73,8 @@ class RunFolder:
         try:
             return torch.load(self.state_file, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-            raise ConfigError(f"{self.state_file}: damaged ({error}); start again with another --out") from error
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(f"{self.state_file}: damaged ({reason}); start again with another --out") from error
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -102,6 +113,9 @@ class CsvLog:
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """The rows of a log, without the empty cells."""
+    """The rows of a log, without empty cells and without a last line that was cut short."""
     with path.open(newline="", encoding="utf-8") as file:
-        return [{k: v for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(file)]
+        lines = file.readlines()
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    return [{k: v for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(lines)]

@@ -13,8 +13,10 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from sievit.config import ConfigError
 from sievit.data.coco import CocoDetection, collate
 from sievit.distributed import world_size
+from sievit.engine.batches import leave_signals_to_parent, loading
 from sievit.flops import detector_gflops
 from sievit.metrics import CocoMetric
 from sievit.model import Detector, Output
@@ -76,7 +78,8 @@ def evaluate(
     Args:
         limit: the first so many images.
         max_detections: per image, judged by the metric.
-        precision: "32-true", or "bf16-mixed" for automatic mixed precision.
+        precision: "32-true", or "bf16-mixed" or "16-mixed" for automatic mixed precision.
+        workers: processes that load images; 0 loads in this one.
         console: where the progress bar goes; None for none.
 
     Returns:
@@ -85,15 +88,19 @@ def evaluate(
         `images`.
 
     Raises:
-        ConfigError: an image cannot be read; the message names it.
+        ConfigError: an image cannot be read, and the message names it; or there is none.
     """
+    total = _number(dataset, limit)
     rank = dist.get_rank() if world_size() > 1 else 0
-    total = len(dataset) if limit is None else min(limit, len(dataset))
     part = Subset(dataset, range(rank, total, world_size()))
-    loader = DataLoader(part, batch_size, collate_fn=collate, num_workers=workers)
+    loader = DataLoader(
+        part, batch_size, collate_fn=collate, num_workers=workers, worker_init_fn=leave_signals_to_parent
+    )
     metric = _metric(model, dataset, max_detections)
     records = _Records()
-    batches = loader if console is None else track(loader, title, console=console, transient=True)
+    batches = loading(loader)
+    if console is not None:
+        batches = track(batches, title, total=len(loader), console=console, transient=True)
     training = model.training
     model.eval()
     try:
@@ -122,11 +129,11 @@ def compare(
     """Two models on the same images, one at a time and in alternating order.
 
     Returns:
-        `dense` and `sparse`, each as `evaluate` returns it, and `speedup`: the median over images of the ratio
-        of times, with its quartiles.
+        `dense` and `sparse`, each as `evaluate` returns it; `speedup`, the median over images of the ratio of times,
+        and `speedup_quartiles`, the first and the third.
     """
     models = {"dense": dense.eval(), "sparse": sparse.eval()}
-    total = len(dataset) if limit is None else min(limit, len(dataset))
+    total = _number(dataset, limit)
     metrics = {name: _metric(model, dataset, max_detections) for name, model in models.items()}
     records = {name: _Records() for name in models}
     for model in models.values():
@@ -154,13 +161,22 @@ def compare(
 def timed(model: Detector, images: Sequence[Tensor], *, precision: str = "32-true") -> tuple[Output, float]:
     """A pass, and the milliseconds it took, from images in memory to detections on their pixels."""
     device = model.device
-    mixed = nullcontext() if precision == "32-true" else torch.autocast(device.type, dtype=torch.bfloat16)
+    dtype = torch.float16 if precision == "16-mixed" else torch.bfloat16
+    mixed = nullcontext() if precision == "32-true" else torch.autocast(device.type, dtype=dtype)
     _synchronise(device)
     start = time.perf_counter()
     with mixed:
         output = model(list(images))
     _synchronise(device)
     return output, (time.perf_counter() - start) * 1e3
+
+
+def _number(dataset: CocoDetection, limit: int | None) -> int:
+    """How many images are looked at."""
+    total = len(dataset) if limit is None else min(limit, len(dataset))
+    if total < 1:
+        raise ConfigError(f"{dataset.annotations.source}: no image to evaluate on")
+    return total
 
 
 def _metric(model: Detector, dataset: CocoDetection, max_detections: int) -> CocoMetric:

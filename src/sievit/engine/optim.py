@@ -7,15 +7,19 @@ from torch import Tensor, nn
 
 from sievit.engine.recipe import TrainConfig
 
-UNDECAYED = ("pos_embed", "level_embed", "cls_token")
+UNDECAYED = ("bias", "pos_embed", "level_embed", "cls_token", "gamma")
+NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+POLY_POWER = 0.9
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     """AdamW's groups: no weight decay on norms, biases, positions and level embeddings; `lr_scale` for the policy."""
+    norms = {f"{name}." for name, module in model.named_modules() if isinstance(module, NORMS)}
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            plain = parameter.ndim <= 1 or any(word in name for word in UNDECAYED)
+            parent, _, own = name.rpartition(".")
+            plain = own in UNDECAYED or f"{parent}." in norms
             groups.setdefault((plain, "policy." in name), []).append(parameter)
     return [
         {
@@ -34,8 +38,11 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """Of the 0-based `step`: the schedule times the linear warm-up."""
+    progress = step / (config.epochs * steps_per_epoch)
     if config.schedule == "cosine":
-        factor = 0.5 + 0.5 * math.cos(math.pi * step / (config.epochs * steps_per_epoch))
+        factor = 0.5 + 0.5 * math.cos(math.pi * progress)
+    elif config.schedule == "poly":
+        factor = (1 - progress) ** POLY_POWER
     elif config.schedule == "step":
         factor = 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.step_epochs)
     else:

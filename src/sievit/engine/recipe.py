@@ -36,6 +36,7 @@ class DataConfig:
         scenes: generate the data below `root` instead of expecting it there.
         max_detections: per image, in evaluation. COCO's is 100.
         invalid: what to do about annotations that cannot be used.
+        skip_empty: leave training images without an object out.
     """
 
     train_images: Path
@@ -47,6 +48,7 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     max_detections: int = 100
     invalid: Literal["error", "skip"] = "error"
+    skip_empty: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,35 +57,40 @@ class TrainConfig:
 
     Attributes:
         init_from: checkpoint or run folder whose weights training starts from; what the policy lacks there stays new.
+        vit_from: state dict of a pre-trained ViT in timm's naming, for the backbone's blocks.
         batch_size: images per step, over all processes and accumulated parts.
         accumulate: parts that a step's images are computed in.
         warmup_steps: linear, from `warmup_start` times the rate.
-        schedule: of the rate; `step` multiplies it by 0.1 at each of `step_epochs`.
+        schedule: of the rate; `step` multiplies it by 0.1 at each of `step_epochs`, `poly` is (1 - progress) ** 0.9.
         clip_norm: largest norm of the gradients.
         ema: decay of the averaged weights that are validated and saved; 0 for none.
-        precision: Lightning Fabric's.
+        precision: Lightning Fabric's; `loss_scale` is the first factor on the loss with 16-mixed.
+        channels_last: memory format of the convolutions.
         val_every: epochs between validations; the last one is always validated.
-        val_images: validate on so many images during training; all of them at the end.
+        val_images: choose the best model by so many images; its final figures are those of all.
         save_every: minutes between saved states; one is saved at the end of each epoch too.
         workers: processes that load images; 0 loads in the training process.
         threads: CPU threads; None leaves torch's choice.
     """
 
     epochs: int = 36
-    init_from: Path | None = None
+    init_from: None | Path = None  # noqa: RUF036 - JSON is read as the first type that takes it
+    vit_from: None | Path = None  # noqa: RUF036
     batch_size: int = 16
     accumulate: int = 1
     lr: float = 1e-4
     weight_decay: float = 0.05
     warmup_steps: int = 500
     warmup_start: float = 0.001
-    schedule: Literal["step", "cosine", "constant"] = "step"
+    schedule: Literal["step", "cosine", "poly", "constant"] = "step"
     step_epochs: tuple[int, ...] = (27, 33)
     policy_lr: float = 1.0
     """Factor on the rate of the policy's parameters."""
     clip_norm: float | None = None
     ema: float = 0.0
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    loss_scale: float = 512.0
+    channels_last: bool = True
     seed: int = 0
     val_every: int = 1
     val_images: int | None = None
@@ -93,11 +100,15 @@ class TrainConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "val_every": 1, "val_images": 1, "log_every": 1}
+        for name, limit in {**least, "threads": 1, "workers": 0, "warmup_steps": 0, "save_every": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < limit:
+                raise ConfigError(f"train.{name} is at least {limit}, not {value}")
         if self.batch_size % self.accumulate:
             raise ConfigError(f"train.batch_size {self.batch_size} does not split into {self.accumulate} parts")
-        for name in ("epochs", "batch_size", "accumulate", "val_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} is at least 1, not {getattr(self, name)}")
+        if self.init_from is not None and self.vit_from is not None:
+            raise ConfigError("train.init_from holds the weights of the ViT too; leave out train.vit_from")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"train.ema is a decay from 0 to below 1, not {self.ema}")
 
@@ -138,6 +149,7 @@ def open_data(recipe: Recipe) -> tuple[CocoDetection, CocoDetection]:
         transform=Augment(data.augment),
         with_masks=masks,
         invalid=data.invalid,
+        skip_empty=data.skip_empty,
         seed=recipe.train.seed,
         cache_bytes=2**30,
     )

@@ -1,90 +1,37 @@
 """The training loop."""
 
-import itertools
 import json
 import math
 import os
 import signal
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric import Fabric, seed_everything
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.precision import MixedPrecision
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
 
 from sievit.config import ConfigError
-from sievit.data.coco import CocoDetection, collate
+from sievit.data.coco import CocoDetection
 from sievit.distributed import world_size
+from sievit.engine.batches import Batch, EpochBatches, Losses, Samples, grouped, loading, training_loader
 from sievit.engine.checkpoint import CsvLog, RunFolder, write_json
 from sievit.engine.evaluate import evaluate
+from sievit.engine.initial import start_from, start_vit_from
 from sievit.engine.optim import Average, build_optimizer, learning_rate, set_learning_rate
 from sievit.engine.recipe import Recipe, TrainConfig, default_data_root, open_data
-from sievit.model import POLICY_PREFIX, Detector, build, read, save
+from sievit.model import build, read, save
 
 
 class Interrupted(KeyboardInterrupt):
     """A run was told to stop and has saved its state; the message says how to go on."""
-
-
-class Batch:
-    """Images and targets. Not a container that Fabric knows, for it would round boxes to the precision of training."""
-
-    def __init__(self, images: list[Tensor], targets: list[dict[str, Any]], device: torch.device) -> None:
-        self.images = [image.to(device) for image in images]
-        self.targets = [
-            {name: value.to(device) if isinstance(value, Tensor) else value for name, value in target.items()}
-            for target in targets
-        ]
-
-
-class Losses(nn.Module):
-    """What is trained: a batch to losses by name, and the kept share per block."""
-
-    def __init__(self, model: Detector) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        output = self.model(batch.images, batch.targets)
-        return output.losses, output.trace.shares().mean(1)
-
-
-class EpochBatches(Sampler[list[int]]):
-    """This process's part of each global batch: a seeded permutation per epoch, the incomplete last batch left out.
-
-    The global batches are the same for any number of processes and parts, and `start` skips those that are done.
-    """
-
-    def __init__(self, length: int, config: TrainConfig, *, rank: int, processes: int) -> None:
-        if config.batch_size % (processes * config.accumulate):
-            raise ConfigError(
-                f"train.batch_size {config.batch_size} does not split over {processes} processes and "
-                f"{config.accumulate} accumulated parts"
-            )
-        if length < config.batch_size:
-            raise ConfigError(f"train.batch_size {config.batch_size} is more than the {length} training images")
-        self.length, self.config, self.rank, self.processes = length, config, rank, processes
-        self.steps = length // config.batch_size
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:
-        return (self.steps - self.start) * self.config.accumulate
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.config.seed * 100_003 + self.epoch)
-        order = torch.randperm(self.length, generator=generator)[: self.steps * self.config.batch_size]
-        parts = order.view(self.steps, self.config.accumulate, self.processes, -1)
-        for step in range(self.start, self.steps):
-            yield from parts[step, :, self.rank].tolist()
 
 
 def train(recipe: Recipe | None, *, out: Path, resume: bool = False, console: Console | None = None) -> dict:
@@ -96,41 +43,69 @@ def train(recipe: Recipe | None, *, out: Path, resume: bool = False, console: Co
         resume: go on with the run in `out`, exactly where its last state was saved.
 
     Returns:
-        The figures of the last validation, with `best`, the best ones' figure.
+        The figures of the best model, as in metrics.json.
 
     Raises:
         ConfigError: the folder holds another run or none, or the data does not fit the model.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
+        OSError: a file cannot be written, on a full disk for example; the last saved state is whole.
     """
     console = console or Console(stderr=True)
     folder = RunFolder(out)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     if resume:
         recipe = folder.recipe()
     assert recipe is not None
-    if recipe.data.root is None:
-        recipe = replace(recipe, data=replace(recipe.data, root=default_data_root().resolve()))
-    config = recipe.train
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    fabric = Fabric(
-        devices=local,
-        num_nodes=processes // local,
-        strategy="ddp" if processes > 1 else "auto",
-        precision=config.precision,
-    )
+    recipe = recipe if resume else _resolved(recipe)
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    fabric, ours = _fabric(recipe.train), not dist.is_initialized()
     fabric.launch()
-    if not resume and fabric.is_global_zero:
-        folder.start(recipe)
+    if fabric.is_global_zero:
+        folder.remove_parts() if resume else folder.start(recipe)
     fabric.barrier()
     with fabric.rank_zero_first():
         train_set, val_set = open_data(recipe)
-    run = _Run(recipe, folder, fabric, train_set, val_set, console)
-    if resume:
-        run.restore()
-    with _stopping() as stop:
-        return run.loop(stop)
+    run = _Run(recipe, folder, fabric, train_set, val_set, console, state=folder.load_state() if resume else None)
+    with _stopping(f"--resume {out}") as stop:
+        try:
+            return run.loop(stop)
+        except RuntimeError as error:  # a signal to all processes takes the workers that load images with it
+            if stop.received:
+                raise Interrupted(f"stopped; {stop.advice}") from error
+            raise
+        except OSError as error:
+            text = f"{error.strerror or error}; when that is mended, go on with --resume {out}"
+            raise OSError(error.errno, text, error.filename) from error
+        finally:
+            if ours and dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def _resolved(recipe: Recipe) -> Recipe:
+    """With every path absolute, so that the run can be resumed from anywhere."""
+    root = default_data_root() if recipe.data.root is None else recipe.data.root
+    config = recipe.train
+    start = {name: path.resolve() for name in ("init_from", "vit_from") if (path := getattr(config, name)) is not None}
+    return replace(recipe, data=replace(recipe.data, root=root.resolve()), train=replace(config, **start))
+
+
+def _fabric(config: TrainConfig) -> Fabric:
+    """Devices and processes as torchrun says, else one."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if config.batch_size % (processes * config.accumulate):
+        raise ConfigError(
+            f"train.batch_size {config.batch_size} does not split over {processes} processes and "
+            f"{config.accumulate} accumulated parts"
+        )
+    strategy = "ddp" if processes > 1 else "auto"
+    if config.precision == "16-mixed" and torch.cuda.is_available():
+        scaler = torch.amp.GradScaler("cuda", init_scale=config.loss_scale)
+        plugin = MixedPrecision("16-mixed", "cuda", scaler)
+        return Fabric(devices=local, num_nodes=processes // local, strategy=strategy, plugins=[plugin])
+    if config.precision == "16-mixed":
+        raise ConfigError("train.precision 16-mixed needs a CUDA device; use bf16-mixed")
+    return Fabric(devices=local, num_nodes=processes // local, strategy=strategy, precision=config.precision)
 
 
 class _Run:
@@ -144,82 +119,88 @@ class _Run:
         train_set: CocoDetection,
         val_set: CocoDetection,
         console: Console,
+        *,
+        state: dict | None,
     ) -> None:
         config = recipe.train
         self.recipe, self.folder, self.fabric, self.console = recipe, folder, fabric, console
         self.train_set, self.val_set = train_set, val_set
-        seed_everything(config.seed, verbose=False)
+        torch.manual_seed(config.seed)
         self.model = build(recipe.model)
-        if config.init_from is not None:
+        if state is None and config.vit_from is not None:
+            start_vit_from(self.model.backbone.vit, config.vit_from)
+        if state is None and config.init_from is not None:
             start_from(self.model, config.init_from)
-        self.model.to(memory_format=torch.channels_last)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)
         optimizer = build_optimizer(self.model, config)
         self.losses, self.optimizer = fabric.setup(Losses(self.model), optimizer)
         self.average = Average(self.model, config.ema) if config.ema else None
         self.batches = EpochBatches(len(train_set), config, rank=fabric.global_rank, processes=fabric.world_size)
-        self.loader = DataLoader(
-            train_set,
-            batch_sampler=self.batches,
-            collate_fn=collate,
-            num_workers=config.workers,
-            persistent_workers=config.workers > 0,
-            generator=torch.Generator(),  # its own, so that loading does not move the model's random state
-        )
-        self.step, self.best, self.figures = 0, -math.inf, {}
-        seed_everything(config.seed + 1 + fabric.global_rank, verbose=False)
+        self.loader = training_loader(train_set, self.batches)
+        self.total = config.epochs * self.batches.steps
+        self.step = self.validated = self.logged = 0
+        self.sums: dict[str, float] = {}
+        self.best, self.figures = -math.inf, {}
+        torch.manual_seed(config.seed + 1 + fabric.global_rank)
+        if state is not None:
+            self._restore(state)
+        self.log = CsvLog(folder.log_file, step=self.step) if fabric.is_global_zero else None
+        self.val_log = CsvLog(folder.val_file, step=self.validated) if fabric.is_global_zero else None
 
-    def loop(self, stop: list[int]) -> dict:
+    def loop(self, stop: "_Stop") -> dict:
         """Train to the last epoch, validating and saving on the way."""
-        config, steps = self.recipe.train, self.batches.steps
-        log = CsvLog(self.folder.log_file, step=self.step) if self.fabric.is_global_zero else None
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         shown = self.fabric.is_global_zero and self.console.is_terminal
         with Progress(*columns, console=self.console, transient=True, disable=not shown) as bar:
-            task = bar.add_task("training", total=config.epochs * steps, completed=self.step)
-            while self.step < config.epochs * steps:
-                epoch = self.step // steps
-                self._epoch(epoch, log, stop, lambda text: bar.update(task, completed=self.step, description=text))
-                last = epoch + 1 == config.epochs
-                if last or (epoch + 1) % config.val_every == 0:
-                    self._validate(epoch, full=last)
+            task = bar.add_task("training", total=self.total, completed=self.step)
+            while True:
+                if self._validation_is_due():
+                    with stop.at_once():  # the state was saved right before
+                        self._validate()
+                    self._save_state()
+                if self.step == self.total:
+                    break
+                self._epoch(stop, lambda text: bar.update(task, completed=self.step, description=text))
                 self._save_state()
-        self.console.print(f"{self.folder.path}: done, {json.dumps(self.figures)}", soft_wrap=True)
-        return {**self.figures, "best": self.best}
+            with stop.at_once():
+                self._finish()
+        if self.fabric.is_global_zero:
+            self.console.print(f"{self.folder.path}: done, {json.dumps(self.figures)}", soft_wrap=True)
+        return self.figures
 
-    def _epoch(self, epoch: int, log: CsvLog | None, stop: list[int], show: Any) -> None:
+    def _epoch(self, stop: "_Stop", show: Callable[[str], None]) -> None:
         """The rest of an epoch from the current step on."""
         config, steps = self.recipe.train, self.batches.steps
+        epoch = self.step // steps
         self.batches.epoch, self.batches.start = epoch, self.step - epoch * steps
         self.train_set.set_epoch(epoch)
         self.losses.train()
         saved = clock = time.monotonic()
-        logged_at = self.step
-        totals: dict[str, float] = {}
-        for parts in _grouped(self.loader, config.accumulate):
-            figures = self._step(parts, steps)
-            for name, value in figures.items():
-                totals[name] = totals.get(name, 0.0) + value
+        timed_from = self.step
+        for parts in grouped(loading(self.loader), config.accumulate):
+            for name, value in self._step(parts).items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
             self.step += 1
-            done = self.step - logged_at
             if self.step % config.log_every == 0 or self.step % steps == 0:
-                rate = done * config.batch_size / (time.monotonic() - clock)
+                rate = (self.step - timed_from) * config.batch_size / (time.monotonic() - clock)
                 row = {"step": self.step, "epoch": epoch, "images_per_s": rate}
-                row |= {name: value / done for name, value in totals.items()}
-                if log is not None:
-                    log.write(row)
+                row |= {name: value / (self.step - self.logged) for name, value in self.sums.items()}
+                if self.log is not None:
+                    self.log.write(row)
                 show(f"epoch {epoch} loss {row['loss']:.3f} {rate:.1f} images/s")
-                clock, logged_at, totals = time.monotonic(), self.step, {}
-            if self._any(bool(stop)):
-                self._save_state()
-                raise Interrupted(f"stopped at step {self.step}; go on with --resume {self.folder.path}")
-            if self._any(time.monotonic() - saved > 60 * config.save_every):
+                clock, timed_from, self.logged, self.sums = time.monotonic(), self.step, self.step, {}
+            told, due = self._any(bool(stop.received), time.monotonic() - saved > 60 * config.save_every)
+            if told or due:
                 self._save_state()
                 saved = time.monotonic()
+            if told:
+                raise Interrupted(f"stopped at step {self.step} of {self.total}; {stop.advice}")
 
-    def _step(self, parts: tuple, steps: int) -> dict[str, float]:
+    def _step(self, parts: tuple[Samples, ...]) -> dict[str, float]:
         """One update of the weights."""
         config = self.recipe.train
-        rate = learning_rate(config, self.step, steps)
+        rate = learning_rate(config, self.step, self.batches.steps)
         set_learning_rate(self.optimizer, rate)
         figures: dict[str, float] = {}
         for i, (images, targets) in enumerate(parts):
@@ -232,45 +213,78 @@ class _Run:
             for block, share in enumerate(shares.tolist()):
                 figures[f"keep_{block}"] = figures.get(f"keep_{block}", 0.0) + share / len(parts)
         figures["loss"] = sum(value for name, value in figures.items() if not name.startswith("keep_"))
-        if not math.isfinite(figures["loss"]):
-            raise ConfigError(
-                f"the loss is {figures['loss']} at step {self.step}; lower train.lr, set train.clip-norm, or use "
-                f"32-true; the last good state is in {self.folder.path}"
-            )
+        self._require_finite("loss", figures["loss"])
         if config.clip_norm is not None:
-            norm = self.fabric.clip_gradients(self.losses, self.optimizer, max_norm=config.clip_norm)
+            norm = self.fabric.clip_gradients(
+                self.losses, self.optimizer, max_norm=config.clip_norm, error_if_nonfinite=False
+            )
             figures["grad_norm"] = float(norm) if norm is not None else math.nan
+            if config.precision != "16-mixed":  # where the loss scale is found by overflowing
+                self._require_finite("norm of the gradients", figures["grad_norm"])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.model)
         return {**figures, "lr": rate}
 
-    def _validate(self, epoch: int, *, full: bool) -> None:
-        """Figures of the (averaged) weights, and the two model files."""
-        config, started = self.recipe.train, time.monotonic()
-        with self._averaged():
-            figures = evaluate(
-                self.model,
-                self.val_set,
-                limit=None if full else config.val_images,
-                max_detections=self.recipe.data.max_detections,
-                precision=config.precision if self.fabric.device.type == "cpu" else "32-true",
-                console=self.console if self.fabric.is_global_zero and self.console.is_terminal else None,
-                title="validating",
+    def _require_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise ConfigError(
+                f"the {name} is {value} at step {self.step}; lower train.lr, set train.clip-norm, or use "
+                f"train.precision 32-true; the last good state is in {self.folder.path}"
             )
-            figures |= {"epoch": epoch, "step": self.step}
+
+    def _validation_is_due(self) -> bool:
+        config, steps = self.recipe.train, self.batches.steps
+        if self.step % steps or self.validated == self.step:
+            return False
+        return self.step == self.total or (self.step // steps) % config.val_every == 0
+
+    def _validate(self) -> None:
+        """Figures of the (averaged) weights, and the two model files."""
+        started, epoch = time.monotonic(), self.step // self.batches.steps - 1
+        with self._averaged():
+            figures = {"epoch": epoch, "step": self.step, **self._figures(limit=self.recipe.train.val_images)}
             score = figures.get("mask_ap", figures["box_ap"])
             better = score >= self.best
             if self.fabric.is_global_zero:
                 save(self.model, self.folder.last_file)
                 if better:
                     save(self.model, self.folder.best_file)
-                write_json(self.folder.metrics_file, figures)
-                took = time.monotonic() - started
-                text = ", ".join(f"{k} {figures[k]:.4f}" for k in ("box_ap", "mask_ap") if k in figures)
-                self.console.print(f"epoch {epoch}: {text} on {figures['images']} images ({took:.0f} s)")
-        self.best, self.figures = max(self.best, score), figures
+                    write_json(self.folder.metrics_file, figures)
+        if self.val_log is not None:
+            self.val_log.write({name: value for name, value in figures.items() if not isinstance(value, list)})
+            text = ", ".join(f"{k} {figures[k]:.4f}" for k in ("box_ap", "mask_ap") if k in figures)
+            took = f"{time.monotonic() - started:.0f} s"
+            self.console.print(f"epoch {epoch}: {text} on {figures['images']} images ({took})")
+        if better:
+            self.best, self.figures = score, figures
+        self.validated = self.step
+
+    def _finish(self) -> None:
+        """The figures of the best model on all images, if it was chosen by some of them."""
+        self.fabric.barrier()
+        total, known = len(self.val_set), self.folder.metrics()
+        if known["step"] == self.figures["step"] and known["images"] == total:
+            self.figures = known
+        if self.figures["images"] == total:
+            return
+        self.model.load_state_dict(read(self.folder.best_file)[1])
+        chosen = {name: self.figures[name] for name in ("epoch", "step")}
+        self.figures = {**chosen, **self._figures(limit=None)}
+        if self.fabric.is_global_zero:
+            write_json(self.folder.metrics_file, self.figures)
+
+    def _figures(self, *, limit: int | None) -> dict:
+        return evaluate(
+            self.model,
+            self.val_set,
+            limit=limit,
+            max_detections=self.recipe.data.max_detections,
+            precision=self.recipe.train.precision if self.fabric.device.type == "cpu" else "32-true",
+            console=self.console if self.fabric.is_global_zero and self.console.is_terminal else None,
+            title="validating",
+        )
 
     @contextmanager
     def _averaged(self) -> Generator[None]:
@@ -285,13 +299,13 @@ class _Run:
         finally:
             self.model.load_state_dict(own)
 
-    def _any(self, flag: bool) -> bool:
-        """Whether any process says so."""
+    def _any(self, *flags: bool) -> tuple[bool, ...]:
+        """Whether any process says so, of each flag."""
         if world_size() == 1:
-            return flag
-        flags = torch.tensor(float(flag), device=self.fabric.device)
-        dist.all_reduce(flags)
-        return bool(flags)
+            return flags
+        counts = torch.tensor(flags, dtype=torch.float32, device=self.fabric.device)
+        dist.all_reduce(counts)
+        return tuple(counts.bool().tolist())
 
     def _save_state(self) -> None:
         """Everything that the rest of the run depends on."""
@@ -307,7 +321,11 @@ class _Run:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "average": None if self.average is None else self.average.state_dict(),
+                "precision": self.fabric.strategy.precision.state_dict(),
                 "step": self.step,
+                "validated": self.validated,
+                "logged": self.logged,
+                "sums": self.sums,
                 "best": self.best,
                 "figures": self.figures,
                 "random": randoms,
@@ -315,11 +333,8 @@ class _Run:
             self.folder.save_state(state)
         self.fabric.barrier()
 
-    def restore(self) -> None:
-        """Go back to the last saved state; to the start when there is none."""
-        state = self.folder.load_state()
-        if state is None:
-            return
+    def _restore(self, state: dict) -> None:
+        """Go back to a saved state."""
         if len(state["random"]) != self.fabric.world_size:
             raise ConfigError(
                 f"{self.folder.path}: was run by {len(state['random'])} processes; resume it with as many, "
@@ -329,61 +344,54 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        self.fabric.strategy.precision.load_state_dict(state.get("precision", {}))
         self.step, self.best, self.figures = state["step"], state["best"], state["figures"]
+        self.validated, self.logged = state.get("validated", self.step), state.get("logged", self.step)
+        self.sums = state.get("sums", {})
         random = state["random"][self.fabric.global_rank]
         torch.set_rng_state(random["cpu"])
         if "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"], self.fabric.device)
 
 
-def _grouped(items: Iterable, size: int) -> Iterator[tuple]:
-    """Tuples of `size` items in a row."""
-    iterator = iter(items)
-    while group := tuple(itertools.islice(iterator, size)):
-        yield group
+class _Stop:
+    """Whether SIGINT or SIGTERM came. A second SIGINT stops at once."""
 
+    def __init__(self, advice: str) -> None:
+        self.advice = f"go on with {advice}"
+        self.received = self._nothing_to_save = False
 
-def start_from(model: Detector, path: Path) -> None:
-    """Load the weights of a checkpoint or run; the policy's own stay new unless the checkpoint has them.
+    @contextmanager
+    def at_once(self) -> Generator[None]:
+        """Around work that changes nothing of the saved state: signals interrupt it."""
+        self._nothing_to_save = True
+        try:
+            if self.received:
+                raise Interrupted(f"stopped; {self.advice}")
+            yield
+        finally:
+            self._nothing_to_save = False
 
-    Raises:
-        ConfigError: no such file, or weights outside the policy that are missing or do not fit.
-    """
-    from sievit.model import _model_file
-
-    file = _model_file(path)
-    _, tensors = read(file)
-    own = model.state_dict()
-    tensors = {k: v for k, v in tensors.items() if k in own or not k.startswith(POLICY_PREFIX)}
-    wrong = sorted(
-        name
-        for name in own.keys() | tensors.keys()
-        if (name not in tensors and not name.startswith(POLICY_PREFIX))
-        or name not in own
-        or (name in tensors and tensors[name].shape != own[name].shape)
-    )
-    if wrong:
-        raise ConfigError(f"{file}: cannot start from it, it is of another model: {', '.join(wrong[:5])} do not fit")
-    model.load_state_dict(own | tensors)
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+        if self._nothing_to_save:
+            raise Interrupted(f"stopped; {self.advice}")
 
 
 @contextmanager
-def _stopping() -> Generator[list[int]]:
-    """A list that SIGINT and SIGTERM add to; a second SIGINT stops at once."""
-    received: list[int] = []
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
+def _stopping(advice: str) -> Generator[_Stop]:
+    """Has SIGINT and SIGTERM handled meanwhile."""
+    stop = _Stop(advice)
     try:
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread, where no signal arrives
-        yield received
+        yield stop
         return
     try:
-        yield received
+        yield stop
     finally:
         for number, old in before.items():
             signal.signal(number, old)

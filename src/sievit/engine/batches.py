@@ -1,0 +1,111 @@
+"""What a step of training gets: batches in a seeded order, split over processes and accumulated parts."""
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sievit.config import ConfigError
+from sievit.data.coco import collate
+from sievit.engine.recipe import TrainConfig
+from sievit.model import Detector
+
+Samples = tuple[list[Tensor], list[dict[str, Any]]]
+"""Images and targets, as `collate` makes them."""
+
+
+class Batch:
+    """Images and targets. Not a container that Fabric knows, for it would round boxes to the precision of training."""
+
+    def __init__(self, images: list[Tensor], targets: list[dict[str, Any]], device: torch.device) -> None:
+        self.images = [image.to(device) for image in images]
+        self.targets = [
+            {name: value.to(device) if isinstance(value, Tensor) else value for name, value in target.items()}
+            for target in targets
+        ]
+
+
+class Losses(nn.Module):
+    """What is trained: a batch to losses by name, and the kept share per block."""
+
+    def __init__(self, model: Detector) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        output = self.model(batch.images, batch.targets)
+        return output.losses, output.trace.shares().mean(1)
+
+
+class EpochBatches(Sampler[list[int]]):
+    """This process's part of each global batch: a seeded permutation per epoch, the incomplete last batch left out.
+
+    The global batches are the same for any number of processes and parts, and `start` skips those that are done.
+    """
+
+    def __init__(self, length: int, config: TrainConfig, *, rank: int, processes: int) -> None:
+        if config.batch_size % (processes * config.accumulate):
+            raise ConfigError(
+                f"train.batch_size {config.batch_size} does not split over {processes} processes and "
+                f"{config.accumulate} accumulated parts"
+            )
+        if length < config.batch_size:
+            raise ConfigError(f"train.batch_size {config.batch_size} is more than the {length} training images")
+        self.length, self.config, self.rank, self.processes = length, config, rank, processes
+        self.steps = length // config.batch_size
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return (self.steps - self.start) * self.config.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.config.seed * 100_003 + self.epoch)
+        order = torch.randperm(self.length, generator=generator)[: self.steps * self.config.batch_size]
+        parts = order.view(self.steps, self.config.accumulate, self.processes, -1)
+        for step in range(self.start, self.steps):
+            yield from parts[step, :, self.rank].tolist()
+
+
+def training_loader(dataset: Dataset, batches: EpochBatches) -> DataLoader:
+    """Loads `batches`; its workers live as long as it does."""
+    workers = batches.config.workers
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=leave_signals_to_parent,
+        generator=torch.Generator(),  # its own, so that loading does not move the model's random state
+    )
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal's group; out of it, workers end when the training process says so."""
+    os.setpgid(0, 0)
+
+
+def loading(loader: Iterable[Samples]) -> Iterator[Samples]:
+    """What `loader` yields; an error of the user's data in a worker process comes as it was raised there.
+
+    Raises:
+        ConfigError: an image cannot be read, or the like.
+    """
+    try:
+        yield from loader
+    except ConfigError as error:
+        _, wrapped, message = str(error).rpartition(f"{ConfigError.__qualname__}: ")
+        if wrapped and str(error).startswith("Caught "):
+            raise ConfigError(message.strip()) from error
+        raise
+
+
+def grouped(items: Iterable[Samples], size: int) -> Iterator[tuple[Samples, ...]]:
+    """Tuples of `size` items in a row."""
+    iterator = iter(items)
+    while group := tuple(itertools.islice(iterator, size)):
+        yield group

@@ -1,0 +1,412 @@
+"""Training: resuming bit for bit, starting weights, signals, folders, and what goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sievit.config import ConfigError
+from sievit.data.scenes import CLASSES
+from sievit.data.transforms import AugmentConfig
+from sievit.engine import train as engine
+from sievit.engine.batches import EpochBatches, loading
+from sievit.engine.checkpoint import RunFolder, read_log
+from sievit.engine.initial import start_from, start_vit_from
+from sievit.engine.recipe import DataConfig, Recipe, ScenesConfig, TrainConfig
+from sievit.engine.train import Interrupted, train
+from sievit.heads import MaskRCNNConfig
+from sievit.model import InputConfig, ModelConfig, build, load, save
+from sievit.necks.adapter import AdapterConfig
+from sievit.policies import KeepAllConfig, SViTConfig
+from sievit.vit import ViTConfig
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of a data set of 12 and 3 scenes of 64 x 64 pixels; the first recipe that is trained draws it."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums depend on their number; and tiny tensors gain nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_model() -> ModelConfig:
+    return ModelConfig(
+        vit=ViTConfig(grid=(4, 4), embed_dim=16, depth=4, num_heads=2, drop_path_rate=0.1),
+        neck=AdapterConfig(conv_inplane=4, deform_num_heads=2, num_interactions=2, drop_path_rate=0.1),
+        policy=SViTConfig(first_block=1, targets=(0.7, 0.5, 0.3)),
+        head=MaskRCNNConfig(
+            num_classes=len(CLASSES),
+            fpn_channels=8,
+            box_fc=16,
+            mask_convs=(8,),
+            mask_deconv=8,
+            rpn_post_nms_train=50,
+            rpn_post_nms_test=20,
+            box_batch_size=16,
+            box_max_detections=5,
+            roi_sampling_ratio=2,
+        ),
+        input=InputConfig(min_size=64, max_size=64),
+        classes=CLASSES,
+        category_ids=tuple(range(1, len(CLASSES) + 1)),
+    )
+
+
+@pytest.fixture(scope="module")
+def recipe(scenes: Path) -> Recipe:
+    """Everything that draws random numbers or keeps a state is on: drop path, gates, augmentation, averages, parts."""
+    return Recipe(
+        model=tiny_model(),
+        data=DataConfig(
+            train_images=Path("scenes/train/images"),
+            train_annotations=Path("scenes/train/annotations.json"),
+            val_images=Path("scenes/val/images"),
+            val_annotations=Path("scenes/val/annotations.json"),
+            root=scenes,
+            scenes=ScenesConfig(num_train=12, num_val=3, size=(64, 64)),
+            augment=AugmentConfig(scales=(64, 80), crop=(64, 64), rot90=True, brightness=0.1),
+        ),
+        train=TrainConfig(
+            epochs=2,
+            batch_size=4,
+            accumulate=2,
+            lr=1e-3,
+            warmup_steps=2,
+            schedule="cosine",
+            clip_norm=1.0,
+            ema=0.9,
+            precision="bf16-mixed",
+            val_images=2,
+            log_every=2,
+            workers=0,
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """The finished run of the recipe."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(recipe, out=out)
+    return RunFolder(out)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
+    """Have `act` called when the step is done."""
+    original = engine._Run._step
+
+    def patched(self: engine._Run, parts: tuple) -> dict[str, float]:
+        figures = original(self, parts)
+        if self.step + 1 == step:
+            act()
+        return figures
+
+    monkeypatch.setattr(engine._Run, "_step", patched)
+
+
+def same(a: Any, b: Any, *, where: str = "state") -> None:
+    """Bit for bit."""
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for name in a:
+            if name not in ("figures", "ms_per_image"):
+                same(a[name], b[name], where=f"{where}.{name}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            same(*pair, where=f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def test_a_run_leaves_a_model_a_log_and_figures(recipe: Recipe, whole: RunFolder):
+    figures = whole.metrics()
+    assert figures["images"] == 3, "the final figures are those of all images"
+    assert {"box_ap", "mask_ap_small", "keep", "tokens", "gflops", "gflops_std", "ms_per_image"} <= figures.keys()
+    rows = read_log(whole.log_file)
+    assert [int(row["step"]) for row in rows] == [2, 3, 4, 6]
+    names = {"epoch", "lr", "loss", "loss_mask", "ratio", "keep_0", "keep_3", "grad_norm", "images_per_s"}
+    assert names <= rows[0].keys()
+    assert float(rows[0]["keep_0"]) == 1
+    assert [row["epoch"] for row in read_log(whole.val_file)] == ["0", "1"]
+    assert whole.recipe() == recipe
+    for path in (whole.path, whole.last_file):
+        assert load(path).config == recipe.model
+
+
+@pytest.mark.parametrize(("workers", "step"), [(0, 2), (1, 5)])
+def test_a_killed_run_goes_on_exactly(
+    workers: int, step: int, recipe: Recipe, whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def die() -> None:
+        raise SystemExit
+
+    killed = RunFolder(tmp_path / "killed")
+    with monkeypatch.context() as patched:
+        stop_at(patched, step, die)
+        with pytest.raises(SystemExit):
+            train(replace(recipe, train=replace(recipe.train, workers=workers, save_every=0.0)), out=killed.path)
+    torch.rand(7)  # whatever the process did in between
+    train(None, out=killed.path, resume=True)
+    same(whole.load_state(), killed.load_state())
+    for file in ("best.safetensors", "last.safetensors"):
+        same(*(dict(load(run.path / file).state_dict()) for run in (whole, killed)))
+    logs = [[{**row, "images_per_s": ""} for row in read_log(run.log_file)] for run in (whole, killed)]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_state(
+    number: signal.Signals, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = replace(recipe, train=replace(recipe.train, workers=1))
+    out = tmp_path / "run"
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patched:
+        stop_at(patched, 2, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(Interrupted, match=f"--resume {out}"):
+            train(recipe, out=out)
+    assert signal.getsignal(number) is handler
+    state = RunFolder(out).load_state()
+    assert state is not None
+    assert state["step"] == 2
+
+
+def test_a_signal_during_validation_loses_nothing(
+    recipe: Recipe, whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "evaluate", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted, match="--resume"):
+            train(recipe, out=out)
+    state = RunFolder(out).load_state()
+    assert state is not None
+    assert (state["step"], state["validated"]) == (3, 0)
+    train(None, out=out, resume=True)
+    assert [row["epoch"] for row in read_log(RunFolder(out).val_file)] == ["0", "1"]
+    same(whole.load_state(), RunFolder(out).load_state())
+
+
+@pytest.mark.slow
+def test_a_process_killed_outright_goes_on_exactly(recipe: Recipe, tmp_path: Path):
+    """SIGKILL at any moment, with a worker process, from the command line's function."""
+    recipe = replace(recipe, train=replace(recipe.train, epochs=20, val_every=20, workers=1, save_every=0.0, threads=1))
+    train(recipe, out=tmp_path / "whole")
+    RunFolder(tmp_path / "killed").start(recipe)
+    script = (
+        "from pathlib import Path; from sievit.engine.train import train; "
+        f"train(None, out=Path({str(tmp_path / 'killed')!r}), resume=True)"
+    )
+    for wait in (0.2, 1.0):
+        process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+        while not (tmp_path / "killed" / "state.pt").exists():
+            time.sleep(0.1)
+        time.sleep(wait)
+        process.kill()
+        process.wait()
+    train(None, out=tmp_path / "killed", resume=True)
+    same(RunFolder(tmp_path / "whole").load_state(), RunFolder(tmp_path / "killed").load_state())
+
+
+def test_a_folder_with_a_run_is_not_overwritten(recipe: Recipe, tmp_path: Path):
+    RunFolder(tmp_path).start(recipe)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigError, match=r"holds a run already.*--resume.*--out"):
+        train(recipe, out=tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_is_no_run_is_not_resumed(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"recipe\.json"):
+        train(None, out=tmp_path, resume=True)
+
+
+def test_a_finished_run_stays_as_it_is(whole: RunFolder):
+    files = {p.name: p.read_bytes() for p in whole.path.iterdir()}
+    assert train(None, out=whole.path, resume=True) == whole.metrics()
+    assert {p.name: p.read_bytes() for p in whole.path.iterdir()} == files
+
+
+def test_a_damaged_state_is_named(recipe: Recipe, tmp_path: Path):
+    RunFolder(tmp_path).start(recipe)
+    torch.save({"step": 1, "weights": torch.rand(1000)}, tmp_path / "state.pt")
+    (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:-500])
+    with pytest.raises(ConfigError, match=r"state\.pt: damaged"):
+        train(None, out=tmp_path, resume=True)
+
+
+def test_a_full_disk_keeps_the_last_state(
+    recipe: Recipe, whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = replace(recipe, train=replace(recipe.train, save_every=0.0))
+    out, calls = tmp_path / "run", []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 6:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"No space left.*--resume") as failed:
+            train(recipe, out=out)
+    assert Path(failed.value.filename).parent == out
+    assert not list(out.glob(".*")), "nothing half-written is left"
+    train(None, out=out, resume=True)
+    same(whole.load_state(), RunFolder(out).load_state())
+
+
+def test_a_loss_that_is_no_number_stops(recipe: Recipe, tmp_path: Path):
+    recipe = replace(recipe, train=replace(recipe.train, lr=1e30, clip_norm=None, warmup_steps=0))
+    with pytest.raises(ConfigError, match=r"is (nan|inf) at step \d+; lower train.lr"):
+        train(recipe, out=tmp_path)
+
+
+@pytest.mark.usefixtures("whole")  # it draws the scenes
+def test_an_image_that_is_missing_is_named(recipe: Recipe, tmp_path: Path):
+    assert recipe.data.root is not None
+    source = json.loads((recipe.data.root / recipe.data.train_annotations).read_text())
+    source["images"][5]["file_name"] = "gone.png"
+    listing = tmp_path / "broken.json"
+    listing.write_text(json.dumps(source))
+    for workers in (0, 1):
+        data = replace(recipe.data, train_annotations=listing, scenes=None)
+        broken = replace(recipe, data=data, train=replace(recipe.train, workers=workers))
+        with pytest.raises(ConfigError, match=r"gone\.png") as failed:
+            train(broken, out=tmp_path / f"broken{workers}")
+        assert "Traceback" not in str(failed.value)
+
+
+def test_data_of_other_classes_is_refused(recipe: Recipe, tmp_path: Path):
+    model = replace(recipe.model, category_ids=(1, 2, 3, 4, 5, 6, 7, 8, 9)[: len(recipe.model.classes)])
+    model = replace(model, category_ids=tuple(i + 1 for i in model.category_ids))
+    with pytest.raises(ConfigError, match="categories"):
+        train(replace(recipe, model=model), out=tmp_path)
+
+
+def test_no_masks_needed_for_boxes(recipe: Recipe, tmp_path: Path):
+    model = replace(recipe.model, head=replace(recipe.model.head, with_masks=False))
+    figures = train(replace(recipe, model=model, train=replace(recipe.train, epochs=1)), out=tmp_path)
+    assert "box_ap" in figures
+    assert "mask_ap" not in figures
+
+
+def test_sparse_training_starts_from_dense(recipe: Recipe, tmp_path: Path):
+    dense = build(replace(recipe.model, policy=KeepAllConfig()))
+    save(dense, tmp_path / "dense.safetensors")
+    sparse = build(recipe.model)
+    gates = {name: value.clone() for name, value in sparse.policy.state_dict().items()}
+    start_from(sparse, tmp_path / "dense.safetensors")
+    for name, value in dense.state_dict().items():
+        assert torch.equal(sparse.state_dict()[name], value)
+    same(gates, dict(sparse.policy.state_dict()))
+    save(sparse, tmp_path / "sparse.safetensors")
+    start_from(dense, tmp_path / "sparse.safetensors")  # the gates are left out
+    other = build(replace(recipe.model, head=replace(recipe.model.head, box_fc=24)))
+    with pytest.raises(ConfigError, match=r"another model.*box_head"):
+        start_from(other, tmp_path / "dense.safetensors")
+    with pytest.raises(ConfigError, match="no such file"):
+        start_from(other, tmp_path / "nowhere.safetensors")
+
+
+def test_a_run_starts_from_a_run(recipe: Recipe, tmp_path: Path):
+    recipe = replace(recipe, train=replace(recipe.train, epochs=1, ema=0.0, lr=0.0, warmup_steps=0))
+    dense = replace(recipe, model=replace(recipe.model, policy=KeepAllConfig()))
+    train(dense, out=tmp_path / "dense")
+    sparse = replace(recipe, train=replace(recipe.train, init_from=tmp_path / "dense"))
+    train(sparse, out=tmp_path / "sparse")
+    first, second = load(tmp_path / "dense"), load(tmp_path / "sparse")
+    for name, value in first.named_parameters():
+        assert torch.equal(second.get_parameter(name), value), name
+    with pytest.raises(ConfigError, match="leave out"):
+        replace(recipe.train, init_from=tmp_path, vit_from=tmp_path)
+
+
+def test_a_pretrained_vit_is_loaded(recipe: Recipe, tmp_path: Path):
+    import timm
+
+    source: Any = timm.models.VisionTransformer(img_size=64, embed_dim=16, depth=4, num_heads=2, num_classes=3)
+    torch.save({"model": source.state_dict()}, tmp_path / "vit.pth")
+    vit = build(recipe.model).backbone.vit
+    start_vit_from(vit, tmp_path / "vit.pth")
+    assert torch.equal(vit.blocks[3].get_parameter("mlp.fc2.weight"), source.blocks[3].mlp.fc2.weight)
+    assert torch.equal(vit.pos_embed, source.pos_embed[:, 1:])
+    wide = build(replace(recipe.model, vit=replace(recipe.model.vit, embed_dim=32))).backbone.vit
+    with pytest.raises(ConfigError, match="not of the recipe's shape"):
+        start_vit_from(wide, tmp_path / "vit.pth")
+    (tmp_path / "vit.pth").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match="damaged"):
+        start_vit_from(vit, tmp_path / "vit.pth")
+    with pytest.raises(ConfigError, match="no such file"):
+        start_vit_from(vit, tmp_path / "gone.pth")
+
+
+def test_an_epoch_is_a_permutation_that_processes_share():
+    config = TrainConfig(batch_size=8, accumulate=2, seed=3)
+    alone = EpochBatches(20, replace(config, accumulate=1), rank=0, processes=1)
+    ranks = [EpochBatches(20, config, rank=rank, processes=2) for rank in range(2)]
+    whole = list(alone)
+    assert len(whole) == len(alone) == 2
+    assert len({index for batch in whole for index in batch}) == 16
+    parts = [list(rank) for rank in ranks]
+    for step, batch in enumerate(whole):
+        assert sorted(batch) == sorted(i for rank in parts for part in rank[2 * step : 2 * step + 2] for i in part)
+    alone.start = 1
+    assert list(alone) == whole[1:]
+    alone.start, alone.epoch = 0, 1
+    assert list(alone) != whole
+    with pytest.raises(ConfigError, match="does not split over 3 processes"):
+        EpochBatches(20, config, rank=0, processes=3)
+    with pytest.raises(ConfigError, match="more than the 7 training images"):
+        EpochBatches(7, config, rank=0, processes=1)
+
+
+def test_errors_of_workers_are_those_of_the_data():
+    def fail():
+        yield from ()
+        raise ConfigError("Caught ConfigError in worker 0.\nTraceback ...\nsievit.config.ConfigError: a.png: gone\n")
+
+    with pytest.raises(ConfigError, match=r"^a\.png: gone$"):
+        list(loading(fail()))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"epochs": 0}, "epochs is at least 1"),
+        ({"workers": -1}, "workers is at least 0"),
+        ({"batch_size": 5}, "does not split into 2 parts"),
+        ({"ema": 1.0}, "ema is a decay"),
+    ],
+)
+def test_settings_that_make_no_sense(change: dict[str, Any], words: str, recipe: Recipe):
+    with pytest.raises(ConfigError, match=words):
+        replace(recipe.train, **change)
+
+
+def test_fp16_needs_cuda(recipe: Recipe, tmp_path: Path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ConfigError, match="16-mixed needs a CUDA device"):
+        train(replace(recipe, train=replace(recipe.train, precision="16-mixed")), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
