@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on tiny tensors a second thread only makes the first wait
+
 import pytest
 import torch
 
