@@ -228,8 +228,8 @@ def _demo(args: list[str]) -> int:
     def run(
         *,
         out: Path = Path("out/demo"),
-        num_images: int = 40,
-        pictures: int = 12,
+        num_images: int = 32,
+        pictures: int = 8,
         seed: int = 2024,
         data_root: Path | None = None,
         device: str = "auto",
