@@ -1,0 +1,100 @@
+"""Parameter groups, the learning rate, and averaged weights."""
+
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+import torch
+from torch import nn
+
+from sievit.engine.optim import Average, build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from sievit.engine.recipe import TrainConfig
+from sievit.model import build
+from sievit.recipes import recipe
+
+CONFIG = TrainConfig(epochs=10, batch_size=4, lr=1e-3, weight_decay=0.05, warmup_steps=0, policy_lr=3.0)
+
+
+def test_every_parameter_is_in_one_group_and_norms_biases_and_positions_are_not_decayed():
+    model = build(recipe("scenes_svit").model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, CONFIG)
+    grouped = [names[id(p)] for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(names.values())
+    decayed = {names[id(p)] for group in groups for p in group["params"] if group["weight_decay"]}
+    assert all(group["weight_decay"] in (0.0, 0.05) for group in groups)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 or ("embed" in name and "patch_embed" not in name):
+            assert name not in decayed, name
+        else:
+            assert name in decayed, name
+    assert {"backbone.level_embed", "backbone.vit.pos_embed"}.isdisjoint(decayed)
+    assert {"backbone.vit.patch_embed.proj.weight", "backbone.policy.gates.0.fc1.weight"} <= decayed
+
+
+def test_the_policy_has_its_own_rate():
+    model = build(recipe("scenes_svit").model)
+    optimizer = build_optimizer(model, CONFIG)
+    set_learning_rate(optimizer, 0.5)
+    gates = {id(parameter) for parameter in model.policy.parameters()}
+    assert gates
+    for group in optimizer.param_groups:
+        of_policy = {id(p) in gates for p in group["params"]}
+        assert len(of_policy) == 1
+        assert group["lr"] == (1.5 if of_policy.pop() else 0.5)
+
+
+def test_frozen_parameters_are_left_out():
+    layer = nn.Linear(2, 2)
+    layer.bias.requires_grad_(False)
+    assert [p.shape for group in parameter_groups(layer, CONFIG) for p in group["params"]] == [(2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "factor"),
+    [
+        ("constant", 99, 1.0),
+        ("step", 69, 1.0),
+        ("step", 70, 0.1),
+        ("step", 90, 0.01),
+        ("cosine", 0, 1.0),
+        ("cosine", 50, 0.5),
+        ("poly", 50, 0.5**0.9),
+        ("poly", 0, 1.0),
+    ],
+)
+def test_schedules(schedule: Literal["constant", "step", "cosine", "poly"], step: int, factor: float):
+    config = replace(CONFIG, schedule=schedule, step_epochs=(7, 9))
+    assert learning_rate(config, step, 10) == pytest.approx(1e-3 * factor)
+
+
+def test_cosine_ends_near_zero():
+    config = replace(CONFIG, schedule="cosine")
+    assert 0 < learning_rate(config, 99, 10) < 1e-6
+
+
+def test_warm_up_is_that_of_mmcv():
+    """From `warmup_start` times the rate, linear in the step (warmup_ratio 0.001, warmup_iters 500 in the papers)."""
+    config = replace(CONFIG, schedule="constant", warmup_steps=500, warmup_start=0.001)
+    for step in (0, 1, 250, 499, 500, 501):
+        k = (1 - min(step, 500) / 500) * (1 - 0.001)
+        assert learning_rate(config, step, 1000) == pytest.approx(1e-3 * (1 - k))
+
+
+def test_the_average_follows_and_forgets_early_weights():
+    linear, norm = nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1)
+    model = nn.Sequential(linear, norm)
+    nn.init.constant_(linear.weight, 0.0)
+    average, expected = Average(model, 0.25), 0.0
+    for t, value in enumerate((1.0, 2.0, 3.0, 4.0), start=1):
+        nn.init.constant_(linear.weight, value)
+        norm.get_buffer("num_batches_tracked").add_(1)
+        average.update(model)
+        decay = min(0.25, (1 + t) / (10 + t))
+        expected = decay * expected + (1 - decay) * value
+    assert float(average.values["0.weight"]) == pytest.approx(expected)
+    assert int(average.values["1.num_batches_tracked"]) == 4
+    copy = Average(model, 0.25)
+    copy.load_state_dict(average.state_dict())
+    assert copy.updates == 4
+    assert torch.equal(copy.values["0.weight"], average.values["0.weight"])
