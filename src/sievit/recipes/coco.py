@@ -1,6 +1,7 @@
 """The papers' detectors on COCO 2017 (`<data-root>/coco`: train2017, val2017, annotations).
 
-Dense ViT-Adapter + Mask R-CNN for 36 epochs (ViT-Adapter, arXiv 2205.08534), then SViT's sparse fine-tuning from it.
+Dense ViT-Adapter + Mask R-CNN for 36 epochs (ViT-Adapter, arXiv 2205.08534) from an ImageNet ViT (--train.vit-from, a
+DeiT state dict), then SViT's sparse fine-tuning from it.
 """
 
 from dataclasses import replace
@@ -20,7 +21,8 @@ DATA = DataConfig(
     train_annotations=Path("coco/annotations/instances_train2017.json"),
     val_images=Path("coco/val2017"),
     val_annotations=Path("coco/annotations/instances_val2017.json"),
-    augment=AugmentConfig.paper(),
+    augment=replace(AugmentConfig.paper(), crop=(1024, 1024)),
+    skip_empty=True,
     invalid="skip",  # train2017 holds a box without area
 )
 
@@ -63,21 +65,16 @@ def coco_vit_adapter_s() -> Recipe:
 
 
 def coco_svit_adapter_t() -> Recipe:
-    """SViT-Adapter-T, six epochs from the dense one."""
-    return _sparse(coco_vit_adapter_t(), Path("runs/coco_vit_adapter_t"), epochs=6, drop_path_rate=0.0)
+    """SViT-Adapter-T, six epochs from the dense one (45.5 box AP, 40.7 mask AP in the paper)."""
+    return _sparse(coco_vit_adapter_t(), Path("runs/coco_vit_adapter_t"), epochs=6, step_epochs=(4,))
 
 
 def coco_svit_adapter_s() -> Recipe:
-    """SViT-Adapter-S, four epochs from the dense one."""
-    return _sparse(coco_vit_adapter_s(), Path("runs/coco_vit_adapter_s"), epochs=4, drop_path_rate=0.2)
+    """SViT-Adapter-S, four epochs from the dense one (48.2 box AP, 42.5 mask AP in the paper)."""
+    return _sparse(coco_vit_adapter_s(), Path("runs/coco_vit_adapter_s"), epochs=4, step_epochs=(3,))
 
 
-def _sparse(dense: Recipe, start: Path, *, epochs: int, drop_path_rate: float) -> Recipe:
-    model = replace(
-        dense.model,
-        vit=replace(dense.model.vit, drop_path_rate=drop_path_rate),
-        neck=AdapterConfig(conv_inplane=64, deform_num_heads=6, drop_path_rate=drop_path_rate),
-        policy=SViTConfig(),
-    )
-    train = replace(SPARSE, init_from=start, epochs=epochs, step_epochs=(epochs - epochs // 3,))
+def _sparse(dense: Recipe, start: Path, *, epochs: int, step_epochs: tuple[int, ...]) -> Recipe:
+    model = replace(dense.model, policy=SViTConfig())
+    train = replace(SPARSE, init_from=start, epochs=epochs, step_epochs=step_epochs)
     return replace(dense, model=model, train=train)
