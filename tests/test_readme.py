@@ -10,7 +10,7 @@ from sievit import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-WEIGHTS = ROOT / "src" / "sievit" / "weights"
+WEIGHTS = ROOT / "src" / "sievit" / "weights" / "scenes_svit.safetensors"
 
 
 def blocks(language: str) -> list[str]:
@@ -22,7 +22,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("sievit ")]
 
 
-@pytest.mark.skipif(not WEIGHTS.is_dir(), reason="no weights are shipped yet")
+@pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"{WEIGHTS.name} is not there")
 def test_the_python_of_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
