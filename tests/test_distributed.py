@@ -147,10 +147,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-NO_GRADIENT = pytest.mark.xfail(strict=True, reason="the statistics of BatchNorm2d pass no gradient between processes")
-
-
-@pytest.mark.parametrize("case", [pytest.param(c, marks=NO_GRADIENT if c == "batch norm" else ()) for c in CASES])
+@pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_one_process(folder: Path, case: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(svit, "gumbel_noise", torch.zeros_like)
     two = torch.load(folder / "gradients.pt", weights_only=True)[case]

@@ -86,7 +86,7 @@ def from_json(cls: Any, data: Any, *, where: str = "config") -> Any:
         return {key: from_json(item, value, where=f"{where}.{key}") for key, value in data.items()}
     if dataclasses.is_dataclass(cls):
         return _from_json_dataclass(cls, data, where)
-    if cls is Path:
+    if cls is Path and isinstance(data, str):
         return Path(data)
     if cls is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)

@@ -1,5 +1,8 @@
 """Sums over all processes, so that several processes compute the losses of one with the same global batch."""
 
+from typing import Any
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -10,14 +13,24 @@ def world_size() -> int:
 
 
 def global_sum(x: Tensor) -> Tensor:
-    """The sum of `x` over all processes, with a gradient for the local share of it.
+    """The sum of `x` over all processes.
 
-    The gradient is scaled by the number of processes: DDP averages gradients, and the average of the scaled ones is the
-    gradient of the global value.
+    Its gradient is summed over all processes too, for what each of them does with the sum depends on every `x`. DDP
+    averages the gradients of the processes; where each computes the mean of its part of a global batch, or the same
+    loss of global sums, that average is the gradient of the one process.
     """
-    processes = world_size()
-    if processes == 1:
-        return x
-    total = x.detach().clone()
-    dist.all_reduce(total)
-    return total + (x - x.detach()) * processes
+    return x if world_size() == 1 else _GlobalSum.apply(x)
+
+
+class _GlobalSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total

@@ -279,7 +279,7 @@ def load(path: Path | str, *, policy: str | PolicyConfig | None = None, device: 
         ConfigError: no such file, not a sievit model, damaged, weights that do not fit, an unknown policy, or one that
             has to be trained and was not.
     """
-    path = _model_file(Path(path))
+    path = model_file(Path(path))
     config, tensors = read(path)
     if policy is not None:
         wanted = policy_config(policy) if isinstance(policy, str) else policy
@@ -324,7 +324,7 @@ def read(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return from_json(ModelConfig, data, where=f"{path}: model configuration"), tensors
 
 
-def _model_file(path: Path) -> Path:
+def model_file(path: Path) -> Path:
     """The file that holds the model: itself, or the best or last one of a training run's folder."""
     if not path.is_dir():
         return path

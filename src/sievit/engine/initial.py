@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sievit.config import ConfigError
 from sievit.convert.timm import timm_vit
-from sievit.model import POLICY_PREFIX, Detector, _model_file, read
+from sievit.model import POLICY_PREFIX, Detector, model_file, read
 from sievit.vit import ViT
 
 
@@ -20,7 +20,7 @@ def start_from(model: Detector, path: Path) -> None:
     Raises:
         ConfigError: no such file, or weights outside the policy that are missing or do not fit.
     """
-    file = _model_file(path)
+    file = model_file(path)
     _, tensors = read(file)
     own = model.state_dict()
     tensors = {k: v for k, v in tensors.items() if k in own or not k.startswith(POLICY_PREFIX)}

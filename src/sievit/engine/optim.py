@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sievit.engine.recipe import TrainConfig
 
-UNDECAYED = ("bias", "pos_embed", "level_embed", "cls_token", "gamma")
+UNDECAYED = ("bias", "pos_embed", "level_embed", "cls_token")
 NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 POLY_POWER = 0.9
 

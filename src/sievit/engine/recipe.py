@@ -74,8 +74,8 @@ class TrainConfig:
     """
 
     epochs: int = 36
-    init_from: None | Path = None  # noqa: RUF036 - JSON is read as the first type that takes it
-    vit_from: None | Path = None  # noqa: RUF036
+    init_from: Path | None = None
+    vit_from: Path | None = None
     batch_size: int = 16
     accumulate: int = 1
     lr: float = 1e-4
