@@ -410,3 +410,14 @@ def test_fp16_needs_cuda(recipe: Recipe, tmp_path: Path):
     with pytest.raises(ConfigError, match="16-mixed needs a CUDA device"):
         train(replace(recipe, train=replace(recipe.train, precision="16-mixed")), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_that_cannot_start_leaves_no_run_behind(recipe: Recipe, tmp_path: Path):
+    out = tmp_path / "run"
+    for wrong in (
+        replace(recipe, data=replace(recipe.data, train_annotations=tmp_path / "nowhere.json")),
+        replace(recipe, train=replace(recipe.train, init_from=tmp_path / "nothing.safetensors")),
+    ):
+        with pytest.raises(ConfigError, match=r"nowhere|nothing\.safetensors"):
+            train(wrong, out=out)
+        assert not out.exists()

@@ -4,7 +4,6 @@ Predicted is the ratio of multiply-adds of the blocks alone; the time of the spa
 unpacking, so that every overhead counts against us.
 """
 
-import json
 import math
 import statistics
 import time
@@ -23,7 +22,8 @@ from torch import Tensor
 from sievit.config import ConfigError, nearest
 from sievit.data.images import list_images, read_image, to_tensor
 from sievit.data.scenes import draw
-from sievit.devices import pick_device
+from sievit.devices import device_name, pick_device
+from sievit.engine.recipe import default_data_root
 from sievit.flops import blocks_gflops
 from sievit.policies import KeepAllConfig, SViTConfig, build_policy
 from sievit.policies.svit import SViT
@@ -49,7 +49,7 @@ class BlocksBench:
         sizes: (height, width) of the images in pixels; 512x512 are 1024 tokens, 800x1216 are 3800.
         batches: images at once.
         targets: share of tokens that the gates keep, spread over blocks 3 to 11; they are set to it on the images.
-        images: folder of pictures; generated scenes where it is not given.
+        images: folder of pictures; by default photos/ in the folder of data sets, and without it generated scenes.
         repeats: timed pairs per row, each on other images.
         threads: CPU threads; torch's own choice where it is not given.
         device: "auto" takes CUDA where there is one.
@@ -81,18 +81,26 @@ def bench_blocks(config: BlocksBench, console: Console | None = None) -> dict:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
+    photos = default_data_root() / "photos"
+    images = photos if config.images is None and photos.is_dir() else config.images
     dtype = getattr(torch, config.precision)
     jobs = [(model, size, batch) for model in config.models for size in config.sizes for batch in config.batches]
     rows = []
     for model, size, batch in track(jobs, "timing", console=console, transient=True):
-        pictures = load_pictures(config.images, size, config.repeats * batch).to(device, dtype)
+        pictures = load_pictures(images, size, config.repeats * batch).to(device, dtype)
         vit, policies = calibrated(SIZES[model], pictures, config.targets)
         row = {"model": model, "size": list(size), "batch": batch, "device": device_name(device)}
         row |= {"precision": config.precision, "mode": "dynamic"}
         row |= time_blocks(vit, policies, pictures.split(batch))
         rows.append(row)
     console.print(_table(rows))
-    return {"bench": "blocks", "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}
+    return {
+        "bench": "blocks",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "pictures": "scenes" if images is None else images.name,
+        "rows": rows,
+    }
 
 
 def time_blocks(vit: ViT, policies: tuple, batches: tuple[Tensor, ...], mode: Mode = "auto") -> dict:
@@ -196,11 +204,6 @@ def _fitted(picture: Tensor, size: tuple[int, int]) -> Tensor:
     return resized[:, top : top + size[0], left : left + size[1]].clamp(0, 1)
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or "cpu" with the number of threads."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-
-
 def _table(rows: list[dict]) -> Table:
     table = Table(title="blocks: dense against SViT, gates included")
     for column in ("model", "tokens", "batch", "dense ms", "sparse ms", "keep", "speed-up", "predicted", "realised"):
@@ -210,8 +213,3 @@ def _table(rows: list[dict]) -> Table:
         figures = (row["dense_ms"], row["sparse_ms"], f"{keep:.0%}", row["speedup"], row["predicted"])
         table.add_row(row["model"], str(row["tokens"]), str(row["batch"]), *map(str, figures), f"{row['realised']:.0%}")
     return table
-
-
-def print_json(result: dict) -> None:
-    """One JSON object as the last line of standard output."""
-    print(json.dumps(result), flush=True)

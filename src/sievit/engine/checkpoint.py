@@ -28,16 +28,20 @@ class RunFolder:
         self.state_file, self.metrics_file = path / "state.pt", path / "metrics.json"
         self.best_file, self.last_file = path / "best.safetensors", path / "last.safetensors"
 
+    def require_free(self) -> None:
+        """Raise a ConfigError if the folder holds a run already."""
+        if self.recipe_file.exists():
+            raise ConfigError(
+                f"{self.path}: holds a run already; go on with --resume {self.path}, or give another --out"
+            )
+
     def start(self, recipe: Recipe) -> None:
         """Make the folder for a new run.
 
         Raises:
             ConfigError: it holds a run already.
         """
-        if self.recipe_file.exists():
-            raise ConfigError(
-                f"{self.path}: holds a run already; go on with --resume {self.path}, or give another --out"
-            )
+        self.require_free()
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.recipe_file, to_json(recipe))
 

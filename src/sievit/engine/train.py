@@ -61,11 +61,16 @@ def train(recipe: Recipe | None, *, out: Path, resume: bool = False, console: Co
     fabric, ours = _fabric(recipe.train), not dist.is_initialized()
     fabric.launch()
     if fabric.is_global_zero:
-        folder.remove_parts() if resume else folder.start(recipe)
+        folder.remove_parts() if resume else folder.require_free()
     fabric.barrier()
     with fabric.rank_zero_first():
         train_set, val_set = open_data(recipe)
     run = _Run(recipe, folder, fabric, train_set, val_set, console, state=folder.load_state() if resume else None)
+    if fabric.is_global_zero:
+        if not resume:  # not before everything that could be wrong with the recipe was looked at
+            folder.start(recipe)
+        run.open_logs()
+    fabric.barrier()
     with _stopping(f"--resume {out}") as stop:
         try:
             return run.loop(stop)
@@ -145,8 +150,13 @@ class _Run:
         torch.manual_seed(config.seed + 1 + fabric.global_rank)
         if state is not None:
             self._restore(state)
-        self.log = CsvLog(folder.log_file, step=self.step) if fabric.is_global_zero else None
-        self.val_log = CsvLog(folder.val_file, step=self.validated) if fabric.is_global_zero else None
+        self.log: CsvLog | None = None
+        self.val_log: CsvLog | None = None
+
+    def open_logs(self) -> None:
+        """On the first process: go on with the rows up to the current step."""
+        self.log = CsvLog(self.folder.log_file, step=self.step)
+        self.val_log = CsvLog(self.folder.val_file, step=self.validated)
 
     def loop(self, stop: "_Stop") -> dict:
         """Train to the last epoch, validating and saving on the way."""

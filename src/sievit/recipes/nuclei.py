@@ -55,6 +55,6 @@ def nuclei_svit() -> Recipe:
     dense = nuclei_vit()
     return replace(
         dense,
-        model=replace(dense.model, policy=SViTConfig(noise=0.25)),
-        train=replace(dense.train, init_from=Path("runs/nuclei_vit"), epochs=5, lr=3e-4, policy_lr=3.0, val_every=5),
+        model=replace(dense.model, policy=SViTConfig(noise=0.0)),
+        train=replace(dense.train, init_from=Path("runs/nuclei_vit"), epochs=3, lr=3e-4, policy_lr=3.0, val_every=3),
     )

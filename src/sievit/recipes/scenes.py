@@ -49,6 +49,6 @@ def scenes_svit() -> Recipe:
     dense = scenes_vit()
     return replace(
         dense,
-        model=replace(dense.model, policy=SViTConfig(noise=0.25)),
+        model=replace(dense.model, policy=SViTConfig(noise=0.0)),
         train=replace(dense.train, init_from=Path("runs/scenes_vit"), epochs=1, lr=3e-4, policy_lr=3.0, val_every=1),
     )
