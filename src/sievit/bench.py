@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -205,7 +206,7 @@ def _fitted(picture: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _table(rows: list[dict]) -> Table:
-    table = Table(title="blocks: dense against SViT, gates included")
+    table = Table(title="blocks: dense against SViT, gates included", box=SIMPLE)
     for column in ("model", "tokens", "batch", "dense ms", "sparse ms", "keep", "speed-up", "predicted", "realised"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for row in rows:
