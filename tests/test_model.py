@@ -299,3 +299,10 @@ def test_a_failed_save_leaves_the_old_file(model, tmp_path, monkeypatch, where, 
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
     load(path)
+
+
+def test_the_package_finds_its_parts_when_they_are_asked_for() -> None:
+    assert sievit.convert.svit_backbone.__module__ == "sievit.convert.svit"
+    assert all(getattr(sievit, name) is not None for name in sievit.__all__)
+    with pytest.raises(AttributeError, match="nonsense"):
+        sievit.nonsense  # noqa: B018

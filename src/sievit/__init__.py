@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sievit import convert
     from sievit.config import ConfigError
     from sievit.heads.config import MaskRCNNConfig
     from sievit.model import Detector, InputConfig, ModelConfig, Output, build, load, save
@@ -31,6 +32,7 @@ __all__ = [
     "ViTConfig",
     "__version__",
     "build",
+    "convert",
     "load",
     "policy_config",
     "save",
@@ -56,6 +58,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: `import sievit` alone does not import torch (PEP 562)."""
+    if name == "convert":
+        return import_module("sievit.convert")
     if name not in _HOMES:
         raise AttributeError(f"module 'sievit' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
