@@ -1,12 +1,10 @@
 """Nuclei in microscopy images (`<data-root>/nuclei`), trained from scratch."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from sievit.data.transforms import AugmentConfig
-from sievit.engine.recipe import DataConfig, Recipe, TrainConfig
-from sievit.policies import SViTConfig
-from sievit.recipes.small import small_model
+from sievit.engine.recipe import DataConfig, Recipe
+from sievit.recipes.small import small_model, small_sparse, small_training
 
 DATA = DataConfig(
     train_images=Path("nuclei/images"),
@@ -33,28 +31,10 @@ def nuclei_vit() -> Recipe:
             classes=("nucleus",), test_size=(416, 832), anchors=(16.0, 32.0, 64.0, 128.0, 256.0), max_detections=200
         ),
         data=DATA,
-        train=TrainConfig(
-            epochs=16,
-            batch_size=4,
-            lr=1e-3,
-            weight_decay=0.05,
-            warmup_steps=100,
-            schedule="cosine",
-            clip_norm=5.0,
-            ema=0.995,
-            precision="bf16-mixed",
-            val_every=4,
-            val_images=36,
-            workers=0,
-        ),
+        train=small_training(epochs=16, val_every=4, val_images=36),
     )
 
 
 def nuclei_svit() -> Recipe:
     """SViT from the dense detector of nuclei."""
-    dense = nuclei_vit()
-    return replace(
-        dense,
-        model=replace(dense.model, policy=SViTConfig(noise=0.0)),
-        train=replace(dense.train, init_from=Path("runs/nuclei_vit"), epochs=3, lr=3e-4, policy_lr=3.0, val_every=3),
-    )
+    return small_sparse(nuclei_vit(), start=Path("runs/nuclei_vit"), epochs=3)

@@ -1,9 +1,13 @@
 """The small detector that trains from scratch on a CPU: 5.4 million weights, 10.8 MB as float16."""
 
+from dataclasses import replace
+from pathlib import Path
+
+from sievit.engine.recipe import Recipe, TrainConfig
 from sievit.heads.config import MaskRCNNConfig
 from sievit.model import InputConfig, ModelConfig
 from sievit.necks.adapter import AdapterConfig
-from sievit.policies import KeepAllConfig
+from sievit.policies import KeepAllConfig, SViTConfig
 from sievit.vit import ViTConfig
 
 
@@ -39,4 +43,31 @@ def small_model(
         input=InputConfig(min_size=test_size[0], max_size=test_size[1]),
         classes=classes,
         category_ids=tuple(range(1, len(classes) + 1)),
+    )
+
+
+def small_training(*, epochs: int, val_every: int, val_images: int) -> TrainConfig:
+    """From scratch, on one CPU core an image or two a second."""
+    return TrainConfig(
+        epochs=epochs,
+        batch_size=4,
+        lr=1e-3,
+        weight_decay=0.05,
+        warmup_steps=100,
+        schedule="cosine",
+        clip_norm=5.0,
+        ema=0.995,
+        precision="bf16-mixed",
+        val_every=val_every,
+        val_images=val_images,
+        workers=0,
+    )
+
+
+def small_sparse(dense: Recipe, *, start: Path, epochs: int) -> Recipe:
+    """SViT from a dense run. Its gates draw no noise: in so few steps noisy ones stay undecided (see docs/lab.md)."""
+    return replace(
+        dense,
+        model=replace(dense.model, policy=SViTConfig(noise=0.0)),
+        train=replace(dense.train, init_from=start, epochs=epochs, lr=3e-4, policy_lr=3.0, val_every=epochs),
     )
