@@ -156,3 +156,80 @@ def _mean(precision: np.ndarray) -> float:
 
 def _silent(*_: object) -> None:
     """faster-coco-eval reports every step; nobody asked."""
+
+
+class SegmentationMetric:
+    """Counts pixels of a data set by their true and their predicted class, and computes mIoU from all of them at once.
+
+    One confusion matrix of all images: the mean of the images' own figures would be something else.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
+        """
+        Args:
+            num_classes: classes, from 0.
+            ignore_index: true label of pixels that are not judged.
+        """
+        if num_classes < 1:
+            raise ConfigError(f"num_classes is at least 1, not {num_classes}")
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        """Pixels of this process by (true class, predicted class)."""
+
+    def update(self, predicted: Tensor, truth: Tensor) -> None:
+        """Add an image.
+
+        Args:
+            predicted: class of each pixel (h, w), any integer type.
+            truth: the same, or `ignore_index`.
+
+        Raises:
+            ConfigError: the two differ in size, or a value is no class.
+        """
+        if predicted.shape != truth.shape:
+            raise ConfigError(
+                f"predicted labels {tuple(predicted.shape)} and true labels {tuple(truth.shape)} differ in size"
+            )
+        truth = truth.to(predicted.device, torch.int64)
+        known = truth != self.ignore_index
+        truth, predicted = truth[known], predicted[known].to(torch.int64)
+        if len(truth) == 0:
+            return
+        for name, labels in (("true", truth), ("predicted", predicted)):
+            low, high = (int(limit) for limit in labels.aminmax())
+            if low < 0 or high >= self.num_classes:
+                wrong = low if low < 0 else high
+                raise ConfigError(f"{name} label {wrong} is none of the {self.num_classes} classes")
+        counts = torch.bincount(truth * self.num_classes + predicted, minlength=self.num_classes**2)
+        self.matrix += counts.reshape(self.matrix.shape).cpu()
+
+    def reset(self) -> None:
+        self.matrix = torch.zeros_like(self.matrix)
+
+    def total(self) -> Tensor:
+        """The matrix of all processes together; with several, all of them have to call it."""
+        if world_size() == 1:
+            return self.matrix
+        parts = [self.matrix] * world_size()
+        dist.all_gather_object(parts, self.matrix)
+        return torch.stack(parts).sum(0)
+
+    def compute(self) -> dict[str, Any]:
+        """miou (over classes that are true or predicted somewhere), pixel_accuracy, mean_accuracy (over classes that
+        are true somewhere), and iou of every class; 0..1, or -1 where there is nothing to judge. With several processes
+        all of them have to call it."""
+        matrix = self.total().numpy()
+        right, true, predicted = np.diagonal(matrix), matrix.sum(1), matrix.sum(0)
+        iou = _shares(right, true + predicted - right)
+        accuracy = _shares(right, true)
+        return {
+            "miou": _mean(iou),
+            "pixel_accuracy": float(right.sum() / true.sum()) if true.sum() else -1.0,
+            "mean_accuracy": _mean(accuracy),
+            "iou": iou.tolist(),
+        }
+
+
+def _shares(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole, float64; -1 where there is no whole."""
+    return np.where(whole > 0, part / np.maximum(whole, 1), -1.0)

@@ -120,6 +120,17 @@ class View:
         out = masks.render(rows[::-1] if self.vertical_flip else rows, cols[::-1] if self.flip else cols)
         return out.transpose(1, 2).contiguous() if self.transpose else out
 
+    def labels(self, labels: Tensor) -> Tensor:
+        """From a label of every pixel of the source (H, W), those of the view; scaled by nearest neighbour."""
+        y, x, h, w = self.rect
+        out = labels[y : y + h, x : x + w]
+        if self.size != (h, w):
+            rows, cols = (torch.from_numpy(_centres(*edges)) for edges in zip((h, w), self.size, strict=True))
+            out = out.index_select(0, rows).index_select(1, cols)
+        mirrored = [axis for axis, on in ((0, self.vertical_flip), (1, self.flip)) if on]
+        out = out.flip(mirrored) if mirrored else out
+        return out.T.contiguous() if self.transpose else out
+
 
 class Augment:
     """Draws a view and a jitter; deterministic given the generator."""
@@ -144,7 +155,7 @@ def draw_view(config: AugmentConfig, size: tuple[int, int], generator: torch.Gen
         shape = _scaled(size, _choice(config.crop_first_scales, generator), None)
         low, high = config.crop_first_range
         crop = tuple(_between(min(edge, low), min(edge, high), generator) for edge in shape)
-        rect = _random_rect(whole, shape, (crop[0], crop[1]), generator)
+        rect = random_rect(whole, shape, (crop[0], crop[1]), generator)
     else:
         rect = whole
     shape = rect[2:]
@@ -155,7 +166,7 @@ def draw_view(config: AugmentConfig, size: tuple[int, int], generator: torch.Gen
         shape = max(1, round(shape[0] * factor)), max(1, round(shape[1] * factor))
     if config.crop:
         crop = min(config.crop[0], shape[0]), min(config.crop[1], shape[1])
-        rect, shape = _random_rect(rect, shape, crop, generator), crop
+        rect, shape = random_rect(rect, shape, crop, generator), crop
     turn = int(chance[1] * 4) if config.rot90 else 0  # quarter turns
     return View(
         rect=rect,
@@ -244,7 +255,7 @@ def _scaled(size: tuple[int, int], short: int, longest: int | None) -> tuple[int
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
-def _random_rect(
+def random_rect(
     rect: tuple[int, int, int, int], shape: tuple[int, int], crop: tuple[int, int], generator: torch.Generator
 ) -> tuple[int, int, int, int]:
     """Where in the source a random crop lies, if `rect` of the source is scaled to `shape` and cropped to `crop`."""
