@@ -17,12 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 from sievit.config import ConfigError
 from sievit.data.coco import CocoDetection
 from sievit.data.scenes import CLASSES, generate
+from sievit.detector import DetectorConfig
 from sievit.engine.batches import Batch, Losses
 from sievit.engine.evaluate import evaluate
 from sievit.engine.recipe import DataConfig, Recipe, TrainConfig
 from sievit.engine.train import train
 from sievit.heads import MaskRCNNConfig
-from sievit.model import InputConfig, ModelConfig, build, load
+from sievit.inputs import InputConfig
+from sievit.model import build, load
 from sievit.necks import NeckConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.necks.pyramid import PyramidConfig
@@ -38,9 +40,9 @@ CASES: dict[str, tuple[NeckConfig, bool]] = {
 }
 
 
-def tiny_model(*, neck: NeckConfig = ADAPTER, per_sample: bool = False) -> ModelConfig:
+def tiny_model(*, neck: NeckConfig = ADAPTER, per_sample: bool = False) -> DetectorConfig:
     """A detector whose samplers take everything there is, so that nothing is left to chance."""
-    return ModelConfig(
+    return DetectorConfig(
         vit=ViTConfig(grid=(4, 4), embed_dim=16, depth=4, num_heads=2),
         neck=neck,
         policy=SViTConfig(first_block=1, targets=(0.7, 0.5, 0.3), per_sample=per_sample),

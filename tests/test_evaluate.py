@@ -10,12 +10,14 @@ from rich.console import Console
 from sievit.config import ConfigError
 from sievit.data.coco import CocoDetection
 from sievit.data.scenes import CLASSES, generate
+from sievit.detector import Detector, DetectorConfig
 from sievit.engine import evaluate as engine
 from sievit.engine.evaluate import compare, evaluate, timed
 from sievit.flops import detector_gflops
 from sievit.heads import MaskRCNNConfig
+from sievit.inputs import InputConfig
 from sievit.metrics import CocoMetric
-from sievit.model import Detector, InputConfig, ModelConfig, build
+from sievit.model import build
 from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import KeepAllConfig, PolicyConfig, TopNormConfig
 from sievit.vit import ViTConfig
@@ -34,7 +36,7 @@ def tiny(policy: PolicyConfig, *, with_masks: bool = True) -> Detector:
         box_min_score=0.0,
         box_max_detections=5,
     )
-    config = ModelConfig(
+    config = DetectorConfig(
         vit=ViTConfig(grid=(4, 4), embed_dim=16, depth=4, num_heads=2),
         neck=PyramidConfig(out_channels=8),
         policy=policy,

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from sievit.detector import Detector, DetectorConfig
 from sievit.flops import backbone_gflops, block_macs, blocks_gflops, detector_gflops
 from sievit.heads.config import MaskRCNNConfig
-from sievit.model import Detector, InputConfig, ModelConfig, build
+from sievit.inputs import InputConfig
+from sievit.model import build
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import KeepAllConfig, SViTConfig, build_policy
 from sievit.tokens import Trace
@@ -17,7 +19,7 @@ VIT = ViTConfig(grid=(4, 4), embed_dim=32, depth=4, num_heads=2)
 
 @pytest.fixture
 def model() -> Detector:
-    config = ModelConfig(
+    config = DetectorConfig(
         vit=VIT,
         neck=AdapterConfig(conv_inplane=8, deform_num_heads=2, num_interactions=2),
         policy=SViTConfig(first_block=1, targets=(0.5,)),

@@ -16,8 +16,10 @@ from torch import Tensor
 
 import sievit
 from sievit.config import ConfigError
+from sievit.detector import Detector, DetectorConfig
 from sievit.heads import MaskRCNNConfig
-from sievit.model import Detector, InputConfig, ModelConfig, build, load, save
+from sievit.inputs import InputConfig
+from sievit.model import build, load, save
 from sievit.necks import NeckConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.necks.pyramid import PyramidConfig
@@ -35,8 +37,8 @@ HEAD = MaskRCNNConfig(
 )
 
 
-def tiny_config(*, policy: PolicyConfig | None = None, neck: NeckConfig | None = None) -> ModelConfig:
-    return ModelConfig(
+def tiny_config(*, policy: PolicyConfig | None = None, neck: NeckConfig | None = None) -> DetectorConfig:
+    return DetectorConfig(
         vit=ViTConfig(grid=(6, 6), embed_dim=16, depth=4, num_heads=2),
         neck=PyramidConfig(out_channels=16) if neck is None else neck,
         policy=SViTConfig(first_block=1, targets=(0.7, 0.5, 0.3)) if policy is None else policy,

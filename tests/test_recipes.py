@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from sievit.config import ConfigError, from_json, kind_of, to_json
+from sievit.detector import Detector
 from sievit.engine.recipe import Recipe, default_data_root, open_data
-from sievit.model import Detector, build
+from sievit.model import build
 from sievit.policies import SViTConfig
 from sievit.recipes import recipe, recipes
 

@@ -12,8 +12,10 @@ from pycocotools.coco import COCO
 
 from sievit import cli, report
 from sievit.data.scenes import generate
+from sievit.detector import DetectorConfig
 from sievit.heads.config import MaskRCNNConfig
-from sievit.model import InputConfig, ModelConfig, build, save
+from sievit.inputs import InputConfig
+from sievit.model import build, save
 from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import SViTConfig
 from sievit.vit import ViTConfig
@@ -23,7 +25,7 @@ from sievit.vit import ViTConfig
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny sparse model with random weights that finds a few boxes in anything."""
     torch.manual_seed(0)
-    config = ModelConfig(
+    config = DetectorConfig(
         vit=ViTConfig(grid=(4, 4), embed_dim=24, depth=4, num_heads=2),
         neck=PyramidConfig(out_channels=16),
         policy=SViTConfig(first_block=1),

@@ -18,6 +18,7 @@ from torch import Tensor
 from sievit.config import ConfigError
 from sievit.data.scenes import CLASSES
 from sievit.data.transforms import AugmentConfig
+from sievit.detector import DetectorConfig
 from sievit.engine import train as engine
 from sievit.engine.batches import EpochBatches, loading
 from sievit.engine.checkpoint import RunFolder, read_log
@@ -25,7 +26,8 @@ from sievit.engine.initial import start_from, start_vit_from
 from sievit.engine.recipe import DataConfig, Recipe, ScenesConfig, TrainConfig
 from sievit.engine.train import Interrupted, train
 from sievit.heads import MaskRCNNConfig
-from sievit.model import InputConfig, ModelConfig, build, load, save
+from sievit.inputs import InputConfig
+from sievit.model import build, load, save
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import KeepAllConfig, SViTConfig
 from sievit.vit import ViTConfig
@@ -46,8 +48,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def tiny_model() -> ModelConfig:
-    return ModelConfig(
+def tiny_model() -> DetectorConfig:
+    return DetectorConfig(
         vit=ViTConfig(grid=(4, 4), embed_dim=16, depth=4, num_heads=2, drop_path_rate=0.1),
         neck=AdapterConfig(conv_inplane=4, deform_num_heads=2, num_interactions=2, drop_path_rate=0.1),
         policy=SViTConfig(first_block=1, targets=(0.7, 0.5, 0.3)),

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sievit import convert
     from sievit.config import ConfigError
+    from sievit.detector import Detector, DetectorConfig, Output
     from sievit.heads.config import MaskRCNNConfig
-    from sievit.model import Detector, InputConfig, ModelConfig, Output, build, load, save
+    from sievit.inputs import InputConfig, ModelConfig
+    from sievit.model import build, load, save
     from sievit.policies import policy_config
+    from sievit.segmenter import Segmentation, Segmenter, SegmenterConfig
     from sievit.tokens import Tokens, Trace
     from sievit.vit import ViT, ViTConfig
 
@@ -22,10 +25,14 @@ __version__ = "0.1.0"
 __all__ = [
     "ConfigError",
     "Detector",
+    "DetectorConfig",
     "InputConfig",
     "MaskRCNNConfig",
     "ModelConfig",
     "Output",
+    "Segmentation",
+    "Segmenter",
+    "SegmenterConfig",
     "Tokens",
     "Trace",
     "ViT",
@@ -40,11 +47,15 @@ __all__ = [
 
 _HOMES = {
     "ConfigError": "sievit.config",
-    "Detector": "sievit.model",
-    "InputConfig": "sievit.model",
+    "Detector": "sievit.detector",
+    "DetectorConfig": "sievit.detector",
+    "InputConfig": "sievit.inputs",
     "MaskRCNNConfig": "sievit.heads.config",
-    "ModelConfig": "sievit.model",
-    "Output": "sievit.model",
+    "ModelConfig": "sievit.inputs",
+    "Output": "sievit.detector",
+    "Segmentation": "sievit.segmenter",
+    "Segmenter": "sievit.segmenter",
+    "SegmenterConfig": "sievit.segmenter",
     "Tokens": "sievit.tokens",
     "Trace": "sievit.tokens",
     "ViT": "sievit.vit",

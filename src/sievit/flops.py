@@ -7,7 +7,6 @@ in the papers; the sampling of deformable attention is counted, which the papers
 Letters: b images, n grid tokens, t tokens that take part, c channels.
 """
 
-from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,48 +14,49 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from sievit.heads.mask_rcnn import MaskRCNN
+from sievit.detector import Detector, Output
+from sievit.heads import MaskRCNN, SemanticHead
 from sievit.necks.adapter import ViTAdapter
 from sievit.necks.build import Backbone
 from sievit.policies import KeepAllConfig, build_policy
+from sievit.segmenter import Segmentation, SegmentationNet, Segmenter
 from sievit.tokens import Trace
 from sievit.vit import Sizes, ViTConfig
 
 
-class _Detector(Protocol):
-    backbone: Backbone
-    head: MaskRCNN
+def model_gflops(model: Detector | Segmenter, output: Output | Segmentation) -> Tensor:
+    """(b,) GFLOPs of the whole model for each image of `output`."""
+    if isinstance(model, Segmenter):
+        assert isinstance(output, Segmentation)
+        return segmenter_gflops(model, output)
+    assert isinstance(output, Output)
+    return detector_gflops(model, output)
 
 
-class _Output(Protocol):
-    @property
-    def trace(self) -> Trace: ...
-    @property
-    def sizes(self) -> Sizes: ...
-    @property
-    def detections(self) -> list[dict[str, Tensor]]: ...
+def block_macs(config: ViTConfig, tokens: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Multiply-adds of one block on `tokens` tokens of one image, which see `seen` tokens (None: just themselves).
 
-
-def block_macs(config: ViTConfig, tokens: Tensor) -> Tensor:
-    """Multiply-adds of one block on `tokens` tokens of one image: 4 t c^2 + 2 t^2 c + 2 t c (mlp c)."""
+    2 t c^2 + 2 s c^2 for queries, keys, values and the projection, 2 t s c for the attention, 2 t c (mlp c).
+    """
     t, c = tokens.double(), config.embed_dim
-    return 4 * t * c**2 + 2 * t**2 * c + 2 * t * c * int(c * config.mlp_ratio)
+    s = t if seen is None else seen.double()
+    return 2 * t * c**2 + 2 * s * c**2 + 2 * t * s * c + 2 * t * c * int(c * config.mlp_ratio)
 
 
 def blocks_gflops(config: ViTConfig, trace: Trace) -> Tensor:
     """(b,) GFLOPs of all blocks that the trace has seen."""
-    return block_macs(config, trace.counts()).sum(0) / 1e9
+    return block_macs(config, trace.counts(), trace.seen()).sum(0) / 1e9
 
 
 def backbone_gflops(backbone: Backbone, trace: Trace, sizes: Sizes) -> Tensor:
     """(b,) GFLOPs of the backbone: blocks as traced, the policy's own cost, and the rest on each image's own size."""
     rest = [_rest_of_backbone(backbone, _padded(size, backbone.size_divisor)) for size in sizes]
-    blocks = block_macs(backbone.vit.config, trace.counts()).sum(0)
+    blocks = block_macs(backbone.vit.config, trace.counts(), trace.seen()).sum(0)
     policy = backbone.policy.macs(trace).double()
     return (blocks + policy + torch.tensor(rest, dtype=torch.float64, device=blocks.device)) / 1e9
 
 
-def detector_gflops(model: _Detector, output: _Output) -> Tensor:
+def detector_gflops(model: Detector, output: Output) -> Tensor:
     """(b,) GFLOPs of the whole detector for the images of `output`.
 
     The box branch is counted at the limit of proposals per image, the mask branch on the detections that there are.
@@ -67,6 +67,29 @@ def detector_gflops(model: _Detector, output: _Output) -> Tensor:
         for size, found in zip(output.sizes, output.detections, strict=True)
     ]
     return backbone + torch.tensor(head, dtype=torch.float64, device=backbone.device) / 1e9
+
+
+def segmenter_gflops(model: Segmenter, output: Segmentation) -> Tensor:
+    """(b,) GFLOPs of the whole segmenter for the images of `output`, all windows of each."""
+    net, trace = model.net, output.trace
+    config = net.vit.config
+    of_window = trace.valid.sum(1).double() * 3 * config.patch_size**2 * config.embed_dim
+    of_window = of_window + block_macs(config, trace.counts(), trace.seen()).sum(0) + net.policy.macs(trace)
+    of_window = of_window + heads_macs(net, trace).sum(0)
+    total = torch.zeros(len(output.resized), dtype=torch.float64, device=of_window.device)
+    return total.index_add_(0, torch.tensor(output.owner, device=total.device), of_window) / 1e9
+
+
+def heads_macs(net: SegmentationNet, trace: Trace) -> Tensor:
+    """(stages, b) multiply-adds of each head; zero where it was not asked."""
+    exits, rows = bool(trace.exited), []
+    for block, head in zip(net.out_indices, net.heads, strict=True):
+        assert isinstance(head, SemanticHead)
+        asked = "maps" in trace.aux[block + 1] if exits else block == net.out_indices[-1]
+        judged = trace.keep[block] if exits else trace.valid
+        macs = head.macs(judged.sum(1), trace.grid).double()
+        rows.append(macs if asked else torch.zeros_like(macs))
+    return torch.stack(rows)
 
 
 _CACHE: WeakKeyDictionary[nn.Module, dict[tuple, float]] = WeakKeyDictionary()

@@ -24,8 +24,13 @@ Backend = Literal["auto", "per_image", "padded", "varlen"]
 class Layout(Protocol):
     """How the tokens of a batch are arranged."""
 
+    def queries(self, x: Tensor) -> Tensor:
+        """Of the tokens of this layout those that are computed; the others are only seen."""
+        ...
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Softmax attention within each image; q, k, v and the result are (..., h, d), `...` being this layout's."""
+        """Softmax attention within each image; q, k, v and the result are (..., h, d), `...` being this layout's, for q
+        and the result that of `queries`."""
         ...
 
     def per_image(self, values: Tensor) -> Tensor:
@@ -93,6 +98,9 @@ def padding_mask(packing: Packing) -> Tensor:
 class Dense:
     """Every token of (b, n, c) takes part."""
 
+    def queries(self, x: Tensor) -> Tensor:
+        return x
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _attend(q, k, v)
 
@@ -128,6 +136,9 @@ class Packed:
         self.packing = packing
         self.backend = backend
 
+    def queries(self, x: Tensor) -> Tensor:
+        return x
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         lengths = self.packing.lengths
         if not sum(lengths):
@@ -149,6 +160,31 @@ class Packed:
     def per_image(self, values: Tensor) -> Tensor:
         lengths = torch.tensor(self.packing.lengths, device=values.device)
         return values.repeat_interleave(lengths)[:, None]
+
+
+class PackedAmong:
+    """Packed tokens (t, c) of which only some are computed; the others of their image are seen as keys and values.
+
+    Args:
+        packing: of the tokens that are computed.
+        among: of all that are visible, those of `packing` included.
+    """
+
+    def __init__(self, packing: Packing, among: Packing) -> None:
+        self.packing, self.among = packing, among
+        self.places = torch.searchsorted(among.index, packing.index)  # of the computed tokens among the visible ones
+
+    def queries(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self.places)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        queries, keys = self.packing, self.among
+        mask = padding_mask(keys)[:, None, None, :]
+        out = _attend(pad(q, queries), pad(k, keys), pad(v, keys), mask)
+        return out.flatten(0, 1).index_select(0, queries.slots)
+
+    def per_image(self, values: Tensor) -> Tensor:
+        return values.repeat_interleave(torch.tensor(self.packing.lengths, device=values.device))[:, None]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from sievit.config import ConfigError, kind_of, nearest
 from sievit.data.coco import CocoDetection
 from sievit.data.images import list_images, read_image, to_tensor
 from sievit.data.scenes import generate
+from sievit.detector import Detector, Output
 from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import compare, timed
 from sievit.engine.evaluate import evaluate as run_evaluation
@@ -24,7 +25,7 @@ from sievit.engine.recipe import default_data_root
 from sievit.files import write_atomically
 from sievit.flops import detector_gflops
 from sievit.metrics import coco_results
-from sievit.model import Detector, Output, load
+from sievit.model import load
 
 WEIGHTS = Path(__file__).parent / "weights"
 DEMO_SIZE = (512, 512)

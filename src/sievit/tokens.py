@@ -3,6 +3,7 @@
 Letters: b images, n = h*w grid tokens, p prefix tokens, c channels. The grid is row-major.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,6 +22,7 @@ class Tokens:
             only pad a batch are never computed, whatever a policy says.
         keep: (b, n) bool, the tokens that take part in the next block; None when all valid ones do.
         gate: (b, n) float, the value of `keep` with the straight-through gradient of whatever decided; training only.
+        context: (b, n) bool, tokens that do not take part but are seen by those that do; None for none.
     """
 
     x: Tensor
@@ -29,11 +31,12 @@ class Tokens:
     valid: Tensor | None = None
     keep: Tensor | None = None
     gate: Tensor | None = None
+    context: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = self.grid[0] * self.grid[1]
         assert self.x.ndim == 3 and self.x.shape[1] == self.num_prefix + n, (self.x.shape, self.grid, self.num_prefix)
-        for mask in (self.valid, self.keep, self.gate):
+        for mask in (self.valid, self.keep, self.gate, self.context):
             assert mask is None or mask.shape == (self.x.shape[0], n), (mask.shape, self.grid)
 
     @property
@@ -51,11 +54,11 @@ class Tokens:
             return replace(self, x=patches)
         return replace(self, x=torch.cat([self.x[:, : self.num_prefix], patches], dim=1))
 
-    def select(self, keep: Tensor | None, gate: Tensor | None = None) -> "Tokens":
+    def select(self, keep: Tensor | None, gate: Tensor | None = None, context: Tensor | None = None) -> "Tokens":
         """The canvas with another choice for the next block: (b, n) bool, None for all; padding never takes part."""
         if keep is not None and self.valid is not None:
             keep = keep & self.valid
-        return replace(self, keep=keep, gate=gate)
+        return replace(self, keep=keep, gate=gate, context=context)
 
     def taking_part(self) -> Tensor | None:
         """(b, p+n) bool: what the next block computes, prefix included; None when it is everything."""
@@ -73,6 +76,34 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a semantic head says of every grid token of a canvas.
+
+    Attributes:
+        maps: (b, k, n) logits per class and token.
+        classes: (b, k, 2) logits of "the class is in the image" (index 0) and "it is not", of heads that ask this
+            (ATM); None of heads that classify each token by itself.
+        fine: (b, k, h', w') logits of heads that say more than one thing per token; `maps` is then its mean per token.
+    """
+
+    maps: Tensor
+    classes: Tensor | None = None
+    fine: Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is, by name."""
+        values = {"maps": self.maps, "classes": self.classes, "fine": self.fine}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def scores(self) -> Tensor:
+        """(b, k, n) in 0..1: softmax over the classes, or SegViT's product of presence and sigmoid of the map."""
+        if self.classes is None:
+            return self.maps.softmax(1)
+        return self.classes.softmax(-1)[..., :1] * self.maps.sigmoid()
+
+
+@dataclass(frozen=True, slots=True)
 class Trace:
     """What happened in a pass over the blocks; a value that the block loop returns.
 
@@ -81,7 +112,8 @@ class Trace:
         num_prefix: prefix tokens per image, which took part everywhere.
         valid: (b, n) bool.
         keep: per block a (b, n) bool tensor: who took part.
-        aux: per block what the policy wants remembered, by name, e.g. `logits` (b, n, 2), `gate` (b, n).
+        aux: per block what the policy wants remembered, by name, e.g. `logits` (b, n, 2), `gate` (b, n); and at the end
+            of the pass once more, what it remembered after the last block.
     """
 
     grid: tuple[int, int]
@@ -98,11 +130,46 @@ class Trace:
     def record(self, tokens: Tokens, aux: dict[str, Tensor]) -> "Trace":
         """The trace with one more block."""
         keep = self.valid if tokens.keep is None else tokens.keep
+        if tokens.context is not None:
+            aux = {**aux, "context": tokens.context}
         return replace(self, keep=(*self.keep, keep), aux=(*self.aux, aux))
+
+    def finish(self, aux: dict[str, Tensor]) -> "Trace":
+        """The trace of a pass that is over."""
+        return replace(self, aux=(*self.aux, aux))
+
+    @property
+    def predictions(self) -> tuple[Prediction, ...]:
+        """What the heads said, in the order of the stages that were computed."""
+        return tuple(Prediction(aux["maps"], aux.get("classes"), aux.get("fine")) for aux in self.aux if "maps" in aux)
+
+    @property
+    def exited(self) -> tuple[Tensor, ...]:
+        """Per stage (b, n) bool: the tokens that have left for good, at it or before."""
+        return tuple(aux["exited"] for aux in self.aux if "exited" in aux)
+
+    @staticmethod
+    def join(traces: Sequence["Trace"]) -> "Trace":
+        """One trace of several batches with canvases of the same grid."""
+        first = traces[0]
+        return replace(
+            first,
+            valid=torch.cat([trace.valid for trace in traces]),
+            keep=tuple(torch.cat(parts) for parts in zip(*(trace.keep for trace in traces), strict=True)),
+            aux=tuple(
+                {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                for parts in zip(*(trace.aux for trace in traces), strict=True)
+            ),
+        )
 
     def counts(self) -> Tensor:
         """(depth, b) int: tokens that each block computed per image, prefix included."""
         return torch.stack([keep.sum(1) for keep in self.keep]) + self.num_prefix
+
+    def seen(self) -> Tensor:
+        """(depth, b) int: tokens that those were computed from: themselves, and what else was visible as context."""
+        pairs = zip(self.keep, self.aux[: len(self.keep)], strict=True)
+        return torch.stack([(k | a["context"] if "context" in a else k).sum(1) for k, a in pairs]) + self.num_prefix
 
     def shares(self) -> Tensor:
         """(depth, b) float: the share of an image's valid grid tokens that took part in each block."""

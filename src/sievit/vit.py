@@ -10,7 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sievit.packed import Backend, Dense, Layout, Masked, Packed, Packing, pack, pad, padding_mask, unpack
+from sievit.packed import (
+    Backend,
+    Dense,
+    Layout,
+    Masked,
+    Packed,
+    PackedAmong,
+    Packing,
+    pack,
+    pad,
+    padding_mask,
+    unpack,
+)
 from sievit.policies.base import Policy
 from sievit.tokens import Tokens, Trace
 
@@ -69,8 +81,20 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # (..., h, d)
+        computed = layout.queries(x)
+        if computed is x:
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # (..., h, d)
+        else:
+            q, k, v = self._project_apart(computed, x)
         return self.proj(layout.attend(q, k, v).flatten(-2))
+
+    def _project_apart(self, computed: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of some tokens, keys and values of more."""
+        dim, bias = self.qkv.in_features, self.qkv.bias
+        q = F.linear(computed, self.qkv.weight[:dim], None if bias is None else bias[:dim])
+        kv = F.linear(seen, self.qkv.weight[dim:], None if bias is None else bias[dim:])
+        k, v = kv.unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+        return q.unflatten(-1, (self.num_heads, -1)), k, v
 
 
 class Mlp(nn.Module):
@@ -98,7 +122,7 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor, layout: Layout, num_images: int) -> Tensor:
-        x = x + self._dropped(self.attn(self.norm1(x), layout), layout, num_images)
+        x = layout.queries(x) + self._dropped(self.attn(self.norm1(x), layout), layout, num_images)
         return x + self._dropped(self.mlp(self.norm2(x)), layout, num_images)
 
     def _dropped(self, y: Tensor, layout: Layout, num_images: int) -> Tensor:
@@ -131,6 +155,11 @@ def execute(
     packing = Packing.of(part)
     if not sum(packing.lengths):
         return tokens
+    if tokens.context is not None:
+        visible = part | F.pad(tokens.context, (tokens.num_prefix, 0), value=True)
+        among = Packing.of(visible)
+        packed = block(pack(tokens.x, among), PackedAmong(packing, among), b)
+        return replace(tokens, x=unpack(tokens.x, packed, packing, inplace=inplace))
     packed = pack(tokens.x, packing)
     if mode == "padded":
         padded = block(pad(packed, packing), Masked(padding_mask(packing)), b)
@@ -145,7 +174,10 @@ def _execute_masked(block: Block, tokens: Tokens) -> Tokens:
     part = tokens.taking_part()
     if part is None:
         part = torch.ones(tokens.x.shape[:2], dtype=torch.bool, device=tokens.x.device)
-    y = block(tokens.x, Masked(part), tokens.x.shape[0])
+    seen = part
+    if tokens.context is not None:
+        seen = part | F.pad(tokens.context, (tokens.num_prefix, 0), value=True)
+    y = block(tokens.x, Masked(seen), tokens.x.shape[0])
     if tokens.gate is None:
         return replace(tokens, x=torch.where(part[..., None], y, tokens.x))
     gate = F.pad(tokens.gate, (tokens.num_prefix, 0), value=1.0)[..., None].to(y.dtype)
@@ -221,12 +253,16 @@ class ViT(nn.Module):
         inplace = not torch.is_grad_enabled()
         if inplace:
             tokens = replace(tokens, x=tokens.x.clone(memory_format=torch.contiguous_format))
-        for index in range(start, len(self.blocks) if stop is None else stop):
+        stop = len(self.blocks) if stop is None else stop
+        for index in range(start, stop):
             tokens, aux = policy.before_block(index, tokens, trace)
             block = self.blocks[index]
             assert isinstance(block, Block)
             tokens = execute(block, tokens, mode=mode, backend=backend, inplace=inplace)
             trace = trace.record(tokens, aux)
+        if stop == len(self.blocks):
+            tokens, aux = policy.after_blocks(tokens, trace)
+            trace = trace.finish(aux)
         return replace(tokens, gate=None), trace
 
     def forward(

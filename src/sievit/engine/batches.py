@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sievit.config import ConfigError
 from sievit.data.coco import collate
+from sievit.detector import Detector
 from sievit.engine.recipe import TrainConfig
-from sievit.model import Detector
 
 Samples = tuple[list[Tensor], list[dict[str, Any]]]
 """Images and targets, as `collate` makes them."""

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, Subset
 
 from sievit.config import ConfigError
 from sievit.data.coco import CocoDetection, collate
+from sievit.detector import Detector, Output
 from sievit.distributed import world_size
 from sievit.engine.batches import leave_signals_to_parent, loading
 from sievit.flops import detector_gflops
 from sievit.metrics import CocoMetric
-from sievit.model import Detector, Output
 
 
 @dataclass

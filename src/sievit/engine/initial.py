@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sievit.config import ConfigError
 from sievit.convert.timm import timm_vit
-from sievit.model import POLICY_PREFIX, Detector, model_file, read
+from sievit.detector import Detector
+from sievit.model import POLICY_PREFIXES, model_file, read
 from sievit.vit import ViT
 
 
@@ -23,11 +24,11 @@ def start_from(model: Detector, path: Path) -> None:
     file = model_file(path)
     _, tensors = read(file)
     own = model.state_dict()
-    tensors = {k: v for k, v in tensors.items() if k in own or not k.startswith(POLICY_PREFIX)}
+    tensors = {k: v for k, v in tensors.items() if k in own or not k.startswith(POLICY_PREFIXES)}
     wrong = sorted(
         name
         for name in own.keys() | tensors.keys()
-        if (name not in tensors and not name.startswith(POLICY_PREFIX))
+        if (name not in tensors and not name.startswith(POLICY_PREFIXES))
         or name not in own
         or (name in tensors and tensors[name].shape != own[name].shape)
     )

@@ -1,12 +1,15 @@
 """Policies: which tokens take part in which block. One file per method; importing this package registers them all."""
 
 from sievit.policies.base import Policy, PolicyConfig, build_policy, policies, policy_config
+from sievit.policies.dtop import DToP, DToPConfig
 from sievit.policies.keep_all import KeepAll, KeepAllConfig
 from sievit.policies.random import Random, RandomConfig
 from sievit.policies.svit import SViT, SViTConfig
 from sievit.policies.top_norm import TopNorm, TopNormConfig
 
 __all__ = [
+    "DToP",
+    "DToPConfig",
     "KeepAll",
     "KeepAllConfig",
     "Policy",

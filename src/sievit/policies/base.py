@@ -1,15 +1,19 @@
 """What a policy is, and the registry that tests, recipes and the command line go through."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sievit.config import ConfigError, nearest, variants
-from sievit.tokens import Tokens, Trace
+from sievit.config import ConfigError, kind_of, nearest, variants
+from sievit.tokens import Prediction, Tokens, Trace
+
+Head = Callable[[Tokens, Tensor | None, Prediction | None], Prediction]
+"""Looks at the tokens of a choice (b, n) (None: all valid ones) and says what it sees; where it does not look, the
+earlier prediction stands."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,9 @@ class Policy(nn.Module):
     A policy sees the canvas and the trace so far and returns values; it writes nothing on itself during `forward`.
     """
 
+    needs_heads: ClassVar[bool] = False
+    """Whether it asks the heads that stand behind some of the blocks; they are given to it and stay the model's."""
+
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
         """Choose for block `index` (0-based).
 
@@ -30,6 +37,10 @@ class Policy(nn.Module):
             The canvas with its `keep` (and in training `gate`) set, and what the trace should remember by name.
         """
         raise NotImplementedError
+
+    def after_blocks(self, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
+        """The last word, when all blocks are done; returns what `before_block` returns."""
+        return tokens, {}
 
     def loss(self, trace: Trace) -> dict[str, Tensor]:
         """Training losses by name, already weighted; empty for a policy that learns nothing."""
@@ -41,7 +52,7 @@ class Policy(nn.Module):
 
 
 P = TypeVar("P", bound=type[Policy])
-_POLICIES: dict[type[PolicyConfig], Callable[..., Policy]] = {}
+_POLICIES: dict[type[PolicyConfig], Any] = {}
 
 
 def register(config_class: type[PolicyConfig]) -> Callable[[P], P]:
@@ -54,12 +65,27 @@ def register(config_class: type[PolicyConfig]) -> Callable[[P], P]:
     return mark
 
 
-def build_policy(config: PolicyConfig, *, embed_dim: int, depth: int) -> Policy:
-    """The policy that `config` describes, for a backbone of `depth` blocks of `embed_dim` channels."""
+def build_policy(
+    config: PolicyConfig, *, embed_dim: int, depth: int, heads: Mapping[int, Head] | None = None
+) -> Policy:
+    """The policy that `config` describes, for a backbone of `depth` blocks of `embed_dim` channels.
+
+    Args:
+        heads: by block, the head that stands behind it; for policies that ask heads (`Policy.needs_heads`).
+
+    Raises:
+        ConfigError: a policy that needs heads where there are none.
+    """
     builder = _POLICIES.get(type(config))
     if builder is None:
         raise ConfigError(f"no policy is registered for {type(config).__name__}{nearest('', policies())}")
-    return builder(config, embed_dim=embed_dim, depth=depth)
+    if not builder.needs_heads:
+        return builder(config, embed_dim=embed_dim, depth=depth)
+    if not heads:
+        raise ConfigError(
+            f"the policy {kind_of(config)!r} lets tokens leave with the prediction of a head; it goes with a segmenter"
+        )
+    return builder(config, embed_dim=embed_dim, depth=depth, heads=heads)
 
 
 def policies() -> dict[str, type[PolicyConfig]]:

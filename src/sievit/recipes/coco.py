@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from sievit.data.transforms import AugmentConfig
+from sievit.detector import DetectorConfig
 from sievit.engine.recipe import DataConfig, Recipe, TrainConfig
 from sievit.heads.config import MaskRCNNConfig
-from sievit.model import InputConfig, ModelConfig
+from sievit.inputs import InputConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import KeepAllConfig, SViTConfig
 from sievit.recipes.coco_classes import CATEGORY_IDS, CLASSES
@@ -42,8 +43,8 @@ DENSE = TrainConfig(
 SPARSE = replace(DENSE, lr=1e-5, weight_decay=1e-6)
 
 
-def _model(embed_dim: int, num_heads: int, drop_path_rate: float) -> ModelConfig:
-    return ModelConfig(
+def _model(embed_dim: int, num_heads: int, drop_path_rate: float) -> DetectorConfig:
+    return DetectorConfig(
         vit=ViTConfig(embed_dim=embed_dim, num_heads=num_heads, drop_path_rate=drop_path_rate, pos_antialias=False),
         neck=AdapterConfig(conv_inplane=64, deform_num_heads=6, drop_path_rate=drop_path_rate),
         policy=KeepAllConfig(),

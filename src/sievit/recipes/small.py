@@ -3,9 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
+from sievit.detector import DetectorConfig
 from sievit.engine.recipe import Recipe, TrainConfig
 from sievit.heads.config import MaskRCNNConfig
-from sievit.model import InputConfig, ModelConfig
+from sievit.inputs import InputConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import KeepAllConfig, SViTConfig
 from sievit.vit import ViTConfig
@@ -13,7 +14,7 @@ from sievit.vit import ViTConfig
 
 def small_model(
     *, classes: tuple[str, ...], test_size: tuple[int, int], anchors: tuple[float, ...], max_detections: int
-) -> ModelConfig:
+) -> DetectorConfig:
     """A ViT of width 128 and depth 12 with a narrow adapter and Mask R-CNN.
 
     Args:
@@ -21,7 +22,7 @@ def small_model(
         anchors: size of the anchors per level, in pixels.
         max_detections: per image.
     """
-    return ModelConfig(
+    return DetectorConfig(
         vit=ViTConfig(grid=(20, 20), embed_dim=128, num_heads=4),
         neck=AdapterConfig(conv_inplane=32, deform_num_heads=4, deform_ratio=0.5),
         policy=KeepAllConfig(),

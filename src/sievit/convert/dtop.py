@@ -1,0 +1,122 @@
+"""The released DToP: a ViT with three attention-to-mask heads."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from sievit.config import ConfigError
+from sievit.convert.keys import Rules, load_strictly, need, rename
+from sievit.heads import ATMConfig
+from sievit.losses import ATMLossConfig
+from sievit.policies import DToPConfig
+from sievit.segmenter import SegmentationNet, build_net
+from sievit.vit import ViTConfig
+
+VIT_RULES: Rules = (
+    (r"backbone\.cls_token", None),  # a parameter that does nothing, as is its row of the positions
+    (r"backbone\.(pos_embed)", r"vit.\1"),
+    (r"backbone\.patch_embed\.projection\.(.*)", r"vit.patch_embed.proj.\1"),
+    (r"backbone\.layers\.(\d+)\.ln([12])\.(.*)", r"vit.blocks.\1.norm\2.\3"),
+    (r"backbone\.layers\.(\d+)\.attn\.attn\.in_proj_(.*)", r"vit.blocks.\1.attn.qkv.\2"),
+    (r"backbone\.layers\.(\d+)\.attn\.attn\.out_proj\.(.*)", r"vit.blocks.\1.attn.proj.\2"),
+    (r"backbone\.layers\.(\d+)\.ffn\.layers\.0\.0\.(.*)", r"vit.blocks.\1.mlp.fc1.\2"),
+    (r"backbone\.layers\.(\d+)\.ffn\.layers\.1\.(.*)", r"vit.blocks.\1.mlp.fc2.\2"),
+)
+"""mmsegmentation's plain ViT."""
+
+ATM_RULES: Rules = (
+    (r"heads\.(\d+)\.(input_proj\..*|class_embed\..*)", r"heads.\1.\2"),
+    (r"heads\.(\d+)\.proj_norm\.(.*)", r"heads.\1.norm.\2"),
+    (r"heads\.(\d+)\.q\.weight", r"heads.\1.queries"),
+    (r"heads\.(\d+)\.decoder\.layers\.(\d+)\.self_attn\.in_proj_(.*)", r"heads.\1.layers.\2.self_attn.qkv.\3"),
+    (r"heads\.(\d+)\.decoder\.layers\.(\d+)\.self_attn\.out_proj\.(.*)", r"heads.\1.layers.\2.self_attn.proj.\3"),
+    (r"heads\.(\d+)\.decoder\.layers\.(\d+)\.multihead_attn\.(.*)", r"heads.\1.layers.\2.cross_attn.\3"),
+    (r"heads\.(\d+)\.decoder\.layers\.(\d+)\.linear([12])\.(.*)", r"heads.\1.layers.\2.fc\3.\4"),
+    (r"heads\.(\d+)\.decoder\.layers\.(\d+)\.(norm[123]\..*)", r"heads.\1.layers.\2.\3"),
+    (r"heads\.\d+\.loss_decode\.criterion\.empty_weight", None),  # a constant of the loss
+)
+"""The heads, numbered by stage."""
+
+
+def dtop_segmenter(
+    state_dict: dict[str, Tensor],
+    *,
+    num_heads: int,
+    head_num_heads: int,
+    out_indices: Sequence[int],
+    thresholds: float | Sequence[float],
+    k: int = 5,
+    released_loss: bool = False,
+) -> SegmentationNet:
+    """The network that a state dict in the released DToP naming describes; sizes are read from the shapes.
+
+    Args:
+        num_heads: of the blocks; no shape tells it. head_num_heads: of the heads' decoders.
+        out_indices: 0-based blocks behind which the heads stand, the last one's included.
+        thresholds: one for all auxiliary heads, or one each, or one each and the last head's; 1 prunes nothing.
+        k: tokens per class that stay as context.
+        released_loss: ignored pixels are background in the heads' losses, as in the released code.
+
+    Returns:
+        The network in evaluation mode. Called on normalised images (b, 3, H, W) it returns the scores (b, classes, H, W)
+        and the trace; `trace.exited` holds per stage who has left, (b, n). The released heads resize to the size of the
+        training images first: give `head_size=(512, 512)` in the call for that.
+
+    Raises:
+        ConfigError: keys are missing, unknown, or of a shape that does not fit the others.
+    """
+    source = "a released DToP segmenter"
+    state = rename(_number_heads(state_dict), (*VIT_RULES, *ATM_RULES), source=source)
+    positions = need(state, "vit.pos_embed", source=source)[:, 1:]  # the class token's row is not used
+    state["vit.pos_embed"] = positions
+    found = 1 + max((int(key.split(".")[1]) for key in state if key.startswith("heads.")), default=-1)
+    if found != len(out_indices):
+        raise ConfigError(f"not {source} with heads behind the blocks {tuple(out_indices)}: it has {found} heads")
+    vit = _vit_config(state, num_heads=num_heads, source=source)
+    queries = need(state, "heads.0.queries", source=source)
+    hidden = need(state, "heads.0.layers.0.fc1.weight", source=source).shape[0]
+    head = ATMConfig(
+        channels=queries.shape[1],
+        num_heads=head_num_heads,
+        num_layers=1 + max(int(key.split(".")[3]) for key in state if key.startswith("heads.0.layers.")),
+        mlp_ratio=hidden / queries.shape[1],
+    )
+    if released_loss:
+        head = replace(head, loss=ATMLossConfig(ignored="background"))
+    given = (thresholds,) if isinstance(thresholds, int | float) else thresholds
+    policy = DToPConfig(thresholds=tuple(float(t) for t in given), keep_per_class=k)
+    net = build_net(vit, policy, head, tuple(out_indices), len(queries))
+    load_strictly(net, state, source=source)
+    return net.eval()
+
+
+def _number_heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The heads under `heads.0`, `heads.1`, ...: the auxiliary ones, and the decode head behind them."""
+    auxiliary = {key.split(".")[1] for key in state if key.startswith("auxiliary_head.")}
+    numbered = {}
+    for key, value in state.items():
+        if key.startswith("auxiliary_head."):
+            key = key.replace("auxiliary_head.", "heads.", 1)
+        elif key.startswith("decode_head."):
+            key = key.replace("decode_head.", f"heads.{len(auxiliary)}.", 1)
+        numbered[key] = value
+    return numbered
+
+
+def _vit_config(state: dict[str, Tensor], *, num_heads: int, source: str) -> ViTConfig:
+    patches, positions = need(state, "vit.patch_embed.proj.weight", source=source), state["vit.pos_embed"]
+    embed_dim, side = patches.shape[0], math.isqrt(positions.shape[1])  # the release stores a square of positions
+    if side**2 != positions.shape[1]:
+        raise ConfigError(f"not {source}: {positions.shape[1]} positions are no square grid")
+    return ViTConfig(
+        grid=(side, side),
+        patch_size=patches.shape[2],
+        embed_dim=embed_dim,
+        depth=1 + max((int(key.split(".")[2]) for key in state if key.startswith("vit.blocks.")), default=0),
+        num_heads=num_heads,
+        mlp_ratio=need(state, "vit.blocks.0.mlp.fc1.weight", source=source).shape[0] / embed_dim,
+        norm_eps=1e-6,
+        pos_antialias=False,
+    )

@@ -1,0 +1,96 @@
+"""What heads of semantic segmentation have in common: they judge tokens, all of an image or those that are left.
+
+Letters: b images, n = h*w grid tokens, t packed tokens, c channels, k classes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sievit.config import ConfigError, variants
+from sievit.losses import pixel_loss
+from sievit.packed import Packing, unpack
+from sievit.tokens import Prediction, Tokens
+
+
+@dataclass(frozen=True)
+class SemanticHeadConfig:
+    """Base of every semantic head's configuration."""
+
+
+class SemanticHead(nn.Module):
+    """A head behind some block: tokens to a `Prediction`."""
+
+    def forward(self, tokens: Tokens, part: Tensor | None = None, previous: Prediction | None = None) -> Prediction:
+        """Judge the tokens of `part` (b, n); None: all of them. Elsewhere the maps of `previous` stand, or zeros."""
+        raise NotImplementedError
+
+    def losses(
+        self, prediction: Prediction, grid: tuple[int, int], labels: Tensor, ignore_index: int
+    ) -> dict[str, Tensor]:
+        """Weighted losses by name, for labels (b, H, W) of the whole canvas."""
+        fine = prediction.fine if prediction.fine is not None else prediction.maps.unflatten(2, grid)
+        return {"pixel": pixel_loss(fine, labels, ignore_index=ignore_index)}
+
+    def macs(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Multiply-adds for (b,) tokens judged of a canvas of `grid`."""
+        raise NotImplementedError
+
+
+class TokenHead(SemanticHead):
+    """A head that classifies each token by itself."""
+
+    def classify(self, x: Tensor) -> Tensor:
+        """(..., c) to (..., k) logits."""
+        raise NotImplementedError
+
+    def forward(self, tokens: Tokens, part: Tensor | None = None, previous: Prediction | None = None) -> Prediction:
+        if part is None:
+            return Prediction(self.classify(tokens.patches).transpose(1, 2))
+        packing = Packing.of(part)
+        logits = self.classify(tokens.patches.flatten(0, 1).index_select(0, packing.index))
+        return Prediction(on_canvas(logits, packing, part.shape, previous))
+
+
+def on_canvas(logits: Tensor, packing: Packing, shape: torch.Size, previous: Prediction | None) -> Tensor:
+    """Logits (t, k) of packed tokens as maps (b, k, n), over those of an earlier prediction."""
+    if previous is None:
+        canvas = logits.new_zeros(*shape, logits.shape[1])
+    else:
+        canvas = previous.maps.transpose(1, 2).contiguous()
+    return unpack(canvas, logits, packing).transpose(1, 2)
+
+
+H = TypeVar("H", bound=type[SemanticHead])
+_HEADS: dict[type[SemanticHeadConfig], Any] = {}
+
+
+def register_head(config_class: type[SemanticHeadConfig]) -> Callable[[H], H]:
+    """Class decorator: `build_head` makes this head from a `config_class`."""
+
+    def mark(cls: H) -> H:
+        _HEADS[config_class] = cls
+        return cls
+
+    return mark
+
+
+def build_head(config: SemanticHeadConfig, *, embed_dim: int, num_classes: int) -> SemanticHead:
+    """The head that `config` describes, with random weights."""
+    if type(config) not in _HEADS:
+        raise ConfigError(f"no head is registered for {type(config).__name__} (known: {', '.join(semantic_heads())})")
+    return _HEADS[type(config)](config, embed_dim=embed_dim, num_classes=num_classes)
+
+
+def semantic_heads() -> dict[str, type[SemanticHeadConfig]]:
+    """Every semantic head's configuration, by name."""
+    return variants(SemanticHeadConfig)
+
+
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(b, k, h, w) to (b, k, *size), bilinearly."""
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)

@@ -1,0 +1,160 @@
+"""Heads that classify tokens: linear, an MLP, and SETR's naive and progressive up-sampling (arXiv 2012.15840)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sievit.config import variant
+from sievit.heads.semantic import SemanticHead, SemanticHeadConfig, TokenHead, register_head, resize
+from sievit.necks.norm import BatchNorm2d
+from sievit.tokens import Prediction, Tokens
+
+
+@variant("linear")
+@dataclass(frozen=True)
+class LinearConfig(SemanticHeadConfig):
+    """One linear layer per token (Segmenter's linear decoder, arXiv 2105.05633), behind a layer norm."""
+
+
+@register_head(LinearConfig)
+class Linear(TokenHead):
+    """Layer norm and a linear layer."""
+
+    def __init__(self, config: LinearConfig, *, embed_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.fc = nn.Linear(embed_dim, num_classes)
+        nn.init.trunc_normal_(self.fc.weight, std=0.02)
+        nn.init.zeros_(self.fc.bias)
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(x))
+
+    def macs(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        return tokens.double() * self.fc.weight.numel()
+
+
+@variant("mlp")
+@dataclass(frozen=True)
+class MLPConfig(SemanticHeadConfig):
+    """An MLP per token, DToP's stand-in for SETR's convolutions.
+
+    Attributes:
+        hidden_dim: width of the hidden layers.
+        num_layers: linear layers, the classifying one included.
+    """
+
+    hidden_dim: int = 256
+    num_layers: int = 3
+
+
+@register_head(MLPConfig)
+class MLP(TokenHead):
+    """Linear layers with ReLU in between."""
+
+    def __init__(self, config: MLPConfig, *, embed_dim: int, num_classes: int) -> None:
+        super().__init__()
+        widths = [embed_dim, *[config.hidden_dim] * (config.num_layers - 1), num_classes]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+
+    def classify(self, x: Tensor) -> Tensor:
+        for layer in list(self.layers)[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+    def macs(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        return tokens.double() * sum(p.numel() for p in self.parameters() if p.ndim == 2)
+
+
+@variant("setr_naive")
+@dataclass(frozen=True)
+class SETRNaiveConfig(SemanticHeadConfig):
+    """SETR-naive: a 1x1 convolution, batch norm, ReLU, up-sampling, and a classifying 1x1 convolution.
+
+    Attributes:
+        channels: between the two convolutions.
+        dropout: of whole channels before the second.
+    """
+
+    channels: int = 256
+    dropout: float = 0.1
+
+
+@register_head(SETRNaiveConfig)
+class SETRNaive(TokenHead):
+    """SETR-naive, token by token: its last convolution commutes with bilinear up-sampling, so it goes first."""
+
+    def __init__(self, config: SETRNaiveConfig, *, embed_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.fc1 = nn.Linear(embed_dim, config.channels, bias=False)
+        self.bn = BatchNorm2d(config.channels)
+        self.drop = nn.Dropout(config.dropout)
+        self.fc2 = nn.Linear(config.channels, num_classes)
+
+    def classify(self, x: Tensor) -> Tensor:
+        x = self.fc1(self.norm(x))
+        rows = x.flatten(0, -2)
+        x = F.relu(self.bn(rows[..., None, None]).view_as(x))
+        return self.fc2(self.drop(x))
+
+    def macs(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        return tokens.double() * (self.fc1.weight.numel() + self.fc2.weight.numel())
+
+
+@variant("setr_pup")
+@dataclass(frozen=True)
+class SETRPUPConfig(SemanticHeadConfig):
+    """SETR-PUP: 3x3 convolutions, each followed by up-sampling by two.
+
+    Attributes:
+        channels: of all convolutions. num_convs: how many.
+        dropout: of whole channels before the classifier.
+    """
+
+    channels: int = 256
+    num_convs: int = 4
+    dropout: float = 0.1
+
+
+@register_head(SETRPUPConfig)
+class SETRPUP(SemanticHead):
+    """SETR-PUP on the whole canvas: tokens that left take part with the features they left with, and keep their maps."""
+
+    def __init__(self, config: SETRPUPConfig, *, embed_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        widths = [embed_dim, *[config.channels] * config.num_convs]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.norms = nn.ModuleList(BatchNorm2d(config.channels) for _ in self.convs)
+        self.drop = nn.Dropout2d(config.dropout)
+        self.classifier = nn.Conv2d(config.channels, num_classes, 1)
+
+    def forward(self, tokens: Tokens, part: Tensor | None = None, previous: Prediction | None = None) -> Prediction:
+        x = self.norm(tokens.patches)
+        if tokens.valid is not None:
+            x = x * tokens.valid[..., None]
+        x = x.transpose(1, 2).unflatten(2, tokens.grid)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(conv(x)))
+            x = resize(x, (2 * x.shape[2], 2 * x.shape[3]))
+        fine = self.classifier(self.drop(x))
+        scale = 2 ** len(self.convs)
+        if part is not None and previous is not None:
+            size = (fine.shape[2], fine.shape[3])
+            earlier = resize(previous.maps.unflatten(2, tokens.grid), size)
+            here = part.unflatten(1, tokens.grid)[:, None].repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+            fine = torch.where(here, fine, earlier)
+        return Prediction(F.avg_pool2d(fine, scale).flatten(2), fine=fine)
+
+    def macs(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        cells, total = grid[0] * grid[1], 0.0
+        for i, conv in enumerate(self.convs):
+            assert isinstance(conv, nn.Conv2d)
+            total += cells * 4**i * conv.weight.numel()
+        total += cells * 4 ** len(self.convs) * self.classifier.weight.numel()
+        return torch.full(tokens.shape, total, dtype=torch.float64, device=tokens.device)

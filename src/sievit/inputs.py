@@ -1,0 +1,126 @@
+"""What goes into a model: images of any kind, and what happens to them before a network sees them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL.Image import Image
+from torch import Tensor
+
+from sievit.config import ConfigError
+from sievit.data.images import read_image, to_rgb, to_tensor
+from sievit.policies import PolicyConfig
+from sievit.vit import ViTConfig
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """What happens to an image before the network sees it.
+
+    Attributes:
+        mean, std: per channel, of RGB in 0..1.
+        min_size, max_size: test images are resized, keeping their shape, so that the short edge is `min_size` unless
+            the long one would exceed `max_size`. `min_size=None` leaves them as they are.
+        size_divisor: a batch is padded to a multiple of it.
+        antialias: filter before making images smaller (the SViT release does not).
+    """
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    min_size: int | None = 800
+    max_size: int = 1333
+    size_divisor: int = 32
+    antialias: bool = True
+
+    def test_size(self, size: Size) -> Size:
+        """(height, width) that the network sees of an image of `size`."""
+        if self.min_size is None:
+            return size
+        scale = min(self.min_size / min(size), self.max_size / max(size))
+        return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What every whole model has; each kind of model adds its own, and is enough to rebuild the model.
+
+    Attributes:
+        classes: names, in the order of the model's answers.
+    """
+
+    vit: ViTConfig
+    policy: PolicyConfig
+    input: InputConfig
+    classes: tuple[str, ...]
+
+
+def batched(images: list[Tensor], sizes: list[Size], config: InputConfig, device: torch.device) -> Tensor:
+    """(b, 3, H, W): resized to `sizes`, normalised, padded with zeros at the right and the bottom.
+
+    Args:
+        images: (3, h, w) RGB, float in 0..1 or uint8, of any sizes.
+    """
+    height, width = (_up(max(edges), config.size_divisor) for edges in zip(*sizes, strict=True))
+    batch = torch.zeros(len(images), 3, height, width, device=device)
+    for row, image, (h, w) in zip(batch, images, sizes, strict=True):
+        row[:, :h, :w] = normalised(image, (h, w), config, device)
+    return batch
+
+
+def normalised(image: Tensor, size: Size, config: InputConfig, device: torch.device) -> Tensor:
+    """(3, h, w): one image, resized to `size` and normalised."""
+    mean = torch.tensor(config.mean, device=device)[:, None, None]
+    std = torch.tensor(config.std, device=device)[:, None, None]
+    image = image.to(device)
+    image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+    if image.shape[-2:] != size:
+        image = F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=config.antialias)[0]
+    return (image - mean) / std
+
+
+def in_batches(images: Sequence[Any], batch_size: int) -> Iterator[list[Tensor]]:
+    """Images of any kind that `as_tensor` takes, as tensors, `batch_size` at a time.
+
+    Raises:
+        ConfigError: not a list of images, or a file that cannot be read.
+    """
+    if isinstance(images, str | Path | Tensor | np.ndarray) or not isinstance(images, Sequence):
+        raise ConfigError(f"predict takes a list of images, not a {type(images).__name__}; write predict([image])")
+    for start in range(0, len(images), batch_size):
+        yield [as_tensor(image) for image in images[start : start + batch_size]]
+
+
+def as_tensor(image: Any) -> Tensor:
+    """An image of any kind that `predict` takes, as (3, h, w) RGB, float in 0..1 or uint8.
+
+    Raises:
+        ConfigError: another type or shape, or a file that cannot be read.
+    """
+    if isinstance(image, str | Path):
+        image = read_image(Path(image))
+    if isinstance(image, Image):
+        image = to_tensor(to_rgb(image))
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise ConfigError(f"an image array must be uint8, not {image.dtype}; floats in 0..1 go in as tensors")
+        image = np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
+        if image.ndim != 3 or image.shape[2] != 3:
+            raise ConfigError(f"an image array must be (h, w, 3) or (h, w), not {image.shape}")
+        image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    if not isinstance(image, Tensor):
+        raise ConfigError(f"cannot read an image from {type(image).__name__}; give a path, PIL image, array or tensor")
+    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+        raise ConfigError(f"an image tensor must be (3, h, w), not {tuple(image.shape)}")
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise ConfigError(f"an image tensor must be uint8 or float in 0..1, not {image.dtype}")
+    return image
+
+
+def _up(x: int, divisor: int) -> int:
+    return -(-x // divisor) * divisor

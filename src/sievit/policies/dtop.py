@@ -1,0 +1,162 @@
+"""DToP: tokens whose prediction is certain leave early (ICCV 2023, arXiv 2308.01045)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sievit.config import ConfigError, variant
+from sievit.policies.base import Head, Policy, PolicyConfig, register
+from sievit.tokens import Prediction, Tokens, Trace
+
+
+@variant("dtop")
+@dataclass(frozen=True)
+class DToPConfig(PolicyConfig):
+    """Early exits at the auxiliary heads of a segmenter; the defaults are the paper's for a ViT-B.
+
+    Attributes:
+        thresholds: a token leaves when its grade is above; 1 lets nobody leave. One for all auxiliary heads, or one
+            each, or one each and one for the last head (which changes what the trace tells, and no answer).
+        keep_per_class: of the tokens above the threshold the best so many of each class stay, as context.
+        grade: what is compared: `max`, the score of the best class; `margin`, its distance to the second; `entropy`,
+            one minus the entropy of the scores over its largest value.
+        preserve: tokens that left stay visible to the others, as keys and values, with the features they left with.
+        rejoin: before the last block all tokens come back, and the last head judges all of them (Token Cropr's
+            last-layer fusion).
+    """
+
+    thresholds: tuple[float, ...] = (0.9,)
+    keep_per_class: int = 5
+    grade: Literal["max", "margin", "entropy"] = "max"
+    preserve: bool = False
+    rejoin: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.thresholds or any(not 0.0 <= t <= 1.0 for t in self.thresholds):
+            raise ConfigError(f"dtop: thresholds are from 0 to 1, at least one, not {self.thresholds}")
+        if self.keep_per_class < 0:
+            raise ConfigError(f"dtop: keep_per_class is 0 or more, not {self.keep_per_class}")
+
+    def per_stage(self, stages: int) -> tuple[float, ...]:
+        """One threshold for each of `stages` heads, the last one's included.
+
+        Raises:
+            ConfigError: there are more or fewer than there are heads.
+        """
+        given = self.thresholds
+        if len(given) == stages:
+            return given
+        if len(given) == 1:
+            return (*given * (stages - 1), 1.0)
+        if len(given) == stages - 1:
+            return (*given, 1.0)
+        raise ConfigError(
+            f"dtop: {len(given)} thresholds for {stages - 1} auxiliary heads; give 1, {stages - 1} or {stages}"
+        )
+
+
+@register(DToPConfig)
+class DToP(Policy):
+    """Each auxiliary head grades the tokens that are left; confident ones take its prediction and leave (DToP, section 3).
+
+    A token that left is neither computed nor seen by later blocks and heads; its maps stay on the canvas of predictions.
+    The trace holds, per stage, `exited` (b, n) and, where the head was asked, `maps` (b, k, n) and `classes`.
+    """
+
+    needs_heads = True
+
+    def __init__(self, config: DToPConfig, *, embed_dim: int, depth: int, heads: Mapping[int, Head]) -> None:
+        super().__init__()
+        if max(heads) != depth - 1 or min(heads) < 0:
+            raise ConfigError(f"dtop: heads stand behind the blocks {sorted(heads)}; the last is behind {depth - 1}")
+        self.config = config
+        self.heads = dict(sorted(heads.items()))
+        self.thresholds = dict(zip(self.heads, config.per_stage(len(heads)), strict=True))
+        self.depth = depth
+
+    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
+        if index == 0:
+            return tokens.select(None), {}
+        exited, aux = _exited(trace), {}
+        if index - 1 in self.heads:
+            aux = self._stage(index - 1, tokens, trace, exited)
+            exited = aux["exited"]
+        if self.config.rejoin and index == self.depth - 1:
+            return tokens.select(None), aux
+        if not aux:
+            return tokens, aux  # the choice stands
+        assert exited is not None
+        if not exited.any():
+            return tokens.select(None), aux
+        context = exited & tokens.valid_or_all() if self.config.preserve else None
+        return tokens.select(~exited, context=context), aux
+
+    def after_blocks(self, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
+        return tokens, self._stage(self.depth - 1, tokens, trace, _exited(trace))
+
+    def _stage(self, block: int, tokens: Tokens, trace: Trace, exited: Tensor | None) -> dict[str, Tensor]:
+        """Ask the head behind `block`, and let tokens go."""
+        threshold, last = self.thresholds[block], block == self.depth - 1
+        valid = tokens.valid_or_all()
+        exited = torch.zeros_like(valid) if exited is None else exited
+        if threshold >= 1 and not last and not self.training:
+            return {"exited": exited}  # what the head says would change nothing
+        left = valid & ~exited
+        everyone = last and self.config.rejoin
+        earlier = trace.predictions[-1] if trace.predictions and not everyone else None
+        prediction = self.heads[block](tokens, None if everyone or bool(left.all()) else left, earlier)
+        leaving = leave(prediction, left, threshold, keep_per_class=self.config.keep_per_class, grade=self.config.grade)
+        return {"exited": exited | leaving, **prediction.tensors}
+
+
+def _exited(trace: Trace) -> Tensor | None:
+    return trace.exited[-1] if trace.exited else None
+
+
+@torch.no_grad()
+def leave(prediction: Prediction, left: Tensor, threshold: float, *, keep_per_class: int, grade: str) -> Tensor:
+    """(b, n) bool: who of the tokens that are `left` (b, n) leaves now.
+
+    Candidates are graded strictly above the threshold; of each class's candidates in an image the `keep_per_class` best
+    stay.
+    """
+    if threshold >= 1:
+        return torch.zeros_like(left)
+    scores = prediction.scores().detach()
+    best, cls = scores.max(1)
+    grades = best if grade == "max" else _margin(scores) if grade == "margin" else _certainty(scores)
+    candidates = left & (grades > threshold)
+    if keep_per_class == 0:
+        return candidates
+    return candidates & (_rank_in_class(grades, cls, candidates, num_classes=scores.shape[1]) >= keep_per_class)
+
+
+def _margin(scores: Tensor) -> Tensor:
+    """(b, n): the best score less the second; of a single class the score itself."""
+    if scores.shape[1] == 1:
+        return scores[:, 0]
+    first, second = scores.topk(2, dim=1).values.unbind(1)
+    return first - second
+
+
+def _certainty(scores: Tensor) -> Tensor:
+    """(b, n): one minus the entropy of the normalised scores, as a share of the largest entropy."""
+    if scores.shape[1] == 1:
+        return scores[:, 0]
+    shares = scores / scores.sum(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+    return 1 + torch.special.xlogy(shares, shares).sum(1) / math.log(scores.shape[1])
+
+
+def _rank_in_class(grades: Tensor, cls: Tensor, candidates: Tensor, *, num_classes: int) -> Tensor:
+    """(b, n): how many candidates of the same image and class are graded higher, or as high and standing before."""
+    group = torch.where(candidates, cls, num_classes)
+    by_grade = grades.argsort(dim=1, descending=True, stable=True)
+    order = by_grade.gather(1, group.gather(1, by_grade).argsort(dim=1, stable=True))  # by class, then by grade
+    grouped = group.gather(1, order)
+    place = torch.arange(grouped.shape[1], device=grouped.device).expand_as(grouped)
+    first = torch.searchsorted(grouped, grouped)  # where each class begins
+    return torch.empty_like(place).scatter_(1, order, place - first)

@@ -1,0 +1,338 @@
+"""The segmenter: images in, a label for every pixel out.
+
+Letters: b images or windows, (h, w) pixels of one, n grid tokens, k classes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sievit.config import ConfigError, variant
+from sievit.heads.semantic import SemanticHead, SemanticHeadConfig, build_head, resize
+from sievit.inputs import ModelConfig, Size, batched, in_batches, normalised
+from sievit.policies import Policy, PolicyConfig, build_policy
+from sievit.policies.base import Head
+from sievit.tokens import Prediction, Tokens, Trace
+from sievit.vit import Mode, Sizes, ViT, ViTConfig
+
+Window = tuple[int, int, int, int]
+"""y, x, height, width in pixels."""
+
+
+@variant("segmenter")
+@dataclass(frozen=True)
+class SegmenterConfig(ModelConfig):
+    """All of a segmenter; enough to rebuild it.
+
+    Attributes:
+        head: of every stage.
+        out_indices: 0-based blocks behind which heads stand; the last one is the last block, the others are auxiliary.
+        aux_weight: of the losses of auxiliary heads.
+        crop, stride: (height, width) of the sliding window of inference and of its steps, in pixels of the resized
+            image; None: the whole image at once.
+        windows_at_once: how many windows go through the network together.
+        ignore_index: the label of pixels about which nothing is known.
+        palette: RGB of each class, for pictures and label files; empty for a default one.
+    """
+
+    head: SemanticHeadConfig
+    out_indices: tuple[int, ...]
+    aux_weight: float = 1.0
+    crop: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
+    windows_at_once: int = 8
+    ignore_index: int = 255
+    palette: tuple[tuple[int, int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        places, depth = self.out_indices, self.vit.depth
+        if not places or list(places) != sorted(set(places)) or places[0] < 0 or places[-1] != depth - 1:
+            raise ConfigError(f"out_indices {places}: rising blocks, the last of them {depth - 1}, the last block")
+        if (self.crop is None) != (self.stride is None):
+            raise ConfigError("crop and stride of the sliding window go together; give both or neither")
+        if self.crop is not None and self.stride is not None:
+            if min(*self.crop, *self.stride) < 1:
+                raise ConfigError(f"crop {self.crop} and stride {self.stride} are pixels, at least 1")
+            if self.stride[0] > self.crop[0] or self.stride[1] > self.crop[1]:
+                raise ConfigError(f"a stride of {self.stride} leaves gaps between windows of {self.crop}")
+        if 0 <= self.ignore_index < len(self.classes):
+            raise ConfigError(f"ignore_index {self.ignore_index} is one of the {len(self.classes)} classes")
+        if self.palette and len(self.palette) != len(self.classes):
+            raise ConfigError(f"palette has {len(self.palette)} colours for {len(self.classes)} classes")
+        if self.windows_at_once < 1:
+            raise ConfigError(f"windows_at_once is at least 1, not {self.windows_at_once}")
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What a pass of the segmenter returns.
+
+    Attributes:
+        labels: per image (h, w) int64, on the pixels of the image that was given; empty when targets were given.
+        losses: by name, weighted; empty without targets.
+        trace: which tokens took part in which block; its batch is the windows of all images, one after the other.
+        owner: the image of each window. windows: where each lies in its image, as the network saw it.
+        resized: per image (height, width) that the network saw.
+        image_size: (height, width) of the canvas that every window was padded to.
+    """
+
+    labels: list[Tensor]
+    losses: dict[str, Tensor]
+    trace: Trace
+    owner: tuple[int, ...]
+    windows: tuple[Window, ...]
+    resized: list[Size]
+    image_size: Size
+
+    @property
+    def sizes(self) -> list[Size]:
+        """(height, width) of each window."""
+        return [(h, w) for _, _, h, w in self.windows]
+
+    def left_at(self, index: int) -> Tensor:
+        """(h, w) int64 on the pixels of image `index` as the network saw it: the stage at which the token there left,
+        and the number of stages where it never did. Where windows overlap the later stage counts."""
+        stages = torch.stack([exited.logical_not() for exited in self.trace.exited]).sum(0)  # (b, n)
+        patch = self.image_size[0] // self.trace.grid[0]
+        out = torch.zeros(self.resized[index], dtype=torch.int64)
+        for own, (y, x, h, w), of_window in zip(self.owner, self.windows, stages.cpu(), strict=True):
+            if own == index:
+                pixels = of_window.unflatten(0, self.trace.grid).repeat_interleave(patch, 0)
+                pixels = pixels.repeat_interleave(patch, 1)[:h, :w]
+                here = out[y : y + h, x : x + w]
+                here.copy_(here.maximum(pixels))
+        return out
+
+
+class SegmentationNet(nn.Module):
+    """A plain ViT with a semantic head behind some of its blocks, the last one's giving the answer."""
+
+    def __init__(
+        self, *, vit: ViT, policy: PolicyConfig, heads: Sequence[SemanticHead], out_indices: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.vit = vit
+        self.heads = nn.ModuleList(heads)
+        self.out_indices = out_indices
+        behind: dict[int, Head] = dict(zip(out_indices, heads, strict=True))
+        if vit.config.final_norm:
+            behind[out_indices[-1]] = _AfterNorm(vit.norm, heads[-1])
+        self._behind = behind
+        self.policy = self.build_policy(policy)
+
+    def build_policy(self, config: PolicyConfig) -> Policy:
+        """A policy that asks the heads of this network."""
+        own = self.vit.config
+        return build_policy(config, embed_dim=own.embed_dim, depth=own.depth, heads=self._behind)
+
+    def forward(
+        self,
+        images: Tensor,
+        sizes: Sizes | None = None,
+        *,
+        policy: Policy | None = None,
+        mode: Mode = "auto",
+        head_size: Size | None = None,
+    ) -> tuple[Tensor, Trace]:
+        """Normalised images (b, 3, H, W) to logits (b, k, H, W) and the trace.
+
+        Attention-to-mask heads give scores of 0..1 instead of logits, as SegViT does.
+
+        Args:
+            images: of any shape; they are padded with zeros at the right and the bottom to whole patches.
+            sizes: (height, width) of each image inside the padded batch; None: they fill it.
+            policy: takes the place of the network's own.
+            head_size: the released DToP heads first resize what they say to a fixed size, that of the training
+                images, whatever the input's is; this does so too.
+        """
+        predictions, trace = self.predictions(images, sizes, policy=policy, mode=mode)
+        logits = picture(predictions[-1], trace.grid, self._canvas(images), via=head_size)
+        return logits[..., : images.shape[2], : images.shape[3]], trace
+
+    def predictions(
+        self, images: Tensor, sizes: Sizes | None = None, *, policy: Policy | None = None, mode: Mode = "auto"
+    ) -> tuple[list[Prediction], Trace]:
+        """What the heads say: in training all of them, else those that were asked; the last one is the answer."""
+        policy = self.policy if policy is None else policy
+        height, width = self._canvas(images)
+        images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
+        tokens = self.vit.embed(images, sizes)
+        trace = Trace.start(tokens)
+        if policy.needs_heads:
+            tokens, trace = self.vit.run_blocks(tokens, policy, trace, mode=mode)
+            return list(trace.predictions), trace
+        said, start = [], 0
+        for block, head in self._behind.items() if self.training else list(self._behind.items())[-1:]:
+            tokens, trace = self.vit.run_blocks(tokens, policy, trace, start=start, stop=block + 1, mode=mode)
+            said.append(head(tokens, tokens.valid, None))
+            start = block + 1
+        return said, trace
+
+    def _canvas(self, images: Tensor) -> Size:
+        """The size of the images with whole patches."""
+        patch = self.vit.config.patch_size
+        return -(-images.shape[2] // patch) * patch, -(-images.shape[3] // patch) * patch
+
+
+class _AfterNorm:
+    """The last head of a backbone that ends with a norm."""
+
+    def __init__(self, norm: nn.Module, head: SemanticHead) -> None:
+        self.norm, self.head = norm, head
+
+    def __call__(self, tokens: Tokens, part: Tensor | None, previous: Prediction | None) -> Prediction:
+        return self.head(replace(tokens, x=self.norm(tokens.x)), part, previous)
+
+
+def picture(prediction: Prediction, grid: tuple[int, int], size: Size, *, via: Size | None = None) -> Tensor:
+    """(b, k, *size): what is said of the tokens of `grid`, on pixels, resized bilinearly (by way of the size `via`)."""
+    if prediction.fine is not None:
+        maps = prediction.fine
+    else:
+        maps = (prediction.maps if prediction.classes is None else prediction.scores()).unflatten(2, grid)
+    return resize(maps if via is None else resize(maps, via), size)
+
+
+class Segmenter(nn.Module):
+    """A network, and what happens to images before it and to its answers after it."""
+
+    def __init__(self, config: SegmenterConfig, net: SegmentationNet) -> None:
+        super().__init__()
+        self.config = config
+        self.net = net
+
+    @property
+    def policy(self) -> Policy:
+        """Decides which tokens take part."""
+        return self.net.policy
+
+    @property
+    def vit(self) -> ViT:
+        """The plain ViT inside."""
+        return self.net.vit
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def forward(
+        self,
+        images: list[Tensor],
+        targets: list[dict[str, Tensor]] | None = None,
+        *,
+        policy: Policy | None = None,
+        mode: Mode = "auto",
+    ) -> Segmentation:
+        """Losses when `targets` are given, labels when not.
+
+        Args:
+            images: (3, h, w) RGB, float in 0..1 or uint8, of any sizes. With targets they are used at their size,
+                without they are resized to the test size and, if there is a crop, looked at window by window.
+            targets: per image `labels` (h, w) int64.
+            policy: takes the place of the model's own.
+            mode: the executor's, see `ViT.forward`.
+        """
+        if targets is not None:
+            return self._losses(images, [target["labels"] for target in targets], policy, mode)
+        return self._segment(images, policy, mode)
+
+    def _losses(self, images: list[Tensor], labels: list[Tensor], policy: Policy | None, mode: Mode) -> Segmentation:
+        config = self.config
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        batch = batched(images, sizes, replace(config.input, size_divisor=config.vit.patch_size), self.device)
+        size = (batch.shape[2], batch.shape[3])
+        truth = torch.full((len(images), *size), config.ignore_index, dtype=torch.int64, device=self.device)
+        for row, own, (h, w) in zip(truth, labels, sizes, strict=True):
+            row[:h, :w] = own.to(self.device)
+        said, trace = self.net.predictions(batch, sizes, policy=policy, mode=mode)
+        losses = {}
+        for stage, (head, prediction) in enumerate(zip(self.net.heads, said, strict=True)):
+            last = stage + 1 == len(said)
+            assert isinstance(head, SemanticHead)
+            for name, loss in head.losses(prediction, trace.grid, truth, config.ignore_index).items():
+                losses[name if last else f"aux_{stage}_{name}"] = loss if last else config.aux_weight * loss
+        losses |= (self.policy if policy is None else policy).loss(trace)
+        whole = tuple((0, 0, *own) for own in sizes)
+        return Segmentation([], losses, trace, tuple(range(len(images))), whole, sizes, size)
+
+    def _segment(self, images: list[Tensor], policy: Policy | None, mode: Mode) -> Segmentation:
+        config = self.config
+        given = [(image.shape[-2], image.shape[-1]) for image in images]
+        resized = [config.input.test_size(size) for size in given]
+        pictures = [normalised(i, size, config.input, self.device) for i, size in zip(images, resized, strict=True)]
+        placed = [(i, window) for i, size in enumerate(resized) for window in self._windows(size)]
+        patch = config.vit.patch_size
+        size = tuple(-(-max(window[axis] for _, window in placed) // patch) * patch for axis in (2, 3))
+        sums = [torch.zeros(len(config.classes), *own, device=self.device) for own in resized]
+        counts = [torch.zeros(own, device=self.device) for own in resized]
+        traces = []
+        for start in range(0, len(placed), config.windows_at_once):
+            part = placed[start : start + config.windows_at_once]
+            batch = torch.zeros(len(part), 3, *size, device=self.device)
+            for row, (i, (y, x, h, w)) in zip(batch, part, strict=True):
+                row[:, :h, :w] = pictures[i][:, y : y + h, x : x + w]
+            logits, trace = self.net(batch, [window[2:] for _, window in part], policy=policy, mode=mode)
+            traces.append(trace)
+            for said, (i, (y, x, h, w)) in zip(logits, part, strict=True):
+                sums[i][:, y : y + h, x : x + w] += said[:, :h, :w]
+                counts[i][y : y + h, x : x + w] += 1
+        means = [total / count for total, count in zip(sums, counts, strict=True)]
+        labels = [resize(m[None], own)[0].argmax(0) for m, own in zip(means, given, strict=True)]
+        owner, windows = zip(*placed, strict=True)
+        return Segmentation(labels, {}, Trace.join(traces), owner, windows, resized, (size[0], size[1]))
+
+    def _windows(self, size: Size) -> Iterator[Window]:
+        """The windows over an image of `size`; the last ones are moved inside."""
+        if self.config.crop is None or self.config.stride is None:
+            yield 0, 0, *size
+            return
+        starts, sides = [], []
+        for edge, crop, stride in zip(size, self.config.crop, self.config.stride, strict=True):
+            side = min(edge, crop)
+            starts.append([min(i * stride, edge - side) for i in range(-(-(edge - side) // stride) + 1)])
+            sides.append(side)
+        for y in starts[0]:
+            for x in starts[1]:
+                yield y, x, sides[0], sides[1]
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[Any], *, batch_size: int = 1, policy: Policy | None = None) -> list[Tensor]:
+        """Label every pixel; the model is in evaluation mode meanwhile.
+
+        Args:
+            images: paths, PIL images, arrays (h, w, 3) or (h, w) of uint8, tensors (3, h, w) of uint8 or float in 0..1;
+                RGB.
+            batch_size: images that go through the network together.
+
+        Returns:
+            Per image (h, w) int64, the class of each of its pixels.
+
+        Raises:
+            ConfigError: not a list of images, or a file that cannot be read.
+        """
+        training = self.training
+        self.eval()
+        try:
+            return [
+                labels for tensors in in_batches(images, batch_size) for labels in self(tensors, policy=policy).labels
+            ]
+        finally:
+            self.train(training)
+
+
+def build_segmenter(config: SegmenterConfig) -> Segmenter:
+    """The segmenter that `config` describes, with random weights."""
+    return Segmenter(config, build_net(config.vit, config.policy, config.head, config.out_indices, len(config.classes)))
+
+
+def build_net(
+    vit: ViTConfig, policy: PolicyConfig, head: SemanticHeadConfig, out_indices: tuple[int, ...], num_classes: int
+) -> SegmentationNet:
+    """The network that the configurations describe, with random weights."""
+    heads = [build_head(head, embed_dim=vit.embed_dim, num_classes=num_classes) for _ in out_indices]
+    return SegmentationNet(vit=ViT(vit), policy=policy, heads=heads, out_indices=out_indices)
