@@ -68,14 +68,14 @@ class SemanticAugmentConfig:
             raise ConfigError(f"augmentation: hue is 0 to 180 degrees, not {self.hue}")
 
     @classmethod
-    def paper(cls, crop: int, *, short: int | None = None, long: int = 2048) -> "SemanticAugmentConfig":
-        """The recipe of SegViT, SETR and DToP: random scale, crop, flip, photometric distortion.
+    def paper(cls, crop: int, *, base: tuple[int, int] | None = None) -> "SemanticAugmentConfig":
+        """The recipe of SETR, SegViT and DToP: random scale, crop, flip, photometric distortion.
 
         Args:
             crop: height and width of the crop.
-            short, long: `base`; None takes the crop's edge as the short one.
+            base: (short, long); None takes the crop's edge as the short one and four times as much as the long one.
         """
-        return cls(base=(short or crop, long), crop=(crop, crop), photometric=True)
+        return cls(base=base or (crop, 4 * crop), crop=(crop, crop), photometric=True)
 
     def plain(self) -> AugmentConfig:
         """What the augmentation for detection does of this, but for the crop."""
