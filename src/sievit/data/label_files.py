@@ -1,6 +1,7 @@
 """Files of labels: which belong to which images, what their numbers or colours mean, and how they are read."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ Colour = tuple[int, int, int]
 LABEL_SUFFIXES = tuple(s for s in SUFFIXES if s not in (".jpg", ".jpeg", ".webp"))
 """Files that keep a number as it is; JPEG does not, and WebP not always."""
 
+_COLOUR_LINE = re.compile(r"\s*(\d+)[\s,]+(\d+)[\s,]+(\d+)(?:[\s,]+(.*))?")
 _FEW = 3
 _VALUES = 2**16
 _UNKNOWN = 2**31 - 1
@@ -63,18 +65,16 @@ def read_palette(path: Path) -> Palette:
     ignored: list[Colour] = []
     names: list[str] = []
     for number, line in enumerate(text.splitlines(), start=1):
-        words = line.replace(",", " ").split(maxsplit=3)
-        if not words:
+        if not line.strip():
             continue
-        try:
-            red, green, blue = (int(word) for word in words[:3])
-        except ValueError as error:
-            raise ConfigError(f"{path}, line {number}: {line!r} is not `red green blue name`") from error
-        name = words[3] if len(words) == 4 else ""
+        match = _COLOUR_LINE.fullmatch(line)
+        if match is None:
+            raise ConfigError(f"{path}, line {number}: {line!r} is not `red green blue name`")
+        colour, name = (int(match[1]), int(match[2]), int(match[3])), (match[4] or "").strip()
         if name == "ignore":
-            ignored.append((red, green, blue))
+            ignored.append(colour)
         else:
-            colours.append((red, green, blue))
+            colours.append(colour)
             names.append(name)
     if not colours:
         raise ConfigError(f"{path}: holds no colours; give a line `red green blue name` for each class")
@@ -98,9 +98,6 @@ def read_names(path: Path) -> list[str]:
         names = [line.strip() for line in text.splitlines() if line.strip()]
     if not names:
         raise ConfigError(f"{path}: names no images; write one name on each line")
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ConfigError(f"{path}: names {some(twice)} more than once; leave one of each")
     return names
 
 
@@ -127,6 +124,8 @@ def find_pairs(
     else:
         suffixes = (image_suffix, label_suffix)
         names = [_stem(name, suffixes) for name in read_names(names_file)]
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ConfigError(f"{names_file}: names {some(twice)} more than once; leave one of each")
         if missing := [name for name in names if name not in pictures]:
             raise ConfigError(
                 f"{names_file}: {len(missing)} of its {len(names)} names have no image in {images}: "
@@ -172,10 +171,6 @@ class LabelReader:
             ConfigError: they contradict each other.
         """
         check_classes(num_classes, ignore_index)
-        if palette is not None and palette.colours and len(palette.colours) != num_classes:
-            raise ConfigError(
-                f"palette: has {len(palette.colours)} colours for {num_classes} classes; give one for each"
-            )
         self.num_classes, self.ignore_index, self.palette = num_classes, ignore_index, palette
         self._table = _table(num_classes, ignore_index, zero_is_ignored=zero_is_ignored, label_map=label_map)
 
