@@ -20,7 +20,7 @@ from sievit.data.scenes import CLASSES, generate
 from sievit.detector import DetectorConfig
 from sievit.engine.batches import Batch, Losses
 from sievit.engine.evaluate import evaluate
-from sievit.engine.recipe import DataConfig, Recipe, TrainConfig
+from sievit.engine.recipe import CocoData, Recipe, TrainConfig
 from sievit.engine.train import train
 from sievit.heads import MaskRCNNConfig
 from sievit.inputs import InputConfig
@@ -99,7 +99,7 @@ def gradients(rows: slice, case: str) -> dict[str, Tensor]:
 def recipe(root: Path) -> Recipe:
     return Recipe(
         model=tiny_model(),
-        data=DataConfig(
+        data=CocoData(
             train_images=Path("images"),
             train_annotations=Path("annotations.json"),
             val_images=Path("images"),

@@ -61,7 +61,7 @@ def test_frozen_parameters_are_left_out():
         ("step", 90, 0.01),
         ("cosine", 0, 1.0),
         ("cosine", 50, 0.5),
-        ("poly", 50, 0.5**0.9),
+        ("poly", 50, (1 - 50 / 99) ** 0.9),
         ("poly", 0, 1.0),
     ],
 )

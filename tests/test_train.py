@@ -23,7 +23,7 @@ from sievit.engine import train as engine
 from sievit.engine.batches import EpochBatches, loading
 from sievit.engine.checkpoint import RunFolder, read_log
 from sievit.engine.initial import start_from, start_vit_from
-from sievit.engine.recipe import DataConfig, Recipe, ScenesConfig, TrainConfig
+from sievit.engine.recipe import CocoData, Recipe, ScenesConfig, TrainConfig
 from sievit.engine.train import Interrupted, train
 from sievit.heads import MaskRCNNConfig
 from sievit.inputs import InputConfig
@@ -76,7 +76,7 @@ def recipe(scenes: Path) -> Recipe:
     """Everything that draws random numbers or keeps a state is on: drop path, gates, augmentation, averages, parts."""
     return Recipe(
         model=tiny_model(),
-        data=DataConfig(
+        data=CocoData(
             train_images=Path("scenes/train/images"),
             train_annotations=Path("scenes/train/annotations.json"),
             val_images=Path("scenes/val/images"),

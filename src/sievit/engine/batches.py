@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sievit.config import ConfigError
 from sievit.data.coco import collate
-from sievit.detector import Detector
 from sievit.engine.recipe import TrainConfig
+from sievit.model import Model
 
 Samples = tuple[list[Tensor], list[dict[str, Any]]]
 """Images and targets, as `collate` makes them."""
@@ -32,7 +32,7 @@ class Batch:
 class Losses(nn.Module):
     """What is trained: a batch to losses by name, and the kept share per block."""
 
-    def __init__(self, model: Detector) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 

@@ -1,75 +1,165 @@
-"""Accuracy, tokens, cost and time of a detector on a data set."""
+"""Accuracy, tokens, cost and time of a model on a data set."""
 
 import statistics
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from sievit.config import ConfigError
-from sievit.data.coco import CocoDetection, collate
+from sievit.data.coco import CocoDetection
+from sievit.data.labels import LabelDataset
 from sievit.detector import Detector, Output
 from sievit.distributed import world_size
 from sievit.engine.batches import leave_signals_to_parent, loading
-from sievit.flops import detector_gflops
-from sievit.metrics import CocoMetric
+from sievit.flops import model_gflops
+from sievit.metrics import CocoMetric, SegmentationMetric
+from sievit.model import Model
+from sievit.segmenter import Segmentation, Segmenter
+
+Data = CocoDetection | LabelDataset
+Answer = Output | Segmentation
+
+
+class _Accuracy(Protocol):
+    """Judges what a model says of images."""
+
+    def add(self, targets: Sequence[dict[str, Any]], answer: Answer) -> None: ...
+
+    def compute(self) -> dict[str, Any]: ...
+
+
+class _Detections:
+    """COCO's average precisions; masks are judged where both the model and the truth have them."""
+
+    def __init__(self, model: Detector, dataset: CocoDetection, max_detections: int) -> None:
+        with_masks = model.config.head.with_masks and dataset.annotations.has_masks
+        self.metric = CocoMetric(dataset.annotations, with_masks=with_masks, max_detections=max_detections)
+
+    def add(self, targets: Sequence[dict[str, Any]], answer: Answer) -> None:
+        assert isinstance(answer, Output)
+        for target, detection in zip(targets, answer.detections, strict=True):
+            self.metric.update(target["image_id"], detection)
+
+    def compute(self) -> dict[str, Any]:
+        return {name: round(value, 5) for name, value in self.metric.compute().items()}
+
+
+class _Labels:
+    """Mean intersection over union of the whole data set."""
+
+    def __init__(self, model: Segmenter) -> None:
+        self.metric = SegmentationMetric(len(model.config.classes), model.config.ignore_index)
+
+    def add(self, targets: Sequence[dict[str, Any]], answer: Answer) -> None:
+        assert isinstance(answer, Segmentation)
+        for target, labels in zip(targets, answer.labels, strict=True):
+            self.metric.update(labels, target["labels"])
+
+    def compute(self) -> dict[str, Any]:
+        rounded = {}
+        for name, value in self.metric.compute().items():
+            rounded[name] = [round(v, 5) for v in value] if isinstance(value, list) else round(value, 5)
+        return rounded
+
+
+def headline(figures: dict[str, Any]) -> str:
+    """The name of the figure that models are compared by."""
+    return next(name for name in ("miou", "mask_ap", "box_ap") if name in figures)
 
 
 @dataclass
 class _Records:
-    """What is collected image by image, beside the detections."""
+    """What is collected image by image, beside the answers."""
 
     gflops: list[float] = field(default_factory=list)
     milliseconds: list[float] = field(default_factory=list)
     shares: list[list[float]] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
+    left: list[list[float]] = field(default_factory=list)
 
-    def add(self, model: Detector, output: Output, elapsed: float) -> None:
+    def add(self, model: Model, answer: Answer, elapsed: float) -> None:
         """Add a batch that took `elapsed` milliseconds."""
-        images = len(output.sizes)
-        self.gflops += detector_gflops(model, output).tolist()
-        self.milliseconds += [elapsed / images] * images
-        self.shares += output.trace.shares().T.tolist()
-        self.tokens += output.trace.counts().T.tolist()
+        gflops = model_gflops(model, answer).tolist()
+        self.gflops += gflops
+        self.milliseconds += [elapsed / len(gflops)] * len(gflops)
+        owner = answer.owner if isinstance(answer, Segmentation) else range(len(gflops))
+        of_image = torch.zeros(len(gflops), len(owner), dtype=torch.float64)
+        of_image[list(owner), range(len(owner))] = 1
+        trace = answer.trace
+        valid = of_image @ trace.valid.sum(1).cpu().double()  # (images,) over all windows of each
+        kept = of_image @ torch.stack([keep.sum(1) for keep in trace.keep], dim=1).cpu().double()
+        self.shares += (kept / valid.clamp(min=1)[:, None]).tolist()
+        self.tokens += (of_image @ trace.counts().T.cpu().double()).tolist()
+        if trace.exited:
+            gone = of_image @ torch.stack([exited.sum(1) for exited in trace.exited], dim=1).cpu().double()
+            self.left += (gone.diff(dim=1, prepend=gone.new_zeros(len(gone), 1)) / valid[:, None]).tolist()
 
     def gather(self) -> None:
         """Join with the records of all processes."""
         if world_size() > 1:
             parts: list[_Records] = [_Records()] * world_size()
             dist.all_gather_object(parts, self)
-            for name in ("gflops", "milliseconds", "shares", "tokens"):
+            for name in ("gflops", "milliseconds", "shares", "tokens", "left"):
                 setattr(self, name, [value for part in parts for value in getattr(part, name)])
 
     def figures(self) -> dict:
         """Means over images; time as median and 95th percentile."""
+        if not self.gflops:
+            return {"images": 0}
         ordered = sorted(self.milliseconds)
-        return {
+        figures = {
             "keep": [round(statistics.fmean(column), 4) for column in zip(*self.shares, strict=True)],
             "tokens": [round(statistics.fmean(column), 1) for column in zip(*self.tokens, strict=True)],
             "gflops": round(statistics.fmean(self.gflops), 3),
             "gflops_std": round(statistics.pstdev(self.gflops), 3),
+            "gflops_min": round(min(self.gflops), 3),
+            "gflops_max": round(max(self.gflops), 3),
             "ms_per_image": round(statistics.median(ordered), 2),
             "ms_per_image_p95": round(ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))], 2),
             "images": len(ordered),
         }
+        if self.left:
+            figures["left_at"] = [round(statistics.fmean(column), 4) for column in zip(*self.left, strict=True)]
+        return figures
+
+
+class _Part(Dataset):
+    """Every `step`-th sample of a data set from `first` on; a sample that cannot be had is what is wrong with it."""
+
+    def __init__(self, dataset: Data, first: int, total: int, step: int, *, skip: bool) -> None:
+        self.dataset, self.indices, self.skip = dataset, range(first, total, step), skip
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[self.indices[index]]
+        except ConfigError as error:
+            if not self.skip:
+                raise
+            return str(error)
 
 
 def evaluate(
-    model: Detector,
-    dataset: CocoDetection,
+    model: Model,
+    dataset: Data,
     *,
     batch_size: int = 1,
     limit: int | None = None,
     max_detections: int = 100,
     precision: str = "32-true",
     workers: int = 0,
+    skip_failures: bool = False,
     console: Console | None = None,
     title: str = "evaluating",
 ) -> dict:
@@ -80,45 +170,51 @@ def evaluate(
         max_detections: per image, judged by the metric.
         precision: "32-true", or "bf16-mixed" or "16-mixed" for automatic mixed precision.
         workers: processes that load images; 0 loads in this one.
+        skip_failures: go on without images that cannot be used; the figures then hold `failures`, what is wrong.
         console: where the progress bar goes; None for none.
 
     Returns:
-        box_ap, box_ap50, ... and mask_ap, ... (0..1); per block `keep` (mean share of an image's tokens) and `tokens`
-        (mean count); `gflops` per image and its `gflops_std`; `ms_per_image` of the model alone (median, and `_p95`);
-        `images`.
+        Of a detector box_ap, box_ap50, ... and mask_ap, ...; of a segmenter miou, pixel_accuracy, mean_accuracy and iou
+        per class (all 0..1); per block `keep` (mean share of an image's tokens) and `tokens` (mean count); `gflops` per
+        image (mean, `_std`, `_min`, `_max`); `ms_per_image` of the model alone (median, and `_p95`); where tokens leave
+        early, `left_at`: the mean share of an image's tokens that leave at each stage; `images`.
 
     Raises:
         ConfigError: an image cannot be read, and the message names it; or there is none.
     """
     total = _number(dataset, limit)
     rank = dist.get_rank() if world_size() > 1 else 0
-    part = Subset(dataset, range(rank, total, world_size()))
-    loader = DataLoader(
-        part, batch_size, collate_fn=collate, num_workers=workers, worker_init_fn=leave_signals_to_parent
-    )
-    metric = _metric(model, dataset, max_detections)
-    records = _Records()
+    part = _Part(dataset, rank, total, world_size(), skip=skip_failures)
+    loader = DataLoader(part, batch_size, collate_fn=list, num_workers=workers, worker_init_fn=leave_signals_to_parent)
+    accuracy, records, failures = _accuracy(model, dataset, max_detections), _Records(), []
     batches = loading(loader)
     if console is not None:
         batches = track(batches, title, total=len(loader), console=console, transient=True)
     training = model.training
     model.eval()
     try:
-        for images, targets in batches:
-            output, elapsed = timed(model, images, precision=precision)
-            records.add(model, output, elapsed)
-            for target, detection in zip(targets, output.detections, strict=True):
-                metric.update(target["image_id"], detection)
+        for batch in batches:
+            failures += [sample for sample in batch if isinstance(sample, str)]
+            samples = [sample for sample in batch if not isinstance(sample, str)]
+            if samples:
+                answer, elapsed = timed(model, [image for image, _ in samples], precision=precision)
+                records.add(model, answer, elapsed)
+                accuracy.add([target for _, target in samples], answer)
     finally:
         model.train(training)
     records.gather()
-    return {**{k: round(v, 5) for k, v in metric.compute().items()}, **records.figures()}
+    figures = {**accuracy.compute(), **records.figures()}
+    if world_size() > 1:
+        parts = [failures] * world_size()
+        dist.all_gather_object(parts, failures)
+        failures = [failure for part in parts for failure in part]
+    return {**figures, "failures": failures} if failures else figures
 
 
 def compare(
-    dense: Detector,
-    sparse: Detector,
-    dataset: CocoDetection,
+    dense: Model,
+    sparse: Model,
+    dataset: Data,
     *,
     limit: int | None = None,
     max_detections: int = 100,
@@ -134,7 +230,7 @@ def compare(
     """
     models = {"dense": dense.eval(), "sparse": sparse.eval()}
     total = _number(dataset, limit)
-    metrics = {name: _metric(model, dataset, max_detections) for name, model in models.items()}
+    accuracies = {name: _accuracy(model, dataset, max_detections) for name, model in models.items()}
     records = {name: _Records() for name in models}
     for model in models.values():
         timed(model, [dataset[0][0]], precision=precision)
@@ -142,15 +238,12 @@ def compare(
     for index in indices:
         image, target = dataset[index]
         for name in sorted(models, reverse=index % 2 == 1):
-            output, elapsed = timed(models[name], [image], precision=precision)
-            records[name].add(models[name], output, elapsed)
-            metrics[name].update(target["image_id"], output.detections[0])
+            answer, elapsed = timed(models[name], [image], precision=precision)
+            records[name].add(models[name], answer, elapsed)
+            accuracies[name].add([target], answer)
     pairs = zip(records["dense"].milliseconds, records["sparse"].milliseconds, strict=True)
     ratios = [a / b for a, b in pairs]
-    figures: dict = {
-        name: {**{k: round(v, 5) for k, v in metrics[name].compute().items()}, **records[name].figures()}
-        for name in models
-    }
+    figures: dict = {name: {**accuracies[name].compute(), **records[name].figures()} for name in models}
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     figures["speedup"] = round(statistics.median(ratios), 3)
     figures["speedup_quartiles"] = [round(quartiles[0], 3), round(quartiles[2], 3)]
@@ -158,8 +251,8 @@ def compare(
 
 
 @torch.inference_mode()
-def timed(model: Detector, images: Sequence[Tensor], *, precision: str = "32-true") -> tuple[Output, float]:
-    """A pass, and the milliseconds it took, from images in memory to detections on their pixels."""
+def timed(model: Model, images: Sequence[Tensor], *, precision: str = "32-true") -> tuple[Any, float]:
+    """A pass, and the milliseconds it took, from images in memory to answers on their pixels."""
     device = model.device
     dtype = torch.float16 if precision == "16-mixed" else torch.bfloat16
     mixed = nullcontext() if precision == "32-true" else torch.autocast(device.type, dtype=dtype)
@@ -171,18 +264,26 @@ def timed(model: Detector, images: Sequence[Tensor], *, precision: str = "32-tru
     return output, (time.perf_counter() - start) * 1e3
 
 
-def _number(dataset: CocoDetection, limit: int | None) -> int:
+def _number(dataset: Data, limit: int | None) -> int:
     """How many images are looked at."""
     total = len(dataset) if limit is None else min(limit, len(dataset))
     if total < 1:
-        raise ConfigError(f"{dataset.annotations.source}: no image to evaluate on")
+        source = dataset.source if isinstance(dataset, LabelDataset) else dataset.annotations.source
+        raise ConfigError(f"{source}: no image to evaluate on")
     return total
 
 
-def _metric(model: Detector, dataset: CocoDetection, max_detections: int) -> CocoMetric:
-    """Masks are judged where both the model and the truth have them."""
-    with_masks = model.config.head.with_masks and dataset.annotations.has_masks
-    return CocoMetric(dataset.annotations, with_masks=with_masks, max_detections=max_detections)
+def _accuracy(model: Model, dataset: Data, max_detections: int) -> _Accuracy:
+    """What judges this kind of model.
+
+    Raises:
+        ConfigError: the data set is for another kind.
+    """
+    if isinstance(model, Detector) and isinstance(dataset, CocoDetection):
+        return _Detections(model, dataset, max_detections)
+    if isinstance(model, Segmenter) and isinstance(dataset, LabelDataset):
+        return _Labels(model)
+    raise ConfigError(f"a {type(model).__name__.lower()} cannot be evaluated on {type(dataset).__name__}")
 
 
 def _synchronise(device: torch.device) -> None:

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from sievit.config import ConfigError
 from sievit.convert.timm import timm_vit
-from sievit.detector import Detector
-from sievit.model import POLICY_PREFIXES, model_file, read
+from sievit.model import POLICY_PREFIXES, Model, model_file, read
 from sievit.vit import ViT
 
 
-def start_from(model: Detector, path: Path) -> None:
+def start_from(model: Model, path: Path) -> None:
     """Load the weights of a checkpoint or run; the policy's own stay new unless the checkpoint has them.
 
     Raises:

@@ -13,21 +13,19 @@ POLY_POWER = 0.9
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
-    """AdamW's groups: no weight decay on norms, biases, positions and level embeddings; `lr_scale` for the policy."""
+    """AdamW's groups: unless `decay_norms`, no weight decay on norms, biases, positions and level embeddings; `lr_scale`
+    for the policy and for heads."""
     norms = {f"{name}." for name, module in model.named_modules() if isinstance(module, NORMS)}
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    groups: dict[tuple[bool, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parent, _, own = name.rpartition(".")
-            plain = own in UNDECAYED or f"{parent}." in norms
-            groups.setdefault((plain, "policy." in name), []).append(parameter)
+            plain = not config.decay_norms and (own in UNDECAYED or f"{parent}." in norms)
+            scale = config.policy_lr if "policy." in name else config.head_lr if "head" in name else 1.0
+            groups.setdefault((plain, scale), []).append(parameter)
     return [
-        {
-            "params": parameters,
-            "weight_decay": 0.0 if plain else config.weight_decay,
-            "lr_scale": config.policy_lr if policy else 1.0,
-        }
-        for (plain, policy), parameters in groups.items()
+        {"params": parameters, "weight_decay": 0.0 if plain else config.weight_decay, "lr_scale": scale}
+        for (plain, scale), parameters in groups.items()
     ]
 
 
@@ -36,13 +34,20 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr)
 
 
+def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
+    """How long training takes."""
+    return config.epochs * steps_per_epoch if config.steps is None else config.steps
+
+
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Of the 0-based `step`: the schedule times the linear warm-up."""
-    progress = step / (config.epochs * steps_per_epoch)
+    """Of the 0-based `step`: the schedule times the linear warm-up; `poly` begins where that ends, and ends with 0."""
+    total = total_steps(config, steps_per_epoch)
+    progress = step / total
     if config.schedule == "cosine":
         factor = 0.5 + 0.5 * math.cos(math.pi * progress)
     elif config.schedule == "poly":
-        factor = (1 - progress) ** POLY_POWER
+        begin = min(config.warmup_steps, total - 1)
+        factor = (1 - max(0, step - begin) / max(1, total - 1 - begin)) ** POLY_POWER
     elif config.schedule == "step":
         factor = 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.step_epochs)
     else:

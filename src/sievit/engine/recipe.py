@@ -3,13 +3,20 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from sievit.config import ConfigError
+from sievit.config import ConfigError, kind_of, variant
 from sievit.data.coco import CocoDetection
+from sievit.data.labels import LabelDataset
 from sievit.data.scenes import generate
+from sievit.data.semantic import SemanticAugment, SemanticAugmentConfig
 from sievit.data.transforms import Augment, AugmentConfig
-from sievit.model import ModelConfig
+from sievit.detector import DetectorConfig
+from sievit.inputs import ModelConfig
+from sievit.segmenter import SegmenterConfig
+
+CACHE = 2**30
+"""Bytes of decoded training images that a process keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,26 +36,63 @@ class ScenesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """COCO-format data; every path is relative to `root`.
+    """Base of every kind of data; paths are relative to `root`.
 
     Attributes:
         root: None takes the environment's SIEVIT_DATA, else ../shared/data, as it was when the run was made.
         scenes: generate the data below `root` instead of expecting it there.
+    """
+
+    train_images: Path
+    val_images: Path
+    root: Path | None = None
+    scenes: ScenesConfig | None = None
+
+
+@variant("coco")
+@dataclass(frozen=True, kw_only=True)
+class CocoData(DataConfig):
+    """Boxes and masks in COCO's format.
+
+    Attributes:
         max_detections: per image, in evaluation. COCO's is 100.
         invalid: what to do about annotations that cannot be used.
         skip_empty: leave training images without an object out.
     """
 
-    train_images: Path
     train_annotations: Path
-    val_images: Path
     val_annotations: Path
-    root: Path | None = None
-    scenes: ScenesConfig | None = None
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     max_detections: int = 100
     invalid: Literal["error", "skip"] = "error"
     skip_empty: bool = False
+
+
+@variant("labels")
+@dataclass(frozen=True, kw_only=True)
+class LabelsData(DataConfig):
+    """Images with a class for every pixel: two folders each, or COCO's panoptic files.
+
+    Attributes:
+        train_labels, val_labels: folders of label images; with `panoptic` folders of its PNGs.
+        train_names, val_names: files that list the images of the part, by name or as a COCO file; None for all.
+        train_panoptic, val_panoptic: COCO's panoptic JSON files; None for folders of labels.
+        image_suffix, label_suffix: what the names of a pair have behind what they have in common.
+        zero_is_ignored: 0 in the files means that nothing is known, and classes are counted from 1.
+        values: value in the files of each class, in the order of the classes; None: the classes themselves.
+    """
+
+    train_labels: Path
+    val_labels: Path
+    train_names: Path | None = None
+    val_names: Path | None = None
+    train_panoptic: Path | None = None
+    val_panoptic: Path | None = None
+    image_suffix: str | None = None
+    label_suffix: str | None = None
+    zero_is_ignored: bool = False
+    values: tuple[int, ...] | None = None
+    augment: SemanticAugmentConfig = field(default_factory=SemanticAugmentConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +100,14 @@ class TrainConfig:
     """How a model is trained.
 
     Attributes:
+        steps: how many, in place of `epochs`.
         init_from: checkpoint or run folder whose weights training starts from; what the policy lacks there stays new.
         vit_from: state dict of a pre-trained ViT in timm's naming, for the backbone's blocks.
         batch_size: images per step, over all processes and accumulated parts.
         accumulate: parts that a step's images are computed in.
         warmup_steps: linear, from `warmup_start` times the rate.
-        schedule: of the rate; `step` multiplies it by 0.1 at each of `step_epochs`, `poly` is (1 - progress) ** 0.9.
+        schedule: of the rate; `step` multiplies it by 0.1 at each of `step_epochs`, `poly` is (1 - progress) ** 0.9
+            from the end of the warm-up on.
         clip_norm: largest norm of the gradients.
         ema: decay of the averaged weights that are validated and saved; 0 for none.
         precision: Lightning Fabric's; `loss_scale` is the first factor on the loss with 16-mixed.
@@ -74,6 +120,7 @@ class TrainConfig:
     """
 
     epochs: int = 36
+    steps: int | None = None
     init_from: Path | None = None
     vit_from: Path | None = None
     batch_size: int = 16
@@ -86,6 +133,10 @@ class TrainConfig:
     step_epochs: tuple[int, ...] = (27, 33)
     policy_lr: float = 1.0
     """Factor on the rate of the policy's parameters."""
+    head_lr: float = 1.0
+    """Factor on the rate of the heads' parameters."""
+    decay_norms: bool = False
+    """Weight decay on norms, biases and positions too."""
     clip_norm: float | None = None
     ema: float = 0.0
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
@@ -100,7 +151,15 @@ class TrainConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "val_every": 1, "val_images": 1, "log_every": 1}
+        least = {
+            "epochs": 1,
+            "steps": 1,
+            "batch_size": 1,
+            "accumulate": 1,
+            "val_every": 1,
+            "val_images": 1,
+            "log_every": 1,
+        }
         for name, limit in {**least, "threads": 1, "workers": 0, "warmup_steps": 0, "save_every": 0}.items():
             value = getattr(self, name)
             if value is not None and value < limit:
@@ -127,13 +186,13 @@ def default_data_root() -> Path:
     return Path(os.environ.get("SIEVIT_DATA", "../shared/data"))
 
 
-def open_data(recipe: Recipe) -> tuple[CocoDetection, CocoDetection]:
+def open_data(recipe: Recipe) -> tuple[CocoDetection, CocoDetection] | tuple[LabelDataset, LabelDataset]:
     """The training set, augmented, and the validation set.
 
     Raises:
-        ConfigError: files are missing or malformed, or their categories are not those of the model.
+        ConfigError: files are missing or malformed, or their classes are not those of the model.
     """
-    data, masks = recipe.data, recipe.model.head.with_masks
+    data, model = recipe.data, recipe.model
     root = data.root if data.root is not None else default_data_root()
     if data.scenes is not None:
         scenes = data.scenes
@@ -143,24 +202,70 @@ def open_data(recipe: Recipe) -> tuple[CocoDetection, CocoDetection]:
             generate((root / images).parent, num_images=number, size=scenes.size, seed=seed)
     if not root.is_dir():
         raise ConfigError(f"{root}: no such folder of data; give --data-root, or set SIEVIT_DATA")
+    if isinstance(data, CocoData) and isinstance(model, DetectorConfig):
+        return _open_coco(data, model, root, seed=recipe.train.seed)
+    if isinstance(data, LabelsData) and isinstance(model, SegmenterConfig):
+        return _open_labels(data, model, root, seed=recipe.train.seed)
+    raise ConfigError(f"a {kind_of(model)} cannot be trained on data of the kind {kind_of(data)!r}")
+
+
+def _open_coco(data: CocoData, model: DetectorConfig, root: Path, *, seed: int) -> tuple[CocoDetection, CocoDetection]:
     train = CocoDetection(
         root / data.train_images,
         root / data.train_annotations,
         transform=Augment(data.augment),
-        with_masks=masks,
+        with_masks=model.head.with_masks,
         invalid=data.invalid,
         skip_empty=data.skip_empty,
-        seed=recipe.train.seed,
-        cache_bytes=2**30,
+        seed=seed,
+        cache_bytes=CACHE,
     )
     val = CocoDetection(root / data.val_images, root / data.val_annotations, with_masks=False, invalid=data.invalid)
     for source, path in ((train, data.train_annotations), (val, data.val_annotations)):
-        if source.category_ids != recipe.model.category_ids:
+        if source.category_ids != model.category_ids:
             raise ConfigError(
                 f"{root / path}: its categories {_named(source.classes)} are not the model's "
-                f"{_named(recipe.model.classes)}; set model.classes, model.category_ids and model.head.num-classes"
+                f"{_named(model.classes)}; set model.classes, model.category_ids and model.head.num-classes"
             )
     return train, val
+
+
+def _open_labels(
+    data: LabelsData, model: SegmenterConfig, root: Path, *, seed: int
+) -> tuple[LabelDataset, LabelDataset]:
+    parts = (
+        (data.train_images, data.train_labels, data.train_names, data.train_panoptic),
+        (data.val_images, data.val_labels, data.val_names, data.val_panoptic),
+    )
+    opened = []
+    for augment, (images, labels, names, panoptic) in zip((data.augment, None), parts, strict=True):
+        common: dict[str, Any] = {
+            "ignore_index": model.ignore_index,
+            "transform": None if augment is None else SemanticAugment(augment, model.ignore_index),
+            "seed": seed,
+            "cache_bytes": 0 if augment is None else CACHE,
+        }
+        if panoptic is not None:
+            dataset = LabelDataset.from_panoptic(root / images, root / panoptic, root / labels, **common)
+        else:
+            dataset = LabelDataset.from_folders(
+                root / images,
+                root / labels,
+                classes=model.classes,
+                zero_is_ignored=data.zero_is_ignored,
+                label_map=None if data.values is None else {value: i for i, value in enumerate(data.values)},
+                names_file=None if names is None else root / names,
+                image_suffix=data.image_suffix,
+                label_suffix=data.label_suffix,
+                **common,
+            )
+        if dataset.classes != model.classes:
+            raise ConfigError(
+                f"{dataset.source}: its classes {_named(dataset.classes)} are not the model's "
+                f"{_named(model.classes)}; set model.classes"
+            )
+        opened.append(dataset)
+    return opened[0], opened[1]
 
 
 def _named(classes: tuple[str, ...]) -> str:

@@ -19,14 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sievit.config import ConfigError
-from sievit.data.coco import CocoDetection
 from sievit.distributed import world_size
 from sievit.engine.batches import Batch, EpochBatches, Losses, Samples, grouped, loading, training_loader
 from sievit.engine.checkpoint import CsvLog, RunFolder, write_json
-from sievit.engine.evaluate import evaluate
+from sievit.engine.evaluate import Data, evaluate, headline
 from sievit.engine.initial import start_from, start_vit_from
-from sievit.engine.optim import Average, build_optimizer, learning_rate, set_learning_rate
-from sievit.engine.recipe import Recipe, TrainConfig, default_data_root, open_data
+from sievit.engine.optim import Average, build_optimizer, learning_rate, set_learning_rate, total_steps
+from sievit.engine.recipe import CocoData, Recipe, TrainConfig, default_data_root, open_data
 from sievit.model import build, read, save
 
 
@@ -35,7 +34,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def train(recipe: Recipe | None, *, out: Path, resume: bool = False, console: Console | None = None) -> dict:
-    """Train a detector.
+    """Train a model.
 
     Args:
         recipe: what to do; None with `resume`, when the folder knows.
@@ -121,8 +120,8 @@ class _Run:
         recipe: Recipe,
         folder: RunFolder,
         fabric: Fabric,
-        train_set: CocoDetection,
-        val_set: CocoDetection,
+        train_set: Data,
+        val_set: Data,
         console: Console,
         *,
         state: dict | None,
@@ -133,7 +132,7 @@ class _Run:
         torch.manual_seed(config.seed)
         self.model = build(recipe.model)
         if state is None and config.vit_from is not None:
-            start_vit_from(self.model.backbone.vit, config.vit_from)
+            start_vit_from(self.model.vit, config.vit_from)
         if state is None and config.init_from is not None:
             start_from(self.model, config.init_from)
         if config.channels_last:
@@ -143,7 +142,7 @@ class _Run:
         self.average = Average(self.model, config.ema) if config.ema else None
         self.batches = EpochBatches(len(train_set), config, rank=fabric.global_rank, processes=fabric.world_size)
         self.loader = training_loader(train_set, self.batches)
-        self.total = config.epochs * self.batches.steps
+        self.total = total_steps(config, self.batches.steps)
         self.step = self.validated = self.logged = 0
         self.sums: dict[str, float] = {}
         self.best, self.figures = -math.inf, {}
@@ -192,7 +191,7 @@ class _Run:
             for name, value in self._step(parts).items():
                 self.sums[name] = self.sums.get(name, 0.0) + value
             self.step += 1
-            if self.step % config.log_every == 0 or self.step % steps == 0:
+            if self.step % config.log_every == 0 or self.step % steps == 0 or self.step == self.total:
                 rate = (self.step - timed_from) * config.batch_size / (time.monotonic() - clock)
                 row = {"step": self.step, "epoch": epoch, "images_per_s": rate}
                 row |= {name: value / (self.step - self.logged) for name, value in self.sums.items()}
@@ -206,6 +205,8 @@ class _Run:
                 saved = time.monotonic()
             if told:
                 raise Interrupted(f"stopped at step {self.step} of {self.total}; {stop.advice}")
+            if self.step == self.total:
+                return
 
     def _step(self, parts: tuple[Samples, ...]) -> dict[str, float]:
         """One update of the weights."""
@@ -246,16 +247,18 @@ class _Run:
 
     def _validation_is_due(self) -> bool:
         config, steps = self.recipe.train, self.batches.steps
+        if self.step == self.total:
+            return self.validated != self.step
         if self.step % steps or self.validated == self.step:
             return False
-        return self.step == self.total or (self.step // steps) % config.val_every == 0
+        return (self.step // steps) % config.val_every == 0
 
     def _validate(self) -> None:
         """Figures of the (averaged) weights, and the two model files."""
-        started, epoch = time.monotonic(), self.step // self.batches.steps - 1
+        started, epoch = time.monotonic(), (self.step - 1) // self.batches.steps
         with self._averaged():
             figures = {"epoch": epoch, "step": self.step, **self._figures(limit=self.recipe.train.val_images)}
-            score = figures.get("mask_ap", figures["box_ap"])
+            score = figures[headline(figures)]
             better = score >= self.best
             if self.fabric.is_global_zero:
                 save(self.model, self.folder.last_file)
@@ -264,7 +267,8 @@ class _Run:
                     write_json(self.folder.metrics_file, figures)
         if self.val_log is not None:
             self.val_log.write({name: value for name, value in figures.items() if not isinstance(value, list)})
-            text = ", ".join(f"{k} {figures[k]:.4f}" for k in ("box_ap", "mask_ap") if k in figures)
+            shown = ("box_ap", "mask_ap", "miou", "pixel_accuracy")
+            text = ", ".join(f"{k} {figures[k]:.4f}" for k in shown if k in figures)
             took = f"{time.monotonic() - started:.0f} s"
             self.console.print(f"epoch {epoch}: {text} on {figures['images']} images ({took})")
         if better:
@@ -286,11 +290,12 @@ class _Run:
             write_json(self.folder.metrics_file, self.figures)
 
     def _figures(self, *, limit: int | None) -> dict:
+        data = self.recipe.data
         return evaluate(
             self.model,
             self.val_set,
             limit=limit,
-            max_detections=self.recipe.data.max_detections,
+            max_detections=data.max_detections if isinstance(data, CocoData) else 100,
             precision=self.recipe.train.precision if self.fabric.device.type == "cpu" else "32-true",
             console=self.console if self.fabric.is_global_zero and self.console.is_terminal else None,
             title="validating",

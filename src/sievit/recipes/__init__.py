@@ -15,6 +15,9 @@ _RECIPES: dict[str, Callable[[], Recipe]] = {
         coco.coco_svit_adapter_s,
         nuclei.nuclei_vit,
         nuclei.nuclei_svit,
+        nuclei.nuclei_segvit,
+        nuclei.nuclei_segvit_dtop,
+        nuclei.nuclei_segvit_dtop_retrain,
         scenes.scenes_vit,
         scenes.scenes_svit,
     )

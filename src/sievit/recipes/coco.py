@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sievit.data.transforms import AugmentConfig
 from sievit.detector import DetectorConfig
-from sievit.engine.recipe import DataConfig, Recipe, TrainConfig
+from sievit.engine.recipe import CocoData, Recipe, TrainConfig
 from sievit.heads.config import MaskRCNNConfig
 from sievit.inputs import InputConfig
 from sievit.necks.adapter import AdapterConfig
@@ -17,7 +17,7 @@ from sievit.policies import KeepAllConfig, SViTConfig
 from sievit.recipes.coco_classes import CATEGORY_IDS, CLASSES
 from sievit.vit import ViTConfig
 
-DATA = DataConfig(
+DATA = CocoData(
     train_images=Path("coco/train2017"),
     train_annotations=Path("coco/annotations/instances_train2017.json"),
     val_images=Path("coco/val2017"),

@@ -2,11 +2,20 @@
 
 from pathlib import Path
 
+from sievit.data.semantic import SemanticAugmentConfig
 from sievit.data.transforms import AugmentConfig
-from sievit.engine.recipe import DataConfig, Recipe
-from sievit.recipes.small import small_model, small_sparse, small_training
+from sievit.engine.recipe import CocoData, LabelsData, Recipe
+from sievit.recipes.small import (
+    small_dtop,
+    small_dtop_retrained,
+    small_model,
+    small_segmenter,
+    small_semantic_training,
+    small_sparse,
+    small_training,
+)
 
-DATA = DataConfig(
+DATA = CocoData(
     train_images=Path("nuclei/images"),
     train_annotations=Path("nuclei/annotations/instances_train.json"),
     val_images=Path("nuclei/images"),
@@ -38,3 +47,47 @@ def nuclei_vit() -> Recipe:
 def nuclei_svit() -> Recipe:
     """SViT from the dense detector of nuclei."""
     return small_sparse(nuclei_vit(), start=Path("runs/nuclei_vit"), epochs=3)
+
+
+LABELS = LabelsData(
+    train_images=Path("nuclei/images"),
+    train_labels=Path("nuclei/labels"),
+    train_names=Path("nuclei/annotations/instances_train.json"),
+    val_images=Path("nuclei/images"),
+    val_labels=Path("nuclei/labels"),
+    val_names=Path("nuclei/annotations/instances_val.json"),
+    augment=SemanticAugmentConfig(
+        flip=0.5,
+        vertical_flip=0.5,
+        rot90=True,
+        scales=(288, 320, 352, 384, 416, 448),
+        crop=(192, 192),
+        cat_max_ratio=1.0,
+        brightness=0.1,
+        contrast=0.2,
+        gamma=0.2,
+    ),
+)
+
+
+def nuclei_segvit() -> Recipe:
+    """Dense segmenter of nuclei and their borders, from scratch."""
+    return Recipe(
+        model=small_segmenter(
+            classes=("background", "nucleus", "border"),
+            palette=((24, 26, 40), (46, 196, 182), (255, 99, 72)),
+            test_size=(384, 768),
+        ),
+        data=LABELS,
+        train=small_semantic_training(epochs=30, val_every=10, val_images=36),
+    )
+
+
+def nuclei_segvit_dtop() -> Recipe:
+    """DToP, fine-tuned from the dense segmenter of nuclei."""
+    return small_dtop(nuclei_segvit(), start=Path("runs/nuclei_segvit"), epochs=6)
+
+
+def nuclei_segvit_dtop_retrain() -> Recipe:
+    """DToP, trained from scratch on nuclei."""
+    return small_dtop_retrained(nuclei_segvit())

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from sievit.data.scenes import CLASSES
 from sievit.data.transforms import AugmentConfig
-from sievit.engine.recipe import DataConfig, Recipe, ScenesConfig
+from sievit.engine.recipe import CocoData, Recipe, ScenesConfig
 from sievit.recipes.small import small_model, small_sparse, small_training
 
-DATA = DataConfig(
+DATA = CocoData(
     train_images=Path("scenes/train/images"),
     train_annotations=Path("scenes/train/annotations.json"),
     val_images=Path("scenes/val/images"),
