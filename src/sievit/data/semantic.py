@@ -112,7 +112,7 @@ class SemanticAugment:
         out = jitter(self._plain, view.image(image), generator)
         if self.config.photometric:
             out = distort(out, generator, hue=self.config.hue)
-        return out, {**target, "labels": view.labels(labels).to(torch.int64)}
+        return out, {**target, "labels": view.labels(labels).to(torch.int64, copy=True)}
 
     def draw_view(self, labels: Tensor, generator: torch.Generator) -> View:
         """A random view of an image with these labels (h, w)."""

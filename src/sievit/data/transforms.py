@@ -93,7 +93,7 @@ class View:
         y, x, h, w = self.rect
         out = image[:, y : y + h, x : x + w]
         if self.size != (h, w):
-            out = F.interpolate(out[None], size=self.size, mode="bilinear", antialias=True, align_corners=False)[0]
+            out = _resized(out, self.size)
         mirrored = [axis for axis, on in ((1, self.vertical_flip), (2, self.flip)) if on]
         out = out.flip(mirrored) if mirrored else out
         return out.transpose(1, 2) if self.transpose else out
@@ -240,6 +240,14 @@ def _levels(config: AugmentConfig, image: Tensor, draw: list[float]) -> Tensor:
         mean = levels[image[:, ::4, ::4].int()].mean()
         levels = mean + (levels - mean) * (1 + draw[3] * config.contrast)
     return levels
+
+
+def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """A uint8 image (3, h, w) of another size."""
+    exact = size[1] == 1  # to a width of 1 torch's code for uint8 reads the wrong pixels, if it does not fail
+    source = image[None].float() if exact else image[None]
+    out = F.interpolate(source, size=size, mode="bilinear", antialias=True, align_corners=False)[0]
+    return out.round().to(torch.uint8) if exact else out
 
 
 def _centres(source: int, target: int) -> np.ndarray:

@@ -1,0 +1,182 @@
+"""mIoU of a data set is what its definition says, over any number of processes. torchrun runs this too."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchmetrics import Accuracy, JaccardIndex, Metric
+
+from sievit.config import ConfigError
+from sievit.metrics import SegmentationMetric
+
+
+def images(seed: int, classes: int, count: int = 4, ignored: float = 0.2) -> list[tuple[Tensor, Tensor]]:
+    """Predicted and true labels of a few images of different sizes; some classes are rare or missing."""
+    rng = np.random.default_rng(seed)
+    result = []
+    for _ in range(count):
+        size = tuple(int(edge) for edge in rng.integers(1, 12, 2))
+        truth = np.minimum(rng.geometric(0.4, size) - 1, classes - 1)
+        predicted = np.where(rng.random(size) < 0.6, truth, rng.integers(0, classes, size))
+        truth = np.where(rng.random(size) < ignored, 255, truth)
+        result.append((torch.from_numpy(predicted), torch.from_numpy(truth)))
+    return result
+
+
+def figures(pairs: list[tuple[Tensor, Tensor]], classes: int) -> dict:
+    metric = SegmentationMetric(classes)
+    for predicted, truth in pairs:
+        metric.update(predicted, truth)
+    return metric.compute()
+
+
+def brute_force(pairs: list[tuple[Tensor, Tensor]], classes: int) -> dict:
+    """Class by class over the pixels of all images, in float64."""
+    predicted = np.concatenate([p.numpy().ravel() for p, _ in pairs])
+    truth = np.concatenate([t.numpy().ravel() for _, t in pairs])
+    predicted, truth = predicted[truth != 255], truth[truth != 255]
+    iou, accuracy = [], []
+    for label in range(classes):
+        both = np.float64(((predicted == label) & (truth == label)).sum())
+        either = np.float64(((predicted == label) | (truth == label)).sum())
+        iou.append(float(both / either) if either else -1.0)
+        if (truth == label).any():
+            accuracy.append(float(both / np.float64((truth == label).sum())))
+    known = [value for value in iou if value >= 0]
+    return {
+        "miou": sum(known) / len(known) if known else -1.0,
+        "pixel_accuracy": float((predicted == truth).mean()) if len(truth) else -1.0,
+        "mean_accuracy": sum(accuracy) / len(accuracy) if accuracy else -1.0,
+        "iou": iou,
+    }
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(1, 9), st.integers(1, 5), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 10**6))
+def test_figures_are_those_of_the_definition(classes: int, count: int, ignored: float, seed: int):
+    pairs = images(seed, classes, count, ignored)
+    found, expected = figures(pairs, classes), brute_force(pairs, classes)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-12), name
+    assert figures(pairs[::-1], classes) == found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_torchmetrics_agrees_where_every_class_occurs(seed: int):
+    pairs = images(seed, 4, count=8)
+    predicted = torch.cat([p.flatten() for p, _ in pairs])
+    truth = torch.cat([t.flatten() for _, t in pairs])
+    assert set(truth.tolist()) >= {0, 1, 2, 3}
+    found = figures(pairs, 4)
+
+    def judge(kind: type[JaccardIndex] | type[Accuracy], average: Literal["none", "micro", "macro"]) -> Tensor:
+        metric: Metric = kind(task="multiclass", num_classes=4, ignore_index=255, average=average)
+        return metric(predicted, truth)
+
+    per_class = judge(JaccardIndex, "none")
+    assert found["iou"] == pytest.approx(per_class.tolist(), rel=1e-5)
+    assert found["miou"] == pytest.approx(float(per_class.mean()), rel=1e-5)
+    assert found["pixel_accuracy"] == pytest.approx(float(judge(Accuracy, "micro")), rel=1e-5)
+    assert found["mean_accuracy"] == pytest.approx(float(judge(Accuracy, "macro")), rel=1e-5)
+
+
+def test_a_class_that_is_nowhere_does_not_count_and_one_that_is_only_predicted_does():
+    truth = torch.tensor([[0, 0, 1, 1]])
+    found = figures([(torch.tensor([[0, 0, 1, 3]]), truth)], 4)
+    assert found["iou"] == [1.0, 0.5, -1.0, 0.0]
+    assert found["miou"] == 0.5 and found["mean_accuracy"] == 0.75 and found["pixel_accuracy"] == 0.75
+
+
+def test_the_data_set_is_judged_not_its_images():
+    """The mean over images would be (1 + 1/3) / 2."""
+    zero = torch.zeros(1, 1, dtype=torch.int64)
+    pairs = [(zero, zero), (torch.tensor([[0, 1, 1]]), torch.tensor([[0, 0, 1]]))]
+    assert figures(pairs, 2)["miou"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+
+
+def test_ignored_pixels_and_nothing_at_all():
+    truth = torch.tensor([[255, 255], [0, 1]], dtype=torch.uint8)
+    found = figures([(torch.tensor([[1, 0], [0, 1]], dtype=torch.int32), truth)], 2)
+    assert found["miou"] == found["pixel_accuracy"] == 1.0
+    nothing = {"miou": -1.0, "pixel_accuracy": -1.0, "mean_accuracy": -1.0, "iou": [-1.0, -1.0]}
+    assert SegmentationMetric(2).compute() == nothing
+    assert figures([(torch.zeros(2, 2, dtype=torch.int64), torch.full((2, 2), 255))], 2) == nothing
+    metric = SegmentationMetric(2, ignore_index=-100)
+    metric.update(torch.tensor([[0, 7]]), torch.tensor([[0, -100]]))  # what is predicted there does not matter
+    assert metric.compute()["miou"] == 1.0
+
+
+def test_reset_and_compute_leave_no_trace():
+    metric = SegmentationMetric(2)
+    metric.update(torch.tensor([[0, 1]]), torch.tensor([[1, 1]]))
+    assert metric.compute() == metric.compute()
+    assert metric.matrix.dtype == torch.int64 and metric.matrix.tolist() == [[0, 0], [1, 1]]
+    metric.reset()
+    metric.update(torch.tensor([[0, 1]]), torch.tensor([[0, 1]]))
+    assert metric.compute()["miou"] == 1.0
+    json.dumps(metric.compute())
+
+
+@pytest.mark.parametrize(
+    ("predicted", "truth", "message"),
+    [
+        ([[0, 1]], [[0], [1]], r"predicted labels \(1, 2\) and true labels \(2, 1\) differ"),
+        ([[0, 2]], [[0, 1]], "predicted label 2 is none of the 2 classes"),
+        ([[0, -1]], [[0, 1]], "predicted label -1 is none of the 2 classes"),
+        ([[0, 1]], [[0, 3]], "true label 3 is none of the 2 classes"),
+        ([[0, 1]], [[0, -2]], "true label -2 is none of the 2 classes"),
+    ],
+)
+def test_labels_that_do_not_fit_change_nothing(predicted: list, truth: list, message: str):
+    metric = SegmentationMetric(2)
+    metric.update(torch.tensor([[0, 1]]), torch.tensor([[0, 1]]))
+    before = metric.compute()
+    with pytest.raises(ConfigError, match=message):
+        metric.update(torch.tensor(predicted), torch.tensor(truth))
+    assert metric.compute() == before
+    with pytest.raises(ConfigError, match="at least 1"):
+        SegmentationMetric(0)
+
+
+def worker(out: Path) -> None:
+    """What each process of torchrun does: judge its share, and write what it says of all."""
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", init_method=f"file://{out / 'store'}", rank=rank, world_size=2)
+    metric = SegmentationMetric(5)
+    for predicted, truth in images(3, 5, count=7)[rank::2]:
+        metric.update(predicted, truth)
+    first = metric.compute()
+    assert metric.compute() == first
+    (out / f"{rank}.json").write_text(json.dumps(first))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_the_figures_of_one(tmp_path: Path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    done = subprocess.run(
+        [*command, str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    one = figures(images(3, 5, count=7), 5)
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [one, one]
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))
