@@ -1,4 +1,4 @@
-"""Attention to mask (SegViT, arXiv 2210.05844): one query per class, whose attention to the tokens is the class's mask."""
+"""Attention to mask (SegViT, arXiv 2210.05844): a query per class; its attention to the tokens is the class's mask."""
 
 from dataclasses import dataclass, field
 
@@ -164,4 +164,5 @@ class ATM(SemanticHead):
         of_queries = 4 * k * d**2 + 2 * k**2 * d + 2 * k * d * int(d * self.config.mlp_ratio) + 2 * k * d**2
         of_tokens = 2 * t * d**2 + 2 * k * t * d
         maps = k * t * d  # the product of the last layer's queries and keys, without the softmax
-        return t * c * d + len(self.layers) * (of_queries + of_tokens) + maps + 2 * k * d
+        asked = t > 0  # else it repeats what was said before
+        return t * c * d + asked * (len(self.layers) * (of_queries + of_tokens) + maps + 2 * k * d)

@@ -1,6 +1,7 @@
 """Heads that classify tokens: linear, an MLP, and SETR's naive and progressive up-sampling (arXiv 2012.15840)."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ class MLP(TokenHead):
     def __init__(self, config: MLPConfig, *, embed_dim: int, num_classes: int) -> None:
         super().__init__()
         widths = [embed_dim, *[config.hidden_dim] * (config.num_layers - 1), num_classes]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def classify(self, x: Tensor) -> Tensor:
         for layer in list(self.layers)[:-1]:
@@ -121,15 +122,13 @@ class SETRPUPConfig(SemanticHeadConfig):
 
 @register_head(SETRPUPConfig)
 class SETRPUP(SemanticHead):
-    """SETR-PUP on the whole canvas: tokens that left take part with the features they left with, and keep their maps."""
+    """SETR-PUP on the whole canvas: tokens that left take part with the features they had then, and keep their maps."""
 
     def __init__(self, config: SETRPUPConfig, *, embed_dim: int, num_classes: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         widths = [embed_dim, *[config.channels] * config.num_convs]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(widths))
         self.norms = nn.ModuleList(BatchNorm2d(config.channels) for _ in self.convs)
         self.drop = nn.Dropout2d(config.dropout)
         self.classifier = nn.Conv2d(config.channels, num_classes, 1)
@@ -156,5 +155,8 @@ class SETRPUP(SemanticHead):
         for i, conv in enumerate(self.convs):
             assert isinstance(conv, nn.Conv2d)
             total += cells * 4**i * conv.weight.numel()
-        total += cells * 4 ** len(self.convs) * self.classifier.weight.numel()
-        return torch.full(tokens.shape, total, dtype=torch.float64, device=tokens.device)
+            total += cells * 4 ** (i + 1) * conv.out_channels * 4  # up-sampling
+        fine = cells * 4 ** len(self.convs)
+        total += fine * self.classifier.weight.numel()
+        over_earlier = 4.0 * fine * self.classifier.out_channels  # the earlier maps, up-sampled where tokens left
+        return total + over_earlier * (tokens < cells).double()
