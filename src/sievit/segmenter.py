@@ -260,10 +260,23 @@ class Segmenter(nn.Module):
         whole = tuple((0, 0, *own) for own in sizes)
         return Segmentation([], losses, trace, tuple(range(len(images))), whole, sizes, size)
 
+    def scores(self, images: list[Tensor], *, policy: Policy | None = None, mode: Mode = "auto") -> list[Tensor]:
+        """Per image (k, h, w), on its pixels as the network sees them: what the labels are the largest of.
+
+        Where windows overlap it is their mean. Arguments as of `forward`.
+        """
+        return self._score(images, policy, mode)[0]
+
     def _segment(self, images: list[Tensor], policy: Policy | None, mode: Mode) -> Segmentation:
-        config = self.config
+        scores, output = self._score(images, policy, mode)
         given = [(image.shape[-2], image.shape[-1]) for image in images]
-        resized = [config.input.test_size(size) for size in given]
+        labels = [resize(m[None], own)[0].argmax(0) for m, own in zip(scores, given, strict=True)]
+        return replace(output, labels=labels)
+
+    def _score(self, images: list[Tensor], policy: Policy | None, mode: Mode) -> tuple[list[Tensor], Segmentation]:
+        """The scores of all images, and everything else there is to tell."""
+        config = self.config
+        resized = [config.input.test_size((image.shape[-2], image.shape[-1])) for image in images]
         pictures = [normalised(i, size, config.input, self.device) for i, size in zip(images, resized, strict=True)]
         placed = [(i, window) for i, size in enumerate(resized) for window in self._windows(size)]
         patch = config.vit.patch_size
@@ -282,9 +295,8 @@ class Segmenter(nn.Module):
                 sums[i][:, y : y + h, x : x + w] += said[:, :h, :w]
                 counts[i][y : y + h, x : x + w] += 1
         means = [total / count for total, count in zip(sums, counts, strict=True)]
-        labels = [resize(m[None], own)[0].argmax(0) for m, own in zip(means, given, strict=True)]
         owner, windows = zip(*placed, strict=True)
-        return Segmentation(labels, {}, Trace.join(traces), owner, windows, resized, (size[0], size[1]))
+        return means, Segmentation([], {}, Trace.join(traces), owner, windows, resized, (size[0], size[1]))
 
     def _windows(self, size: Size) -> Iterator[Window]:
         """The windows over an image of `size`; the last ones are moved inside."""
