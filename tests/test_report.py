@@ -135,7 +135,7 @@ def test_demo_ends_with_one_json_line(
     weights.mkdir()
     for name in ("scenes_vit", "scenes_svit", "nuclei_vit", "nuclei_svit"):
         shutil.copy(checkpoint, weights / f"{name}.safetensors")
-    monkeypatch.setattr(report, "WEIGHTS", weights)
+    monkeypatch.setattr(report.common, "WEIGHTS", weights)
     monkeypatch.setattr(report, "DEMO_SIZE", (64, 96))
     nuclei = tmp_path / "data" / "nuclei"
     generate(nuclei, num_images=5, size=(64, 64), seed=1)
@@ -159,7 +159,7 @@ def test_demo_ends_with_one_json_line(
 def test_demo_without_weights_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(report, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(report.common, "WEIGHTS", tmp_path)
     assert cli.main(["demo", "--out", str(tmp_path / "out"), "--num-images", "1"]) == 2
     assert "scenes_vit" in capsys.readouterr().err
 

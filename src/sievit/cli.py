@@ -153,20 +153,37 @@ def _eval(args: list[str]) -> int:
         /,
         *,
         images: Path,
-        annotations: Path,
+        annotations: Path | None = None,
+        labels: Path | None = None,
+        panoptic: Path | None = None,
+        names: Path | None = None,
+        image_suffix: str | None = None,
+        label_suffix: str | None = None,
+        zero_is_ignored: bool = False,
         policy: str | None = None,
+        thresholds: tuple[float, ...] | None = None,
         batch_size: int = 1,
         limit: int | None = None,
         max_detections: int = 100,
         device: str = "auto",
     ) -> int:
-        """Evaluate a model on data in COCO format; the last line of the output is one JSON object with every figure.
+        """Evaluate a model; the last line of the output is one JSON object with every figure.
+
+        Detectors take --annotations, segmenters --labels. Images that cannot be used are left out and listed in
+        `failures`; the exit status is 1 then.
 
         Args:
             model: checkpoint, folder of a training run, or name of a model that comes with sievit.
             images: folder that holds the images.
             annotations: COCO annotation file.
+            labels: folder of label images: grey or palette images whose values are classes.
+            panoptic: COCO's panoptic JSON; --labels is then the folder of its PNGs.
+            names: which images belong to the set: a name per line, or a COCO file; default all.
+            image_suffix: how the names of images end behind what they have in common with their labels'.
+            label_suffix: how those of the labels do, e.g. _gtFine_labelTrainIds.png.
+            zero_is_ignored: 0 in the label images means that nothing is known, and classes are counted from 1.
             policy: takes the place of the model's own, e.g. keep_all for dense.
+            thresholds: of the early exits of a segmenter, takes the place of its policy.
             batch_size: images that go through the network together.
             limit: only the first so many images.
             max_detections: the best so many of an image and class are judged; COCO's is 100.
@@ -177,15 +194,24 @@ def _eval(args: list[str]) -> int:
         figures = evaluate(
             model,
             images,
-            annotations,
+            annotations=annotations,
+            labels=labels,
+            panoptic=panoptic,
+            names=names,
+            image_suffix=image_suffix,
+            label_suffix=label_suffix,
+            zero_is_ignored=zero_is_ignored,
             policy=policy,
+            thresholds=thresholds,
             batch_size=batch_size,
             limit=limit,
             max_detections=max_detections,
             device=device,
         )
+        for failure in figures.get("failures", ()):
+            print(f"error: {failure}", file=sys.stderr)
         _print_json(figures)
-        return 0
+        return 1 if "failures" in figures else 0
 
     return _parse(run, args, "eval")
 
@@ -200,26 +226,38 @@ def _predict(args: list[str]) -> int:
         *,
         out: Path,
         policy: str | None = None,
+        thresholds: tuple[float, ...] | None = None,
         score_threshold: float = 0.5,
         ids: Path | None = None,
         device: str = "auto",
     ) -> int:
-        """Detect objects in an image or in a folder of images.
+        """Find objects in, or label every pixel of, an image or a folder of images.
 
-        Writes results.json (COCO results), images.json (which image has which id) and one picture per image.
+        A detector writes results.json (COCO results) and images.json (which image has which id), a segmenter label
+        images in labels/ and classes.json (what their values mean); both write one picture per image.
 
         Args:
             model: checkpoint, folder of a training run, or name of a model that comes with sievit.
             images: an image, or a folder of images.
             out: folder for the results.
             policy: takes the place of the model's own, e.g. keep_all for dense.
+            thresholds: of the early exits of a segmenter, takes the place of its policy.
             score_threshold: pictures show objects of at least this score; results.json holds all.
             ids: COCO annotation file whose image ids results.json shall use; by default 1, 2, ... by file name.
             device: cpu, cuda, cuda:1, or auto.
         """
         from sievit.report import predict
 
-        return predict(model, images, out, policy=policy, score_threshold=score_threshold, ids=ids, device=device)
+        return predict(
+            model,
+            images,
+            out,
+            policy=policy,
+            thresholds=thresholds,
+            score_threshold=score_threshold,
+            ids=ids,
+            device=device,
+        )
 
     return _parse(run, args, "predict")
 
@@ -319,7 +357,7 @@ COMMANDS = {
     "demo": Command("", "see it: dense against sparse on fresh scenes", _demo),
     "train": Command("RECIPE", "train a model, or go on with --resume RUN", _train),
     "eval": Command("MODEL", "accuracy, tokens, GFLOPs and latency", _eval),
-    "predict": Command("MODEL IMAGES", "detect objects in an image or a folder", _predict),
+    "predict": Command("MODEL IMAGES", "find objects or label pixels, in an image or a folder", _predict),
     "data scenes": Command("", "generate scenes in COCO format", _data_scenes),
     "bench blocks": Command("", "time the backbone's blocks, dense against sparse", _bench_blocks),
     "recipes": Command("[NAME]", "list the recipes, or print one", _recipes),

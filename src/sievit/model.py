@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +24,12 @@ POLICY_PREFIXES = ("backbone.policy.", "net.policy.")
 """How the names of a policy's own parameters begin."""
 
 
+@overload
+def build(config: DetectorConfig) -> Detector: ...
+@overload
+def build(config: SegmenterConfig) -> Segmenter: ...
+@overload
+def build(config: ModelConfig) -> Model: ...
 def build(config: ModelConfig) -> Model:
     """The model that `config` describes, with random weights."""
     if isinstance(config, SegmenterConfig):

@@ -1,4 +1,4 @@
-"""Pictures of an image, its detections and its trace; never of a model.
+"""Pictures of an image, its detections or labels, and its trace; never of a model.
 
 Images come as (3, h, w) floats of 0..1 or as PIL images, detections as torchvision's dicts in the pixels of that image;
 `size` is the (height, width) that the image had inside the network's input, `image_size` that input's own, padding
@@ -6,6 +6,7 @@ included.
 Every function returns a PIL image.
 """
 
+import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -46,6 +47,33 @@ class View:
     title: str
     note: str
     detections: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LabelView:
+    """A class for every pixel of one image: what `semantic_figure` shows of it.
+
+    Attributes:
+        title: who answered. note: a few words under the title.
+        labels: (h, w) integers; values that are no class are left as the image has them.
+    """
+
+    title: str
+    note: str
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Exits:
+    """Where in an image tokens left.
+
+    Attributes:
+        stage: (h, w) int64, an index into `places`.
+        places: in words, from the first exit to those that stayed.
+    """
+
+    stage: Tensor
+    places: tuple[str, ...]
 
 
 @cache
@@ -108,6 +136,134 @@ def predictions(
         texts = [f"{name}{score:.2f}" for name, score in zip(names, scores, strict=True)]
         _tags(pen, canvas, boxes[::-1], texts[::-1], colours[::-1])
     return canvas
+
+
+def palette(count: int) -> tuple[Colour, ...]:
+    """So many colours that can be told apart as far as possible: `PALETTE`, then hues by the golden ratio."""
+    more = []
+    for i in range(count - len(PALETTE)):
+        hue, value = (i * 0.618034) % 1.0, (0.95, 0.7, 0.5)[i % 3]
+        r, g, b = colorsys.hsv_to_rgb(hue, (0.55, 0.85)[i % 2], value)
+        more.append((round(255 * r), round(255 * g), round(255 * b)))
+    return (*PALETTE[:count], *more)
+
+
+def label_map(
+    image: Picture,
+    labels: Tensor,
+    colours: Sequence[Colour],
+    *,
+    strength: float = 0.6,
+    box: tuple[int, int] = (960, 960),
+) -> Image.Image:
+    """The image with each pixel's class (h, w) laid over it, and lines where classes meet; scaled to fit `box`."""
+    canvas = fit(to_pil(image), box)
+    values = labels.cpu().numpy()
+    rows = ((np.arange(canvas.height) + 0.5) * values.shape[0] / canvas.height).astype(int)
+    columns = ((np.arange(canvas.width) + 0.5) * values.shape[1] / canvas.width).astype(int)
+    fine = values[rows[:, None], columns[None]]
+    known = (fine >= 0) & (fine < len(colours))
+    table = np.array(colours, dtype=float)
+    pixels = np.asarray(canvas, dtype=float)
+    painted = (1 - strength) * pixels + strength * table[np.where(known, fine, 0)]
+    edge = np.zeros(fine.shape, dtype=bool)
+    edge[:, 1:] |= fine[:, 1:] != fine[:, :-1]
+    edge[1:] |= fine[1:] != fine[:-1]
+    painted = np.where(edge[..., None], 0.35 * painted, painted)
+    return Image.fromarray(np.where(known[..., None], painted, pixels).clip(0, 255).astype(np.uint8))
+
+
+def exit_map(image: Picture, exits: Exits, *, box: tuple[int, int] = (960, 960)) -> Image.Image:
+    """Where tokens left: the image in grey, in the colour of the stage, from dark (early) to bright (never)."""
+    grey = fit(to_pil(image), box).convert("L").convert("RGB")
+    return label_map(grey, exits.stage, exit_colours(len(exits.places)), strength=0.65, box=box)
+
+
+def exit_colours(count: int) -> tuple[Colour, ...]:
+    """One colour per place, from the first exit to those that stayed."""
+    shades = _heat(np.linspace(0.08, 0.9, count)).round().astype(int)
+    return tuple((int(r), int(g), int(b)) for r, g, b in shades)
+
+
+def semantic_figure(
+    image: Picture,
+    views: Sequence[LabelView],
+    classes: Sequence[str],
+    colours: Sequence[Colour],
+    *,
+    exits: Exits | None = None,
+    title: str = "",
+    width: int = 1640,
+    columns: int = 3,
+) -> Image.Image:
+    """The whole story of one image: input, one panel per view, where tokens left, and what the colours mean."""
+    margin, gap, head = 24, 14, 44
+    base = to_pil(image)
+    inner = width - 2 * margin
+    count = 1 + len(views) + (exits is not None)
+    columns = min(columns, count)
+    panel_width = (inner - gap * (columns - 1)) // columns
+    box = (panel_width, round(panel_width * 1.4))
+    panels = [("input", f"{base.width} x {base.height} pixels", fit(base, box))]
+    panels += [(view.title, view.note, label_map(base, view.labels, colours, box=box)) for view in views]
+    legends = [_legend(_present(views, classes, colours), inner)]
+    if exits is not None:
+        shares = [(exits.stage == i).float().mean().item() for i in range(len(exits.places))]
+        panels.append(("where tokens left", f"{1 - shares[-1]:.0%} left early", exit_map(base, exits, box=box)))
+        places = [f"{place} ({share:.0%})" for place, share in zip(exits.places, shares, strict=True)]
+        entries = list(zip(places, exit_colours(len(places)), strict=True))
+        legends.append(_legend([("tokens left:", None), *entries], inner))
+    top = margin + (34 if title else 0)
+    row_height = head + max(panel.height for _, _, panel in panels) + gap
+    rows = -(-count // columns)
+    height = top + rows * row_height + sum(legend.height + 6 for legend in legends) + margin
+    sheet = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    if title:
+        pen.text((margin, margin - 6), title, fill=INK, font=_font(24))
+    for i, (name, note, panel) in enumerate(panels):
+        x, y = margin + (i % columns) * (panel_width + gap), top + (i // columns) * row_height
+        pen.text((x, y), name, fill=INK, font=_font(18))
+        pen.text((x, y + 22), note, fill=FAINT, font=_font(14))
+        sheet.paste(panel, (x, y + head))
+    y = top + rows * row_height
+    for legend in legends:
+        sheet.paste(legend, (margin, y))
+        y += legend.height + 6
+    return sheet
+
+
+def _present(
+    views: Sequence[LabelView], classes: Sequence[str], colours: Sequence[Colour]
+) -> list[tuple[str, Colour | None]]:
+    """The classes that some view shows, the largest first, at most twenty."""
+    counts = torch.zeros(len(classes), dtype=torch.int64)
+    for view in views:
+        values = view.labels.cpu().flatten()
+        values = values[(values >= 0) & (values < len(classes))]
+        counts += torch.bincount(values, minlength=len(classes))
+    order = counts.argsort(descending=True)[:20].tolist()
+    return [(classes[i], colours[i]) for i in order if counts[i]]
+
+
+def _legend(entries: Sequence[tuple[str, Colour | None]], width: int) -> Image.Image:
+    """Names with their colours, in as many lines as it takes."""
+    font, line, places = _font(15), 24, []
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    x = y = 0
+    for name, colour in entries:
+        length = (22 if colour else 0) + round(measure.textlength(name, font=font)) + 20
+        if x and x + length > width:
+            x, y = 0, y + line
+        places.append((x, y, name, colour))
+        x += length
+    sheet = Image.new("RGB", (width, y + line), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for x, y, name, colour in places:
+        if colour:
+            pen.rectangle((x, y + 4, x + 15, y + 19), fill=colour)
+        pen.text((x + (22 if colour else 0), y + 12), name, fill=INK, font=font, anchor="lm")
+    return sheet
 
 
 def keep_maps(

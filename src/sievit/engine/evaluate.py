@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -187,7 +187,7 @@ def evaluate(
     part = _Part(dataset, rank, total, world_size(), skip=skip_failures)
     loader = DataLoader(part, batch_size, collate_fn=list, num_workers=workers, worker_init_fn=leave_signals_to_parent)
     accuracy, records, failures = _accuracy(model, dataset, max_detections), _Records(), []
-    batches = loading(loader)
+    batches: Iterable[Any] = loading(loader)
     if console is not None:
         batches = track(batches, title, total=len(loader), console=console, transient=True)
     training = model.training

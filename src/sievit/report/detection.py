@@ -1,81 +1,36 @@
-"""What a person gets to see of a model: detections of his own images, and the demonstration."""
+"""Reports of detectors: what they find in a person's own images, and dense against sparse."""
 
 import json
 import statistics
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sievit import viz
-from sievit.config import ConfigError, kind_of, nearest
+from sievit.config import ConfigError
 from sievit.data.coco import CocoDetection
-from sievit.data.images import list_images, read_image, to_tensor
-from sievit.data.scenes import generate
+from sievit.data.images import read_image, to_tensor
 from sievit.detector import Detector, Output
-from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import compare, timed
-from sievit.engine.evaluate import evaluate as run_evaluation
-from sievit.engine.recipe import default_data_root
 from sievit.files import write_atomically
 from sievit.flops import detector_gflops
 from sievit.metrics import coco_results
-from sievit.model import load
+from sievit.report.common import images_below, picture_names, progress, save_picture, tell_failures
 
-WEIGHTS = Path(__file__).parent / "weights"
-DEMO_SIZE = (512, 512)
-"""Height and width in pixels of the demonstration's scenes."""
 MIN_SCORE = 0.5
 """Objects under it are left out of the demonstration's pictures."""
 
 
-def shipped(name: str) -> Path:
-    """The file of a model that comes with the package.
-
-    Raises:
-        ConfigError: this copy of the package has none of that name.
-    """
-    path = WEIGHTS / f"{name}.safetensors"
-    if not path.is_file():
-        there = [path.stem for path in WEIGHTS.glob("*.safetensors")]
-        raise ConfigError(f"no model called {name!r} comes with this copy of sievit{nearest(name, there)}")
-    return path
-
-
-def find_model(name: Path) -> Path:
-    """The path as it is, or the model of that name that comes with the package."""
-    inside = WEIGHTS / f"{name}.safetensors"
-    return inside if not name.exists() and inside.is_file() else name
-
-
-def progress(console: Console) -> Progress:
-    """The bar of every loop over images."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """As PNG, whole or not at all."""
-    buffer = BytesIO()
-    picture.save(buffer, format="png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, buffer.getvalue())
-
-
 def predict(
-    model_path: Path,
+    model: Detector,
     images: Path,
     out: Path,
     *,
-    policy: str | None = None,
     score_threshold: float = 0.5,
     ids: Path | None = None,
-    device: str = "auto",
 ) -> int:
     """Detect objects in an image or a folder of images.
 
@@ -85,16 +40,9 @@ def predict(
     Returns:
         The exit status: 1 when an image could not be read (the others are done all the same), else 0.
     """
-    model = load(find_model(model_path), policy=policy, device=pick_device(device))
-    root = images if images.is_dir() else images.parent
-    paths = (
-        [p for p in list_images(images) if not p.resolve().is_relative_to(out.resolve())]
-        if images.is_dir()
-        else [images]
-    )
-    names = [path.relative_to(root).as_posix() for path in paths]
+    paths, names = images_below(images, out)
     image_ids = _ids(names, ids)
-    pictures = _picture_names(names)
+    pictures = picture_names(names)
     out.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     results, described, failures = [], [], []
@@ -128,11 +76,7 @@ def predict(
         write_atomically(out / "images.json", json.dumps(listing).encode())
         write_atomically(out / "results.json", json.dumps(results).encode())
         console.print(f"{len(described)} images, {len(results)} detections: {out / 'results.json'}", soft_wrap=True)
-    for failure in failures:
-        console.print(f"error: {failure}", soft_wrap=True, markup=False, highlight=False)
-    if failures:
-        console.print(f"{len(failures)} of {len(paths)} images could not be read")
-    return 1 if failures else 0
+    return tell_failures(failures, len(paths), console)
 
 
 def _ids(names: Sequence[str], annotations: Path | None) -> dict[str, int]:
@@ -152,12 +96,6 @@ def _ids(names: Sequence[str], annotations: Path | None) -> dict[str, int]:
     return known
 
 
-def _picture_names(names: Sequence[str]) -> dict[str, str]:
-    """Where each image's picture goes: its name as PNG, or with .png behind it where two would be called the same."""
-    plain = [str(Path(name).with_suffix(".png")) for name in names]
-    return {name: short if plain.count(short) == 1 else f"{name}.png" for name, short in zip(names, plain, strict=True)}
-
-
 def _view(title: str, model: Detector, output: Output, milliseconds: float, min_score: float) -> viz.View:
     """What a picture says of a model's answer for one image."""
     found = output.detections[0]
@@ -166,86 +104,33 @@ def _view(title: str, model: Detector, output: Output, milliseconds: float, min_
     return viz.View(title, note, found)
 
 
-def evaluate(
-    model_path: Path,
-    images: Path,
-    annotations: Path,
-    *,
-    policy: str | None = None,
-    batch_size: int = 1,
-    limit: int | None = None,
-    max_detections: int = 100,
-    device: str = "auto",
-) -> dict[str, Any]:
-    """Every figure of a model on data in COCO format, see `engine.evaluate`; progress goes to standard error."""
-    model = load(find_model(model_path), policy=policy, device=pick_device(device))
+def open_annotations(model: Detector, images: Path, annotations: Path) -> CocoDetection:
+    """Data in COCO format for this model.
+
+    Raises:
+        ConfigError: its categories are not the model's.
+    """
     dataset = CocoDetection(images, annotations, with_masks=False)
     if dataset.category_ids != model.config.category_ids:
         raise ConfigError(
             f"{annotations}: its category ids {_listed(dataset.category_ids)} are not those that the model was "
             f"trained for, {_listed(model.config.category_ids)}"
         )
-    figures = run_evaluation(
-        model,
-        dataset,
-        batch_size=batch_size,
-        limit=limit,
-        max_detections=max_detections,
-        console=Console(stderr=True),
-    )
-    return {**figures, "policy": kind_of(model.config.policy), "device": device_name(model.device)}
+    return dataset
 
 
 def _listed(ids: Sequence[int]) -> str:
     return ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
 
 
-def demo(
-    out: Path,
-    *,
-    num_images: int,
-    pictures: int,
-    seed: int,
-    data_root: Path | None = None,
-    device: str = "auto",
+def demonstrate(
+    dense: Detector, sparse: Detector, dataset: CocoDetection, out: Path, *, pictures: int, device: str
 ) -> dict[str, Any]:
-    """The shipped dense and sparse models on fresh scenes, and on nuclei where the data is there.
-
-    Writes the scenes to `out`/data, pictures to `out`/scenes and `out`/nuclei, and prints a table per data set.
-
-    Returns:
-        `dense` and `sparse` (box_ap, mask_ap, gflops, ms_per_image), `keep` per block, `speedup` and `images` of the
-        scenes, and the same of each data set in `datasets`.
-    """
-    console = Console()
-    where = pick_device(device)
-    drawn = out / "data" / f"scenes-{seed}-{num_images}"
-    generate(drawn, num_images=num_images, size=DEMO_SIZE, seed=seed)
-    datasets = {"scenes": CocoDetection(drawn / "images", drawn / "annotations.json", with_masks=False)}
-    nuclei = (default_data_root() if data_root is None else data_root) / "nuclei"
-    if nuclei.is_dir():
-        listing = _thinned(nuclei / "annotations/instances_val.json", num_images)
-        datasets["nuclei"] = CocoDetection(nuclei / "images", listing, with_masks=False)
-    else:
-        console.print(f"{nuclei} is not there: scenes only", style="dim")
-    report = {}
-    for name, dataset in datasets.items():
-        dense, sparse = (load(shipped(f"{name}_{kind}"), device=where) for kind in ("vit", "svit"))
-        figures = compare(dense, sparse, dataset, console=Console(stderr=True), title=name)
-        console.print(_table(name, figures, device_name(where)))
-        draw_pairs(dense, sparse, dataset, out / name, count=pictures)
-        report[name] = _short(figures)
-    console.print(f"pictures: {out}", soft_wrap=True)
-    return {**report["scenes"], "datasets": report, "device": device_name(where)}
-
-
-def _thinned(annotations: Path, count: int) -> dict[str, Any]:
-    """The content of a COCO file with `count` of its images, evenly spread."""
-    content = json.loads(annotations.read_text(encoding="utf-8"))
-    images = content["images"]
-    kept = [images[i * len(images) // count] for i in range(count)] if count < len(images) else images
-    ids = {image["id"] for image in kept}
-    return {**content, "images": kept, "annotations": [a for a in content["annotations"] if a["image_id"] in ids]}
+    """Compare, print a table, draw; returns what the demonstration's JSON says of the data set."""
+    figures = compare(dense, sparse, dataset, console=Console(stderr=True), title=out.name)
+    Console().print(_table(out.name, figures, device))
+    draw_pairs(dense, sparse, dataset, out, count=pictures)
+    return _short(figures)
 
 
 def _short(figures: dict[str, Any]) -> dict[str, Any]:
