@@ -244,10 +244,10 @@ def _levels(config: AugmentConfig, image: Tensor, draw: list[float]) -> Tensor:
 
 def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
     """A uint8 image (3, h, w) of another size."""
-    exact = size[1] == 1  # to a width of 1 torch's code for uint8 reads the wrong pixels, if it does not fail
-    source = image[None].float() if exact else image[None]
+    pixel = size == (1, 1)  # of which torch's code for uint8 fails or reads the wrong bytes
+    source = image[None].float() if pixel else image[None]
     out = F.interpolate(source, size=size, mode="bilinear", antialias=True, align_corners=False)[0]
-    return out.round().to(torch.uint8) if exact else out
+    return out.round().to(torch.uint8) if pixel else out
 
 
 def _centres(source: int, target: int) -> np.ndarray:
