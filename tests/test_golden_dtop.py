@@ -57,8 +57,8 @@ def check_stages(net: SegmentationNet, images: Tensor, case: dict[str, Tensor], 
     """Who left at each stage, and what each head said."""
     with torch.inference_mode():
         said, trace = asking_every_head(net).predictions(images, mode=mode)
-    assert len(said) == len(trace.exited) == 3
-    for stage, (prediction, exited) in enumerate(zip(said, trace.exited, strict=True)):
+    assert list(said) == [1, 3, 5] and len(trace.exited) == 3
+    for stage, (prediction, exited) in enumerate(zip(said.values(), trace.exited, strict=True)):
         assert torch.equal(exited, case[f"stage{stage}.mask_out"]), stage
         maps, classes = case[f"stage{stage}.canvas_out"], case[f"stage{stage}.pred_logits"]
         torch.testing.assert_close(prediction.maps, maps, atol=CANVAS, rtol=0)
@@ -266,7 +266,7 @@ def stage_losses(net: SegmentationNet, images: Tensor, labels: Tensor) -> tuple[
     """All losses of all heads under the released names."""
     said, trace = net.predictions(images)
     losses = {}
-    for name, head, prediction in zip(("aux_0", "aux_1", "decode"), net.heads, said, strict=True):
+    for name, head, prediction in zip(("aux_0", "aux_1", "decode"), net.heads, said.values(), strict=True):
         assert isinstance(head, SemanticHead)
         terms = head.losses(prediction, trace.grid, labels, 255)
         losses |= {f"{name}.{released}": terms[own] for released, own in TERMS.items()}

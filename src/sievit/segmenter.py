@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sievit.config import ConfigError, variant
-from sievit.heads.semantic import SemanticHead, SemanticHeadConfig, build_head, resize
+from sievit.heads.semantic import SemanticHead, SemanticHeadConfig, build_head, extents, repeat_edges, resize
 from sievit.inputs import ModelConfig, Size, batched, in_batches, normalised
 from sievit.policies import Policy, PolicyConfig, build_policy
 from sievit.policies.base import Head
@@ -96,7 +96,9 @@ class Segmentation:
     def left_at(self, index: int) -> Tensor:
         """(h, w) int64 on the pixels of image `index` as the network saw it: the stage at which the token there left,
         and the number of stages where it never did. Where windows overlap the later stage counts."""
-        stages = torch.stack([exited.logical_not() for exited in self.trace.exited]).sum(0)  # (b, n)
+        stages = torch.zeros(self.trace.valid.shape, dtype=torch.int64, device=self.trace.valid.device)
+        for exited in self.trace.exited:
+            stages += ~exited
         patch = self.image_size[0] // self.trace.grid[0]
         out = torch.zeros(self.resized[index], dtype=torch.int64)
         for own, (y, x, h, w), of_window in zip(self.owner, self.windows, stages.cpu(), strict=True):
@@ -150,13 +152,14 @@ class SegmentationNet(nn.Module):
                 images, whatever the input's is; this does so too.
         """
         predictions, trace = self.predictions(images, sizes, policy=policy, mode=mode)
-        logits = picture(predictions[-1], trace.grid, self._canvas(images), via=head_size)
+        logits = picture(predictions[self.out_indices[-1]], trace.grid, self._canvas(images), via=head_size)
         return logits[..., : images.shape[2], : images.shape[3]], trace
 
     def predictions(
         self, images: Tensor, sizes: Sizes | None = None, *, policy: Policy | None = None, mode: Mode = "auto"
-    ) -> tuple[list[Prediction], Trace]:
-        """What the heads say: in training all of them, else those that were asked; the last one is the answer."""
+    ) -> tuple[dict[int, Prediction], Trace]:
+        """What the heads say, by the block that they stand behind: in training all of them, else those that were asked;
+        the last one's is the answer. On padding stands what they say of the edge of the image."""
         policy = self.policy if policy is None else policy
         height, width = self._canvas(images)
         images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
@@ -164,11 +167,12 @@ class SegmentationNet(nn.Module):
         trace = Trace.start(tokens)
         if policy.needs_heads:
             tokens, trace = self.vit.run_blocks(tokens, policy, trace, mode=mode)
-            return list(trace.predictions), trace
-        said, start = [], 0
+            said = dict(zip(trace.asked, trace.predictions, strict=True))
+            return {block: _filled(prediction, tokens) for block, prediction in said.items()}, trace
+        said, start = {}, 0
         for block, head in self._behind.items() if self.training else list(self._behind.items())[-1:]:
             tokens, trace = self.vit.run_blocks(tokens, policy, trace, start=start, stop=block + 1, mode=mode)
-            said.append(head(tokens, tokens.valid, None))
+            said[block] = _filled(head(tokens, tokens.valid, None), tokens)
             start = block + 1
         return said, trace
 
@@ -176,6 +180,19 @@ class SegmentationNet(nn.Module):
         """The size of the images with whole patches."""
         patch = self.vit.config.patch_size
         return -(-images.shape[2] // patch) * patch, -(-images.shape[3] // patch) * patch
+
+
+def _filled(prediction: Prediction, tokens: Tokens) -> Prediction:
+    """The same with the edge of each image repeated over the padding behind it."""
+    if tokens.valid is None:
+        return prediction
+    rows, columns = extents(tokens.valid, tokens.grid)
+    maps = repeat_edges(prediction.maps.unflatten(2, tokens.grid), rows, columns).flatten(2)
+    fine = prediction.fine
+    if fine is not None:
+        scale = fine.shape[2] // tokens.grid[0]
+        fine = repeat_edges(fine, rows * scale, columns * scale)
+    return replace(prediction, maps=maps, fine=fine)
 
 
 class _AfterNorm:
@@ -228,12 +245,12 @@ class Segmenter(nn.Module):
         policy: Policy | None = None,
         mode: Mode = "auto",
     ) -> Segmentation:
-        """Losses when `targets` are given, labels when not.
+        """Losses when `targets` are given (of all heads in training, else of those that were asked), labels when not.
 
         Args:
             images: (3, h, w) RGB, float in 0..1 or uint8, of any sizes. With targets they are used at their size,
                 without they are resized to the test size and, if there is a crop, looked at window by window.
-            targets: per image `labels` (h, w) int64.
+            targets: per image `labels` (h, w) int64, the size of the image.
             policy: takes the place of the model's own.
             mode: the executor's, see `ViT.forward`.
         """
@@ -247,14 +264,18 @@ class Segmenter(nn.Module):
         batch = batched(images, sizes, replace(config.input, size_divisor=config.vit.patch_size), self.device)
         size = (batch.shape[2], batch.shape[3])
         truth = torch.full((len(images), *size), config.ignore_index, dtype=torch.int64, device=self.device)
-        for row, own, (h, w) in zip(truth, labels, sizes, strict=True):
-            row[:h, :w] = own.to(self.device)
+        for i, (own, (h, w)) in enumerate(zip(labels, sizes, strict=True)):
+            if own.shape != (h, w):
+                raise ConfigError(f"image {i} is {h}x{w} pixels, its labels are {tuple(own.shape)}")
+            truth[i, :h, :w] = own.to(self.device)
         said, trace = self.net.predictions(batch, sizes, policy=policy, mode=mode)
         losses = {}
-        for stage, (head, prediction) in enumerate(zip(self.net.heads, said, strict=True)):
-            last = stage + 1 == len(said)
+        for stage, (block, head) in enumerate(zip(self.net.out_indices, self.net.heads, strict=True)):
+            if block not in said:
+                continue
+            last = stage + 1 == len(self.net.heads)
             assert isinstance(head, SemanticHead)
-            for name, loss in head.losses(prediction, trace.grid, truth, config.ignore_index).items():
+            for name, loss in head.losses(said[block], trace.grid, truth, config.ignore_index).items():
                 losses[name if last else f"aux_{stage}_{name}"] = loss if last else config.aux_weight * loss
         losses |= (self.policy if policy is None else policy).loss(trace)
         whole = tuple((0, 0, *own) for own in sizes)

@@ -144,20 +144,30 @@ class Trace:
         return tuple(Prediction(aux["maps"], aux.get("classes"), aux.get("fine")) for aux in self.aux if "maps" in aux)
 
     @property
+    def asked(self) -> tuple[int, ...]:
+        """The blocks behind which these heads stand."""
+        return tuple(i - 1 for i, aux in enumerate(self.aux) if "maps" in aux)
+
+    @property
     def exited(self) -> tuple[Tensor, ...]:
         """Per stage (b, n) bool: the tokens that have left for good, at it or before."""
         return tuple(aux["exited"] for aux in self.aux if "exited" in aux)
 
     @staticmethod
     def join(traces: Sequence["Trace"]) -> "Trace":
-        """One trace of several batches with canvases of the same grid."""
+        """One trace of several batches with canvases of the same grid.
+
+        What one batch remembers and another does not (there was nothing to remember) is zero in the other.
+        """
         first = traces[0]
+        if len(traces) == 1:
+            return first
         return replace(
             first,
             valid=torch.cat([trace.valid for trace in traces]),
             keep=tuple(torch.cat(parts) for parts in zip(*(trace.keep for trace in traces), strict=True)),
             aux=tuple(
-                {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                {name: _joined(name, parts, traces) for name in dict.fromkeys(key for part in parts for key in part)}
                 for parts in zip(*(trace.aux for trace in traces), strict=True)
             ),
         )
@@ -175,3 +185,14 @@ class Trace:
         """(depth, b) float: the share of an image's valid grid tokens that took part in each block."""
         kept = torch.stack([keep.sum(1) for keep in self.keep])
         return kept / self.valid.sum(1).clamp(min=1)
+
+
+def _joined(name: str, parts: Sequence[dict[str, Tensor]], traces: Sequence[Trace]) -> Tensor:
+    """One thing that batches remember of one block, for all their images."""
+    known = next(part[name] for part in parts if name in part)
+    return torch.cat(
+        [
+            part[name] if name in part else known.new_zeros(len(trace.valid), *known.shape[1:])
+            for part, trace in zip(parts, traces, strict=True)
+        ]
+    )

@@ -60,9 +60,9 @@ def dtop_segmenter(
         released_loss: ignored pixels are background in the heads' losses, as in the released code.
 
     Returns:
-        The network in evaluation mode. Called on normalised images (b, 3, H, W) it returns the scores (b, classes, H, W)
-        and the trace; `trace.exited` holds per stage who has left, (b, n). The released heads resize to the size of the
-        training images first: give `head_size=(512, 512)` in the call for that.
+        The network in evaluation mode. Called on normalised images (b, 3, H, W) it returns the scores
+        (b, classes, H, W) and the trace; `trace.exited` holds per stage who has left, (b, n). The released heads resize
+        to the size of the training images first: give `head_size=(512, 512)` in the call for that.
 
     Raises:
         ConfigError: keys are missing, unknown, or of a shape that does not fit the others.

@@ -92,5 +92,25 @@ def semantic_heads() -> dict[str, type[SemanticHeadConfig]]:
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """(b, k, h, w) to (b, k, *size), bilinearly."""
+    """(b, k, h, w) to (b, k, *size), bilinearly; the maps themselves where they have that size."""
+    if maps.shape[2:] == size:
+        return maps
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def extents(valid: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(b,) and (b,) int: rows and columns of each image's own tokens, `valid` (b, n), on a canvas of `grid`."""
+    own = valid.unflatten(1, grid)
+    return own[:, :, 0].sum(1), own[:, 0].sum(1)
+
+
+def repeat_edges(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(b, k, h, w) with the last of each image's `rows` and `columns` (b,) repeated over the padding behind them.
+
+    So that resizing mixes nothing into an image, which alone ends there.
+    """
+    b, k, h, w = maps.shape
+    y = torch.arange(h, device=maps.device).minimum(rows[:, None] - 1)  # (b, h)
+    x = torch.arange(w, device=maps.device).minimum(columns[:, None] - 1)
+    index = (y[:, :, None] * w + x[:, None, :]).flatten(1)[:, None]
+    return maps.flatten(2).gather(2, index.expand(b, k, h * w)).view(b, k, h, w)

@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sievit.config import variant
-from sievit.heads.semantic import SemanticHead, SemanticHeadConfig, TokenHead, register_head, resize
+from sievit.heads.semantic import (
+    SemanticHead,
+    SemanticHeadConfig,
+    TokenHead,
+    extents,
+    register_head,
+    repeat_edges,
+    resize,
+)
 from sievit.necks.norm import BatchNorm2d
 from sievit.tokens import Prediction, Tokens
 
@@ -76,7 +84,7 @@ class SETRNaiveConfig(SemanticHeadConfig):
 
     Attributes:
         channels: between the two convolutions.
-        dropout: of whole channels before the second.
+        dropout: before the second, token by token.
     """
 
     channels: int = 256
@@ -134,20 +142,23 @@ class SETRPUP(SemanticHead):
         self.classifier = nn.Conv2d(config.channels, num_classes, 1)
 
     def forward(self, tokens: Tokens, part: Tensor | None = None, previous: Prediction | None = None) -> Prediction:
-        x = self.norm(tokens.patches)
-        if tokens.valid is not None:
-            x = x * tokens.valid[..., None]
-        x = x.transpose(1, 2).unflatten(2, tokens.grid)
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.relu(norm(conv(x)))
+        x = self.norm(tokens.patches).transpose(1, 2).unflatten(2, tokens.grid)
+        own = None if tokens.valid is None else extents(tokens.valid, tokens.grid)
+        inside = None if tokens.valid is None else tokens.valid.unflatten(1, tokens.grid)[:, None]
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            if own is None or inside is None:
+                x = F.relu(norm(conv(x)))
+            else:  # every image ends where it ends alone: zeros behind it for the convolution, its edge for the rest
+                x = F.relu(norm(conv(x * _enlarged(inside, 2**i))))
+                x = repeat_edges(x, own[0] * 2**i, own[1] * 2**i)
             x = resize(x, (2 * x.shape[2], 2 * x.shape[3]))
         fine = self.classifier(self.drop(x))
         scale = 2 ** len(self.convs)
         if part is not None and previous is not None:
-            size = (fine.shape[2], fine.shape[3])
-            earlier = resize(previous.maps.unflatten(2, tokens.grid), size)
-            here = part.unflatten(1, tokens.grid)[:, None].repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-            fine = torch.where(here, fine, earlier)
+            earlier = previous.fine
+            if earlier is None:
+                earlier = resize(previous.maps.unflatten(2, tokens.grid), (fine.shape[2], fine.shape[3]))
+            fine = torch.where(_enlarged(part.unflatten(1, tokens.grid)[:, None], scale), fine, earlier)
         return Prediction(F.avg_pool2d(fine, scale).flatten(2), fine=fine)
 
     def macs(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -160,3 +171,8 @@ class SETRPUP(SemanticHead):
         total += fine * self.classifier.weight.numel()
         over_earlier = 4.0 * fine * self.classifier.out_channels  # the earlier maps, up-sampled where tokens left
         return total + over_earlier * (tokens < cells).double()
+
+
+def _enlarged(mask: Tensor, scale: int) -> Tensor:
+    """(b, 1, h, w) to (b, 1, scale h, scale w)."""
+    return mask.repeat_interleave(scale, 2).repeat_interleave(scale, 3)

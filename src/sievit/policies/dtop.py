@@ -61,10 +61,11 @@ class DToPConfig(PolicyConfig):
 
 @register(DToPConfig)
 class DToP(Policy):
-    """Each auxiliary head grades the tokens that are left; confident ones take its prediction and leave (DToP, section 3).
+    """Each auxiliary head grades the tokens that are left; confident ones take its word and leave (DToP, section 3).
 
-    A token that left is neither computed nor seen by later blocks and heads; its maps stay on the canvas of predictions.
-    The trace holds, per stage, `exited` (b, n) and, where the head was asked, `maps` (b, k, n) and `classes`.
+    A token that left is neither computed nor seen by later blocks and heads; its maps stay on the canvas of
+    predictions. The trace holds, per stage, `exited` (b, n) and, where the head was asked, `maps` (b, k, n) and
+    `classes`.
     """
 
     needs_heads = True
@@ -108,7 +109,8 @@ class DToP(Policy):
         left = valid & ~exited
         everyone = last and self.config.rejoin
         earlier = trace.predictions[-1] if trace.predictions and not everyone else None
-        prediction = self.heads[block](tokens, None if everyone or bool(left.all()) else left, earlier)
+        part = tokens.valid if everyone else None if bool(left.all()) else left
+        prediction = self.heads[block](tokens, part, earlier)
         leaving = leave(prediction, left, threshold, keep_per_class=self.config.keep_per_class, grade=self.config.grade)
         return {"exited": exited | leaving, **prediction.tensors}
 
@@ -147,8 +149,10 @@ def _certainty(scores: Tensor) -> Tensor:
     """(b, n): one minus the entropy of the normalised scores, as a share of the largest entropy."""
     if scores.shape[1] == 1:
         return scores[:, 0]
-    shares = scores / scores.sum(1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
-    return 1 + torch.special.xlogy(shares, shares).sum(1) / math.log(scores.shape[1])
+    total = scores.sum(1, keepdim=True)
+    shares = scores / total.clamp(min=torch.finfo(scores.dtype).tiny)
+    certainty = 1 + torch.special.xlogy(shares, shares).sum(1) / math.log(scores.shape[1])
+    return torch.where(total[:, 0] > 0, certainty, 0)  # where no class has any score nothing is certain
 
 
 def _rank_in_class(grades: Tensor, cls: Tensor, candidates: Tensor, *, num_classes: int) -> Tensor:
