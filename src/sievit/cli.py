@@ -107,7 +107,7 @@ def _train(args: list[str]) -> int:
 
     from tyro.conf import arg
 
-    from sievit.engine.recipe import Recipe
+    from sievit.engine.recipe import Recipe, with_classes
 
     def run(
         recipe: Annotated[Recipe, arg(name="")] = default,
@@ -115,6 +115,9 @@ def _train(args: list[str]) -> int:
         out: Path = Path("runs") / name,
         resume: Path | None = None,
         data_root: Path | None = None,
+        num_classes: int | None = None,
+        ignore_index: int | None = None,
+        palette: Path | None = None,
     ) -> int:
         """Train a model; the last line of the output is one JSON object with the figures of the last validation.
 
@@ -123,9 +126,14 @@ def _train(args: list[str]) -> int:
             resume: go on with the run in this folder, as it was started; takes no other option.
             data_root: folder of the data sets; default the recipe's, else the environment's SIEVIT_DATA, else
                 ../shared/data.
+            num_classes: of a segmenter's labels, where they are not the recipe's.
+            ignore_index: label of pixels of which nothing is known.
+            palette: file with a line `red green blue name` for each class; label images may be in these colours.
         """
         if data_root is not None:
             recipe = replace(recipe, data=replace(recipe.data, root=data_root))
+        if (num_classes, ignore_index, palette) != (None, None, None):
+            recipe = with_classes(recipe, num_classes=num_classes, ignore_index=ignore_index, palette=palette)
         return _run_training(None if resume else recipe, resume or out)
 
     if any(option.partition("=")[0] == "--resume" for option in args[1:]) and len(args) > 3:
@@ -160,6 +168,7 @@ def _eval(args: list[str]) -> int:
         image_suffix: str | None = None,
         label_suffix: str | None = None,
         zero_is_ignored: bool = False,
+        palette: Path | None = None,
         policy: str | None = None,
         thresholds: tuple[float, ...] | None = None,
         batch_size: int = 1,
@@ -182,6 +191,7 @@ def _eval(args: list[str]) -> int:
             image_suffix: how the names of images end behind what they have in common with their labels'.
             label_suffix: how those of the labels do, e.g. _gtFine_labelTrainIds.png.
             zero_is_ignored: 0 in the label images means that nothing is known, and classes are counted from 1.
+            palette: file with a line `red green blue name` for each class, for label images in these colours.
             policy: takes the place of the model's own, e.g. keep_all for dense.
             thresholds: of the early exits of a segmenter, takes the place of its policy.
             batch_size: images that go through the network together.
@@ -201,6 +211,7 @@ def _eval(args: list[str]) -> int:
             image_suffix=image_suffix,
             label_suffix=label_suffix,
             zero_is_ignored=zero_is_ignored,
+            palette=palette,
             policy=policy,
             thresholds=thresholds,
             batch_size=batch_size,
@@ -316,6 +327,13 @@ def _bench_blocks(args: list[str]) -> int:
     return 0
 
 
+def _bench_network(args: list[str]) -> int:
+    from sievit.bench import NetworkBench, bench_network
+
+    _print_json(bench_network(_parse(NetworkBench, args, "bench network")))
+    return 0
+
+
 def _recipes(args: list[str]) -> int:
     def run(name: str | None = None, /) -> int:
         """List the recipes, or print one as JSON.
@@ -360,6 +378,7 @@ COMMANDS = {
     "predict": Command("MODEL IMAGES", "find objects or label pixels, in an image or a folder", _predict),
     "data scenes": Command("", "generate scenes in COCO format", _data_scenes),
     "bench blocks": Command("", "time the backbone's blocks, dense against sparse", _bench_blocks),
+    "bench network": Command("", "time a whole segmenter, dense against DToP", _bench_network),
     "recipes": Command("[NAME]", "list the recipes, or print one", _recipes),
     "policies": Command("", "list the token policies", _policies),
 }
