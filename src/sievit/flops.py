@@ -33,6 +33,7 @@ from sievit.heads import (
     SETRNaiveConfig,
     SETRPUPConfig,
 )
+from sievit.heads.semantic import extents
 from sievit.necks.adapter import ViTAdapter
 from sievit.necks.build import Backbone
 from sievit.policies import KeepAllConfig, build_policy
@@ -121,8 +122,8 @@ def heads_macs(net: SegmentationNet, trace: Trace) -> Tensor:
 
 def _asked(net: SegmentationNet, trace: Trace) -> list[bool]:
     """Which heads were asked: those whose answer the trace holds, or without early exits the last one."""
-    last = net.out_indices[-1]
-    return ["maps" in trace.aux[block + 1] if trace.exited else block == last for block in net.out_indices]
+    asked = trace.asked if trace.exited else net.out_indices[-1:]
+    return [block in asked for block in net.out_indices]
 
 
 def _judged(trace: Trace, block: int) -> Tensor:
@@ -132,9 +133,8 @@ def _judged(trace: Trace, block: int) -> Tensor:
 
 def _own_grids(trace: Trace) -> list[tuple[int, int]]:
     """Per image the (h, w) of its tokens, without what pads it."""
-    valid = trace.valid.unflatten(1, trace.grid)
-    rows, columns = (valid.any(axis).sum(1).tolist() for axis in (2, 1))
-    return list(zip(rows, columns, strict=True))
+    rows, columns = extents(trace.valid, trace.grid)
+    return list(zip(rows.tolist(), columns.tolist(), strict=True))
 
 
 def _on_own_grid(trace: Trace, tokens: Tensor, count: Callable[[Tensor, tuple[int, int]], Tensor]) -> Tensor:

@@ -167,10 +167,8 @@ class SETRPUP(SemanticHead):
             assert isinstance(conv, nn.Conv2d)
             total += cells * 4**i * conv.weight.numel()
             total += cells * 4 ** (i + 1) * conv.out_channels * 4  # up-sampling
-        fine = cells * 4 ** len(self.convs)
-        total += fine * self.classifier.weight.numel()
-        over_earlier = 4.0 * fine * self.classifier.out_channels  # the earlier maps, up-sampled where tokens left
-        return total + over_earlier * (tokens < cells).double()
+        total += cells * 4 ** len(self.convs) * self.classifier.weight.numel()
+        return torch.full(tokens.shape, total, dtype=torch.float64, device=tokens.device)
 
 
 def _enlarged(mask: Tensor, scale: int) -> Tensor:
