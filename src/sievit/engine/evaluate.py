@@ -195,7 +195,7 @@ def evaluate(
     try:
         for batch in batches:
             failures += [sample for sample in batch if isinstance(sample, str)]
-            samples = [sample for sample in batch if not isinstance(sample, str)]
+            samples: list[Any] = [sample for sample in batch if not isinstance(sample, str)]
             if samples:
                 answer, elapsed = timed(model, [image for image, _ in samples], precision=precision)
                 records.add(model, answer, elapsed)

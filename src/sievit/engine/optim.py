@@ -13,8 +13,10 @@ POLY_POWER = 0.9
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
-    """AdamW's groups: unless `decay_norms`, no weight decay on norms, biases, positions and level embeddings; `lr_scale`
-    for the policy and for heads."""
+    """AdamW's groups, with an `lr_scale` for the policy and for heads.
+
+    Unless `decay_norms`, no weight decay on norms, biases, positions and level embeddings.
+    """
     norms = {f"{name}." for name, module in model.named_modules() if isinstance(module, NORMS)}
     groups: dict[tuple[bool, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():

@@ -1,12 +1,13 @@
 """A run as a value: the model, its data, and how it is trained."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from sievit.config import ConfigError, kind_of, variant
 from sievit.data.coco import CocoDetection
+from sievit.data.label_files import read_palette
 from sievit.data.labels import LabelDataset
 from sievit.data.scenes import generate
 from sievit.data.semantic import SemanticAugment, SemanticAugmentConfig
@@ -80,6 +81,7 @@ class LabelsData(DataConfig):
         image_suffix, label_suffix: what the names of a pair have behind what they have in common.
         zero_is_ignored: 0 in the files means that nothing is known, and classes are counted from 1.
         values: value in the files of each class, in the order of the classes; None: the classes themselves.
+        palette: file with the colour of each class, for label images in colours, see `data.label_files.read_palette`.
     """
 
     train_labels: Path
@@ -92,6 +94,7 @@ class LabelsData(DataConfig):
     label_suffix: str | None = None
     zero_is_ignored: bool = False
     values: tuple[int, ...] | None = None
+    palette: Path | None = None
     augment: SemanticAugmentConfig = field(default_factory=SemanticAugmentConfig)
 
 
@@ -254,6 +257,7 @@ def _open_labels(
                 classes=model.classes,
                 zero_is_ignored=data.zero_is_ignored,
                 label_map=None if data.values is None else {value: i for i, value in enumerate(data.values)},
+                palette=None if data.palette is None else root / data.palette,
                 names_file=None if names is None else root / names,
                 image_suffix=data.image_suffix,
                 label_suffix=data.label_suffix,
@@ -270,3 +274,35 @@ def _open_labels(
 
 def _named(classes: tuple[str, ...]) -> str:
     return f"({len(classes)}: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})"
+
+
+def with_classes(
+    recipe: Recipe, *, num_classes: int | None = None, ignore_index: int | None = None, palette: Path | None = None
+) -> Recipe:
+    """The recipe of a segmenter for other classes.
+
+    Args:
+        num_classes: of the data; None: as many as the palette has.
+        ignore_index: label of pixels that nobody has to know.
+        palette: file with their colours, and names if it has them; label images may then be in these colours.
+
+    Raises:
+        ConfigError: the recipe is a detector's, or the numbers contradict each other.
+    """
+    model, data = recipe.model, recipe.data
+    if not isinstance(model, SegmenterConfig) or not isinstance(data, LabelsData):
+        raise ConfigError("num-classes, ignore-index and palette are those of a segmenter; this recipe is a detector's")
+    colours, names = model.palette, model.classes
+    if palette is not None:
+        read = read_palette(palette)
+        colours, num_classes = read.colours, len(read.colours) if num_classes is None else num_classes
+        names = read.names or names
+        data = replace(data, palette=palette.resolve())
+    if num_classes is not None and len(names) != num_classes:
+        names = tuple(f"class {i}" for i in range(num_classes))
+    if len(colours) != len(names):
+        if palette is not None:
+            raise ConfigError(f"{palette}: has {len(colours)} colours for {len(names)} classes; give one for each")
+        colours = ()
+    ignored = model.ignore_index if ignore_index is None else ignore_index
+    return replace(recipe, data=data, model=replace(model, classes=names, palette=colours, ignore_index=ignored))

@@ -20,6 +20,8 @@ _RECIPES: dict[str, Callable[[], Recipe]] = {
         nuclei.nuclei_segvit_dtop_retrain,
         scenes.scenes_vit,
         scenes.scenes_svit,
+        scenes.scenes_segvit,
+        scenes.scenes_segvit_dtop,
     )
 }
 

@@ -3,9 +3,17 @@
 from pathlib import Path
 
 from sievit.data.scenes import CLASSES
+from sievit.data.semantic import SemanticAugmentConfig
 from sievit.data.transforms import AugmentConfig
-from sievit.engine.recipe import CocoData, Recipe, ScenesConfig
-from sievit.recipes.small import small_model, small_sparse, small_training
+from sievit.engine.recipe import CocoData, LabelsData, Recipe, ScenesConfig
+from sievit.recipes.small import (
+    small_dtop,
+    small_model,
+    small_segmenter,
+    small_semantic_training,
+    small_sparse,
+    small_training,
+)
 
 DATA = CocoData(
     train_images=Path("scenes/train/images"),
@@ -32,3 +40,33 @@ def scenes_vit() -> Recipe:
 def scenes_svit() -> Recipe:
     """SViT from the dense detector of scenes."""
     return small_sparse(scenes_vit(), start=Path("runs/scenes_vit"), epochs=1)
+
+
+LABELS = LabelsData(
+    train_images=Path("scenes/train/images"),
+    train_labels=Path("scenes/train/labels"),
+    val_images=Path("scenes/val/images"),
+    val_labels=Path("scenes/val/labels"),
+    root=Path("out"),
+    scenes=DATA.scenes,
+    augment=SemanticAugmentConfig(flip=0.5, scales=(256, 320, 384, 448), crop=(192, 192), cat_max_ratio=0.97),
+)
+
+
+def scenes_segvit() -> Recipe:
+    """Dense segmenter of generated scenes, from scratch."""
+    return Recipe(
+        model=small_segmenter(
+            classes=("ground", *CLASSES),
+            palette=((92, 84, 72), (255, 99, 72), (46, 196, 182), (124, 207, 70), (255, 200, 40), (178, 120, 255)),
+            test_size=(320, 640),
+            embed_dim=96,
+        ),
+        data=LABELS,
+        train=small_semantic_training(epochs=8, val_every=4, val_images=40),
+    )
+
+
+def scenes_segvit_dtop() -> Recipe:
+    """DToP, fine-tuned from the dense segmenter of scenes."""
+    return small_dtop(scenes_segvit(), start=Path("runs/scenes_segvit"), epochs=2)

@@ -67,15 +67,19 @@ def small_training(*, epochs: int, val_every: int, val_images: int) -> TrainConf
 
 
 def small_segmenter(
-    *, classes: tuple[str, ...], palette: tuple[tuple[int, int, int], ...], test_size: tuple[int, int]
+    *,
+    classes: tuple[str, ...],
+    palette: tuple[tuple[int, int, int], ...],
+    test_size: tuple[int, int],
+    embed_dim: int = 128,
 ) -> SegmenterConfig:
-    """SegViT on a ViT of width 128, patch 8 and depth 12, with heads behind the blocks 5, 7 and 11.
+    """SegViT on a ViT of patch 8 and depth 12, with heads behind the blocks 5, 7 and 11.
 
     Args:
         test_size: short edge of test images in pixels, and limit of the long one.
     """
     return SegmenterConfig(
-        vit=ViTConfig(grid=(24, 24), patch_size=8, embed_dim=128, num_heads=2),
+        vit=ViTConfig(grid=(24, 24), patch_size=8, embed_dim=embed_dim, num_heads=2),
         policy=KeepAllConfig(),
         head=ATMConfig(channels=64, num_heads=2),
         out_indices=(5, 7, 11),

@@ -79,6 +79,7 @@ def evaluate(
     image_suffix: str | None = None,
     label_suffix: str | None = None,
     zero_is_ignored: bool = False,
+    palette: Path | None = None,
     policy: str | None = None,
     thresholds: tuple[float, ...] | None = None,
     batch_size: int = 1,
@@ -88,8 +89,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Every figure of a model, see `engine.evaluate`; progress goes to standard error.
 
-    Detectors are judged by COCO `annotations`, segmenters by a folder of `labels` (with `panoptic`, COCO's JSON file, by
-    its PNGs). Images that cannot be used are left out, and listed in `failures`.
+    Detectors are judged by COCO `annotations`, segmenters by a folder of `labels` (with
+    `panoptic`, COCO's JSON file, by its PNGs). Images that cannot be used are left out, and listed in `failures`.
     """
     model = open_model(model_path, policy=policy, thresholds=thresholds, device=device)
     dataset: CocoDetection | LabelDataset
@@ -109,6 +110,7 @@ def evaluate(
             image_suffix=image_suffix,
             label_suffix=label_suffix,
             zero_is_ignored=zero_is_ignored,
+            palette=palette,
         )
     figures = run_evaluation(
         model,

@@ -98,6 +98,7 @@ def open_labels(
     image_suffix: str | None = None,
     label_suffix: str | None = None,
     zero_is_ignored: bool = False,
+    palette: Path | None = None,
 ) -> LabelDataset:
     """Images and labels for this model.
 
@@ -112,6 +113,7 @@ def open_labels(
             classes=config.classes,
             ignore_index=config.ignore_index,
             zero_is_ignored=zero_is_ignored,
+            palette=palette,
             names_file=names,
             image_suffix=image_suffix,
             label_suffix=label_suffix,
