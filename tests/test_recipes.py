@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sievit.config import ConfigError, from_json, kind_of, to_json
-from sievit.detector import Detector
+from sievit.detector import Detector, DetectorConfig
 from sievit.engine.recipe import Recipe, default_data_root, open_data
 from sievit.model import build
 from sievit.policies import SViTConfig
@@ -16,9 +16,18 @@ from sievit.recipes import recipe, recipes
 PAPERS = ("coco_vit_adapter_t", "coco_vit_adapter_s", "coco_svit_adapter_t", "coco_svit_adapter_s")
 
 
+DETECTORS = [name for name in recipes() if isinstance(recipe(name).model, DetectorConfig)]
+
+
+def detector_config(name: str) -> DetectorConfig:
+    config = recipe(name).model
+    assert isinstance(config, DetectorConfig)
+    return config
+
+
 def on_meta(name: str) -> Detector:
     with torch.device("meta"):
-        return build(recipe(name).model)
+        return build(detector_config(name))
 
 
 def count(module: torch.nn.Module) -> int:
@@ -26,10 +35,15 @@ def count(module: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_every_recipe_builds_and_survives_json(name: str):
+def test_every_recipe_survives_json_and_is_listed(name: str):
     chosen = recipe(name)
     assert from_json(Recipe, json.loads(json.dumps(to_json(chosen)))) == chosen
     assert (recipes()[name].__doc__ or "").strip(), "it is listed with its first line"
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_every_detector_builds(name: str):
+    chosen = recipe(name)
     assert kind_of(chosen.model.policy) == ("svit" if "svit" in name else "keep_all")
     model = on_meta(name)
     assert len(model.config.classes) == model.config.head.num_classes
@@ -54,7 +68,7 @@ def test_an_unknown_recipe_names_the_nearest():
 def test_sizes_are_those_of_the_papers(name: str, backbone: int, detector: int):
     """Figures of the released models, less the position of the class token, which they keep and never use, plus
     torchvision's predictors for the background, whose boxes and masks are never used either."""
-    model, config = on_meta(name), recipe(name).model
+    model, config = on_meta(name), detector_config(name)
     class_position = config.vit.embed_dim
     background = 4 * (config.head.box_fc + 1) + config.head.mask_deconv + 1
     assert count(model.backbone) == backbone - class_position
@@ -85,6 +99,7 @@ def test_the_papers_settings(golden_root: Path):
     """What mmdet reported when it built SViT-Adapter-T."""
     said = json.loads((golden_root / "svit" / "settings_mask_rcnn.json").read_text())
     chosen = recipe("coco_svit_adapter_t")
+    assert isinstance(chosen.model, DetectorConfig)
     train, head, inputs = chosen.train, chosen.model.head, chosen.model.input
     assert train.lr == said["optimizer"]["lr"]
     assert train.weight_decay == said["optimizer"]["weight_decay"]

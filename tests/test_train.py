@@ -287,6 +287,7 @@ def test_a_loss_that_is_no_number_stops(recipe: Recipe, tmp_path: Path):
 @pytest.mark.usefixtures("whole")  # it draws the scenes
 def test_an_image_that_is_missing_is_named(recipe: Recipe, tmp_path: Path):
     assert recipe.data.root is not None
+    assert isinstance(recipe.data, CocoData)
     source = json.loads((recipe.data.root / recipe.data.train_annotations).read_text())
     source["images"][5]["file_name"] = "gone.png"
     listing = tmp_path / "broken.json"
@@ -300,6 +301,7 @@ def test_an_image_that_is_missing_is_named(recipe: Recipe, tmp_path: Path):
 
 
 def test_data_of_other_classes_is_refused(recipe: Recipe, tmp_path: Path):
+    assert isinstance(recipe.model, DetectorConfig)
     model = replace(recipe.model, category_ids=(1, 2, 3, 4, 5, 6, 7, 8, 9)[: len(recipe.model.classes)])
     model = replace(model, category_ids=tuple(i + 1 for i in model.category_ids))
     with pytest.raises(ConfigError, match="categories"):
@@ -307,6 +309,7 @@ def test_data_of_other_classes_is_refused(recipe: Recipe, tmp_path: Path):
 
 
 def test_no_masks_needed_for_boxes(recipe: Recipe, tmp_path: Path):
+    assert isinstance(recipe.model, DetectorConfig)
     model = replace(recipe.model, head=replace(recipe.model.head, with_masks=False))
     figures = train(replace(recipe, model=model, train=replace(recipe.train, epochs=1)), out=tmp_path)
     assert "box_ap" in figures
@@ -314,6 +317,7 @@ def test_no_masks_needed_for_boxes(recipe: Recipe, tmp_path: Path):
 
 
 def test_sparse_training_starts_from_dense(recipe: Recipe, tmp_path: Path):
+    assert isinstance(recipe.model, DetectorConfig)
     dense = build(replace(recipe.model, policy=KeepAllConfig()))
     save(dense, tmp_path / "dense.safetensors")
     sparse = build(recipe.model)
@@ -349,11 +353,11 @@ def test_a_pretrained_vit_is_loaded(recipe: Recipe, tmp_path: Path):
 
     source: Any = timm.models.VisionTransformer(img_size=64, embed_dim=16, depth=4, num_heads=2, num_classes=3)
     torch.save({"model": source.state_dict()}, tmp_path / "vit.pth")
-    vit = build(recipe.model).backbone.vit
+    vit = build(recipe.model).vit
     start_vit_from(vit, tmp_path / "vit.pth")
     assert torch.equal(vit.blocks[3].get_parameter("mlp.fc2.weight"), source.blocks[3].mlp.fc2.weight)
     assert torch.equal(vit.pos_embed, source.pos_embed[:, 1:])
-    wide = build(replace(recipe.model, vit=replace(recipe.model.vit, embed_dim=32))).backbone.vit
+    wide = build(replace(recipe.model, vit=replace(recipe.model.vit, embed_dim=32))).vit
     with pytest.raises(ConfigError, match="not of the recipe's shape"):
         start_vit_from(wide, tmp_path / "vit.pth")
     (tmp_path / "vit.pth").write_bytes(b"nothing")

@@ -128,7 +128,9 @@ class _Records:
             "images": len(ordered),
         }
         if self.left:
-            figures["left_at"] = [round(statistics.fmean(column), 4) for column in zip(*self.left, strict=True)]
+            stages = list(zip(*self.left, strict=True))
+            for suffix, of in (("", statistics.fmean), ("_std", statistics.pstdev), ("_min", min), ("_max", max)):
+                figures[f"left_at{suffix}"] = [round(of(stage), 4) for stage in stages]
         return figures
 
 
@@ -177,7 +179,8 @@ def evaluate(
         Of a detector box_ap, box_ap50, ... and mask_ap, ...; of a segmenter miou, pixel_accuracy, mean_accuracy and iou
         per class (all 0..1); per block `keep` (mean share of an image's tokens) and `tokens` (mean count); `gflops` per
         image (mean, `_std`, `_min`, `_max`); `ms_per_image` of the model alone (median, and `_p95`); where tokens leave
-        early, `left_at`: the mean share of an image's tokens that leave at each stage; `images`.
+        early, `left_at`: the share of an image's tokens that leave at each stage (mean, `_std`, `_min`, `_max`);
+        `images`.
 
     Raises:
         ConfigError: an image cannot be read, and the message names it; or there is none.
