@@ -211,6 +211,7 @@ def picture(prediction: Prediction, grid: tuple[int, int], size: Size, *, via: S
         maps = prediction.fine
     else:
         maps = (prediction.maps if prediction.classes is None else prediction.scores()).unflatten(2, grid)
+    maps = maps.contiguous()  # those of packed tokens lie token by token, which takes ten times as long to resize
     return resize(maps if via is None else resize(maps, via), size)
 
 
