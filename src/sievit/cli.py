@@ -320,6 +320,58 @@ def _data_scenes(args: list[str]) -> int:
     return _parse(run, args, "data scenes")
 
 
+def _sweep(args: list[str]) -> int:
+    from tyro.conf import OmitArgPrefixes, arg
+
+    from sievit.report.sweep import ExitOptions, Labelled, sweep
+
+    def run(
+        model: Annotated[Path, arg(metavar="MODEL")],
+        /,
+        *,
+        data: OmitArgPrefixes[Labelled],
+        thresholds: tuple[float, ...] = (0.8, 0.85, 0.9, 0.95, 0.98),
+        out: Path = Path("out/sweep"),
+        also: tuple[str, ...] = (),
+        limit: int | None = None,
+        batch_size: int = 1,
+        timed_images: int = 16,
+        exits: OmitArgPrefixes[ExitOptions] = ExitOptions(),  # noqa: B008
+        device: str = "auto",
+    ) -> int:
+        """Evaluate a segmenter at many thresholds of its early exits, and densely.
+
+        Writes sweep.json, sweep.csv and sweep.png; the last line of the output is one JSON object with all `points`.
+        Stopped, it goes on where it was.
+
+        Args:
+            model: checkpoint, folder of a training run, or name of a model that comes with sievit.
+            thresholds: grades above which tokens leave; 1, the dense model, is always added.
+            out: folder for table, JSON and plot.
+            also: further checkpoints as curves of their own: NAME=CHECKPOINT, or NAME=CHECKPOINT@0.9,0.95.
+            limit: only the first so many images.
+            batch_size: images that go through the network together.
+            timed_images: so many images are timed, by all in turns.
+            device: cpu, cuda, cuda:1, or auto.
+        """
+        figures = sweep(
+            model,
+            data,
+            thresholds,
+            out,
+            also=also,
+            limit=limit,
+            batch_size=batch_size,
+            timed_images=timed_images,
+            exits=exits,
+            device=device,
+        )
+        _print_json(figures)
+        return 1 if figures["failures"] else 0
+
+    return _parse(run, args, "sweep")
+
+
 def _bench_blocks(args: list[str]) -> int:
     from sievit.bench import BlocksBench, bench_blocks
 
@@ -332,6 +384,81 @@ def _bench_network(args: list[str]) -> int:
 
     _print_json(bench_network(_parse(NetworkBench, args, "bench network")))
     return 0
+
+
+def _flops(args: list[str]) -> int:
+    from tyro.conf import arg
+
+    def run(
+        target: Annotated[str, arg(metavar="TARGET")],
+        /,
+        *,
+        size: tuple[int, int] | None = None,
+        images: Path | None = None,
+        policy: str | None = None,
+        thresholds: tuple[float, ...] | None = None,
+        batch_size: int = 1,
+        limit: int | None = None,
+        device: str = "auto",
+    ) -> int:
+        """Count what a model costs, by part; the last line of the output is one JSON object.
+
+        Without --images every token takes part: `gflops` is by the papers' rule, `gflops_full` is everything.
+
+        Args:
+            target: recipe, checkpoint, folder of a training run, or name of a model that comes with sievit.
+            size: height and width in pixels; default the training crop, of a detector the largest test image.
+            images: folder of images that a trained model is run on, for what it spends on each.
+            policy: takes the place of the model's own, for --images.
+            thresholds: of the early exits of a segmenter, for --images.
+            batch_size: images that go through the network together.
+            limit: only the first so many images.
+            device: cpu, cuda, cuda:1, or auto.
+        """
+        return _run_flops(target, size, images, policy, thresholds, batch_size, limit, device)
+
+    return _parse(run, args, "flops")
+
+
+def _run_flops(
+    target: str,
+    size: tuple[int, int] | None,
+    images: Path | None,
+    policy: str | None,
+    thresholds: tuple[float, ...] | None,
+    batch_size: int,
+    limit: int | None,
+    device: str,
+) -> int:
+    from rich.console import Console
+
+    from sievit.costs import costs, per_image
+    from sievit.model import model_file, read
+    from sievit.recipes import recipe, recipes
+    from sievit.report import open_model
+    from sievit.report.common import find_model
+
+    path, names = find_model(Path(target)), recipes()
+    if images is None and (policy is not None or thresholds is not None):
+        raise ConfigError("--policy and --thresholds say who is left out, which depends on the image; give --images")
+    if target in names and not path.exists():
+        if images is not None:
+            raise ConfigError(f"{target!r} is a recipe, its weights are random; --images needs a trained model")
+        _print_json(costs(recipe(target).model, size=size, console=Console()))
+        return 0
+    if not path.exists():
+        raise ConfigError(f"{target!r} is neither a recipe nor a file or folder{nearest(target, names)}")
+    figures = costs(read(model_file(path))[0], size=size, console=Console())
+    if images is not None:
+        model = open_model(path, policy=policy, thresholds=thresholds, device=device)
+        figures["per_image"] = per_image(
+            model, images, batch_size=batch_size, limit=limit, console=Console(), progress=Console(stderr=True)
+        )
+    failures = figures.get("per_image", {}).get("failures", ())
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    _print_json(figures)
+    return 1 if failures else 0
 
 
 def _recipes(args: list[str]) -> int:
@@ -376,9 +503,11 @@ COMMANDS = {
     "train": Command("RECIPE", "train a model, or go on with --resume RUN", _train),
     "eval": Command("MODEL", "accuracy, tokens, GFLOPs and latency", _eval),
     "predict": Command("MODEL IMAGES", "find objects or label pixels, in an image or a folder", _predict),
+    "sweep": Command("MODEL", "a segmenter at many thresholds: table and plot", _sweep),
     "data scenes": Command("", "generate scenes in COCO format", _data_scenes),
     "bench blocks": Command("", "time the backbone's blocks, dense against sparse", _bench_blocks),
     "bench network": Command("", "time a whole segmenter, dense against DToP", _bench_network),
+    "flops": Command("TARGET", "GFLOPs of a recipe or model, by part and image", _flops),
     "recipes": Command("[NAME]", "list the recipes, or print one", _recipes),
     "policies": Command("", "list the token policies", _policies),
 }
