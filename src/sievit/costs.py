@@ -1,0 +1,241 @@
+"""What a model costs: on paper, before anything is trained, and image by image on photographs of one's own."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from sievit.config import ConfigError, kind_of
+from sievit.data.images import list_images, read_image, to_tensor
+from sievit.detector import Output
+from sievit.flops import by_module, model_gflops, published_gflops, published_gflops_of
+from sievit.inputs import ModelConfig, Size
+from sievit.model import Model, build
+from sievit.policies import DToP, SViT
+from sievit.segmenter import Segmentation, Segmenter, SegmenterConfig
+from sievit.tokens import Trace
+
+BINS = 8
+"""Bars of the histogram."""
+QUANTILES = (5, 25, 50, 75, 95)
+"""Percentiles of the GFLOPs per image."""
+
+
+def costs(config: ModelConfig, *, size: Size | None = None, console: Console | None = None) -> dict[str, Any]:
+    """GFLOPs of a model for an image in which every token takes part in every block; no weights are made.
+
+    Args:
+        size: (height, width) in pixels; None: the window that a segmenter was trained on, or the largest test image of
+            a detector.
+        console: where a table goes; None for none.
+
+    Returns:
+        `gflops` by the published rule (of a detector, which has none, everything), `gflops_full` with everything that
+        is computed, the policy's gates and the heads that it asks included, `by_module` its parts, `size`, `policy` and
+        `parameters`.
+
+    Raises:
+        ConfigError: an image without pixels.
+    """
+    size = default_size(config) if size is None else size
+    if min(size) < 1:
+        raise ConfigError(f"the size is height and width in pixels, at least 1, not {size}")
+    with torch.device("meta"):
+        model = build(config)
+    parts = {name: round(value.item(), 6) for name, value in by_module(model, everyone(model, size)).items()}
+    full = round(sum(parts.values()), 6)
+    figures = {
+        "gflops": round(published_gflops(config, size), 6) if isinstance(config, SegmenterConfig) else full,
+        "gflops_full": full,
+        "by_module": parts,
+        "size": list(size),
+        "policy": kind_of(config.policy),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    if console is not None:
+        console.print(_table(figures, segmenter=isinstance(config, SegmenterConfig)))
+    return figures
+
+
+def default_size(config: ModelConfig) -> Size:
+    """(height, width): the window that a segmenter was trained on, or the largest test image of a detector."""
+    patch, grid = config.vit.patch_size, config.vit.grid
+    if isinstance(config, SegmenterConfig) and config.crop is not None:
+        return config.crop
+    if isinstance(config, SegmenterConfig) or config.input.min_size is None:
+        return grid[0] * patch, grid[1] * patch
+    return config.input.min_size, config.input.max_size
+
+
+def everyone(model: Model, size: Size) -> Segmentation | Output:
+    """What a pass over one image of `size` would return if no token was left out, as far as its cost is concerned."""
+    patch, depth = model.config.vit.patch_size, model.config.vit.depth
+    grid = (-(-size[0] // patch), -(-size[1] // patch))
+    if not isinstance(model, Segmenter):
+        divisor = model.backbone.size_divisor
+        padded = tuple(-(-edge // divisor) * divisor for edge in size)
+        grid = (padded[0] // patch, padded[1] // patch)
+    all_of_them = torch.ones(1, grid[0] * grid[1], dtype=torch.bool)
+    remembered: list[dict[str, Tensor]] = [{} for _ in range(depth + 1)]
+    policy = model.policy
+    if isinstance(policy, DToP):
+        for block, threshold in policy.thresholds.items():
+            asked = {"maps": all_of_them[:, None]} if threshold < 1 or block == depth - 1 else {}
+            remembered[block + 1] = {"exited": ~all_of_them, **asked}
+    elif isinstance(policy, SViT):
+        for block in range(policy.config.first_block, depth):
+            remembered[block] = {"logits": all_of_them}
+    trace = Trace(grid, model.vit.num_prefix, all_of_them, (all_of_them,) * depth, tuple(remembered))
+    if isinstance(model, Segmenter):
+        return Segmentation([], {}, trace, (0,), ((0, 0, *size),), [size], (grid[0] * patch, grid[1] * patch))
+    detections = [{"boxes": torch.zeros(model.config.head.box_max_detections, 4)}]
+    return Output(detections, {}, trace, [size], size)
+
+
+@torch.inference_mode()
+def per_image(
+    model: Model,
+    folder: Path,
+    *,
+    batch_size: int = 1,
+    limit: int | None = None,
+    console: Console | None = None,
+    progress: Console | None = None,
+) -> dict[str, Any]:
+    """What a trained model spends on each image of a folder.
+
+    Args:
+        limit: the first so many images.
+        console: where a table with a histogram goes. progress: where the progress bar does. None for none.
+
+    Returns:
+        Of GFLOPs with everything `mean`, `std`, `min`, `max` and `quantiles`; of a segmenter `published` (mean by the
+        published rule); `keep`, the mean share of tokens in each block; where tokens leave early, `left_at`, the mean
+        share that leaves at each stage; `images`, the same of each with its `file`; and `failures`, files that could
+        not be read, if there are any.
+
+    Raises:
+        ConfigError: no such folder, or no image in it that can be read.
+    """
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise ConfigError(f"batch size and limit are at least 1, not {batch_size} and {limit}")
+    paths = list_images(folder)[:limit]
+    model.eval()
+    rows, failures = [], []
+    starts = range(0, len(paths), batch_size)
+    for start in starts if progress is None else track(starts, "counting", console=progress, transient=True):
+        images, names = [], []
+        for path in paths[start : start + batch_size]:
+            try:
+                images.append(to_tensor(read_image(path)))
+                names.append(path.relative_to(folder).as_posix())
+            except ConfigError as error:
+                failures.append(str(error))
+        if images:
+            rows += _rows(model, model(images), names)
+    if not rows:
+        raise ConfigError(f"{folder}: none of its {len(paths)} images can be read; the first: {failures[0]}")
+    figures = {**_summary([row["gflops"] for row in rows]), **_means(rows), "images": rows}
+    if failures:
+        figures["failures"] = failures
+    if console is not None:
+        console.print(_distribution(figures, str(folder)))
+    return figures
+
+
+def _rows(model: Model, answer: Segmentation | Output, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The figures of each image of a pass."""
+    trace = answer.trace
+    owner = answer.owner if isinstance(answer, Segmentation) else range(len(names))
+    of_image = torch.zeros(len(names), len(owner), dtype=torch.float64)
+    of_image[list(owner), range(len(owner))] = 1
+    valid = of_image @ trace.valid.sum(1).cpu().double()
+    columns = {"keep": trace.keep}
+    if trace.exited:
+        gone = torch.stack(trace.exited)
+        columns["left_at"] = (gone[0], *(gone[1:] & ~gone[:-1]))
+    shares = {
+        name: of_image @ torch.stack([part.sum(1) for part in parts], dim=1).cpu().double() / valid[:, None]
+        for name, parts in columns.items()
+    }
+    gflops = {"gflops": model_gflops(model, answer)}
+    if isinstance(answer, Segmentation):
+        assert isinstance(model, Segmenter)
+        gflops["published"] = published_gflops_of(model.config, answer)
+    return [
+        {
+            "file": name,
+            **{key: round(value[i].item(), 4) for key, value in gflops.items()},
+            **{key: [round(share, 4) for share in value[i].tolist()] for key, value in shares.items()},
+        }
+        for i, name in enumerate(names)
+    ]
+
+
+def _summary(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, spread and quantiles."""
+    ordered = torch.tensor(values, dtype=torch.float64)
+    quantiles = ordered.quantile(torch.tensor(QUANTILES, dtype=torch.float64) / 100).tolist()
+    return {
+        "mean": round(statistics.fmean(values), 4),
+        "std": round(statistics.pstdev(values), 4),
+        "min": min(values),
+        "max": max(values),
+        "quantiles": {str(q): round(value, 4) for q, value in zip(QUANTILES, quantiles, strict=True)},
+    }
+
+
+def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The means over images of everything but GFLOPs."""
+    means: dict[str, Any] = {}
+    if "published" in rows[0]:
+        means["published"] = round(statistics.fmean(row["published"] for row in rows), 4)
+    for key in ("keep", "left_at"):
+        if key in rows[0]:
+            columns = zip(*(row[key] for row in rows), strict=True)
+            means[key] = [round(statistics.fmean(column), 4) for column in columns]
+    return means
+
+
+def _table(figures: dict[str, Any], *, segmenter: bool) -> Table:
+    height, width = figures["size"]
+    title = f"{height}x{width} pixels, every token in every block, {figures['parameters'] / 1e6:.1f} M parameters"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    table.add_column("GFLOPs", justify="right")
+    table.add_column("share", justify="right")
+    for name, value in figures["by_module"].items():
+        table.add_row(name, f"{value:.3f}", f"{value / figures['gflops_full']:.1%}")
+    table.add_section()
+    table.add_row("everything", f"{figures['gflops_full']:.3f}", "")
+    if segmenter:
+        table.add_row("by the published rule", f"{figures['gflops']:.3f}", "")
+    return table
+
+
+def _distribution(figures: dict[str, Any], source: str) -> Table:
+    """A histogram of the GFLOPs per image."""
+    values = [row["gflops"] for row in figures["images"]]
+    low, high = figures["min"], figures["max"]
+    edges = [low + (high - low) * i / BINS for i in range(BINS + 1)] if high > low else [low, high]
+    counts = [0] * (len(edges) - 1)
+    for value in values:
+        counts[min(len(counts) - 1, int((value - low) / (high - low) * BINS)) if high > low else 0] += 1
+    title = f"{source}: {len(values)} images, {figures['mean']:.2f} GFLOPs (± {figures['std']:.2f})"
+    table = Table(title=title, title_justify="left")
+    table.add_column("GFLOPs", justify="right")
+    table.add_column("images", justify="right")
+    table.add_column("", min_width=30)
+    for first, last, count in zip(edges, edges[1:], counts, strict=False):
+        table.add_row(f"{first:.2f} - {last:.2f}", str(count), "█" * round(30 * count / max(counts)))
+    if "left_at" in figures:
+        table.add_section()
+        for stage, share in enumerate(figures["left_at"]):
+            table.add_row(f"left at stage {stage}", f"{share:.1%}", "")
+    return table
