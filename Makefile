@@ -34,12 +34,14 @@ format: $(READY)  ## put the code into its format
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-bench: $(READY)  ## time the backbone's blocks, dense against sparse, on this machine
+bench: $(READY)  ## time blocks and a whole segmenter, dense against sparse, on this machine
 	@$(BIN)/sievit bench blocks $(ARGS)
+	@$(BIN)/sievit bench network $(ARGS)
 
-bench-gpu: $(READY)  ## the tests that need a GPU, then the blocks' times there
+bench-gpu: $(READY)  ## the tests that need a GPU, then the times there
 	$(BIN)/pytest -m gpu
 	@$(BIN)/sievit bench blocks --device cuda $(ARGS)
+	@$(BIN)/sievit bench network --device cuda $(ARGS)
 
 clean:  ## remove what was produced; the environment stays
 	rm -rf out dist .pytest_cache .ruff_cache .hypothesis

@@ -332,6 +332,7 @@ def _sweep(args: list[str]) -> int:
         data: OmitArgPrefixes[Labelled],
         thresholds: tuple[float, ...] = (0.8, 0.85, 0.9, 0.95, 0.98),
         out: Path = Path("out/sweep"),
+        name: str = "DToP",
         also: tuple[str, ...] = (),
         limit: int | None = None,
         batch_size: int = 1,
@@ -348,6 +349,7 @@ def _sweep(args: list[str]) -> int:
             model: checkpoint, folder of a training run, or name of a model that comes with sievit.
             thresholds: grades above which tokens leave; 1, the dense model, is always added.
             out: folder for table, JSON and plot.
+            name: of the model's curve in table and plot.
             also: further checkpoints as curves of their own: NAME=CHECKPOINT, or NAME=CHECKPOINT@0.9,0.95.
             limit: only the first so many images.
             batch_size: images that go through the network together.
@@ -359,6 +361,7 @@ def _sweep(args: list[str]) -> int:
             data,
             thresholds,
             out,
+            name=name,
             also=also,
             limit=limit,
             batch_size=batch_size,

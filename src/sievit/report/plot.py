@@ -1,14 +1,17 @@
 """The picture of a sweep: accuracy against cost, and against time."""
 
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from sievit.files import write_atomically
 
-COLOURS = ("#0b6e99", "#d1495b", "#5a8f3c", "#8a5fbf", "#c98b1b")
+COLOURS = ("#0b6e99", "#d1495b", "#4f8a34", "#7d57b2", "#b97a10")
 MARKERS = ("o", "s", "^", "D", "v")
-INK, GRID = "#333333", "#dddddd"
+INK, GRID = "#333333", "#e2e2e2"
+TEXT = 8
+"""Size in points of the thresholds."""
 
 
 def draw_curves(points: list[dict[str, Any]], path: Path, *, device: str) -> None:
@@ -20,43 +23,89 @@ def draw_curves(points: list[dict[str, Any]], path: Path, *, device: str) -> Non
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 4.0), dpi=160, layout="constrained")
+    figure = Figure(figsize=(9.6, 4.2), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
-    _panel(panels[0], points, "gflops", "GFLOPs per image, mean")
-    _panel(panels[1], points, "ms_per_image", f"ms per image, median ({device})")
-    panels[0].set_ylabel("mIoU in %")
     models = list(dict.fromkeys(point["model"] for point in points))
-    if len(models) > 1:
-        panels[0].legend(frameon=False, loc="lower right", labelcolor=INK)
+    for axes, key, label in (
+        (panels[0], "gflops", "GFLOPs per image (mean)"),
+        (panels[1], "ms_per_image", f"milliseconds per image (median; {device})"),
+    ):
+        _draw(axes, points, models, key)
+        _style(axes, label)
+    panels[0].set_ylabel("mIoU in %", color=INK)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False, labelcolor=INK)
+    figure.draw_without_rendering()  # from here on places on the axes have places in the picture
+    for axes, key in zip(panels, ("gflops", "ms_per_image"), strict=True):
+        _name_points(axes, points, models, key)
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, buffer.getvalue())
 
 
-def _panel(axes: Any, points: list[dict[str, Any]], key: str, label: str) -> None:
-    """One panel: the curves, each point with its threshold."""
-    models = list(dict.fromkeys(point["model"] for point in points))
+def _draw(axes: Any, points: list[dict[str, Any]], models: list[str], key: str) -> None:
+    """The curves, and a star for each dense model; it computes no auxiliary heads and is no point of the curve."""
     for i, model in enumerate(models):
-        own = sorted((p for p in points if p["model"] == model), key=lambda point: -point["threshold"])
-        x, y = [point[key] for point in own], [100 * point["miou"] for point in own]
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.5, label=model, zorder=3)
-        for point, px, py in zip(own, x, y, strict=True):
-            dense = point["threshold"] >= 1
-            if dense:
-                axes.plot([px], [py], marker="*", markersize=13, color=colour, zorder=4)
-            text = "dense" if dense else f"{point['threshold']:g}"
-            place = (0, 9) if i % 2 == 0 else (0, -14)
-            axes.annotate(
-                text, (px, py), xytext=place, textcoords="offset points", fontsize=8, color=colour, ha="center"
-            )
+        look = {"color": COLOURS[i % len(COLOURS)], "zorder": 3}
+        own = sorted((p for p in points if p["model"] == model), key=lambda point: point["threshold"])
+        dense = [p for p in own if p["threshold"] >= 1]
+        pruned = [p for p in own if p["threshold"] < 1]
+        x, y = [p[key] for p in pruned], [100 * p["miou"] for p in pruned]
+        axes.plot(x, y, marker=MARKERS[i % len(MARKERS)], markersize=4.5, linewidth=1.4, label=model, **look)
+        for p in dense:
+            star = {"marker": "*", "markersize": 12, "linestyle": "none", "label": f"{model}, dense"}
+            axes.plot([p[key]], [100 * p["miou"]], **star, **look)
+            axes.axhline(100 * p["miou"], linestyle=(0, (2, 3)), linewidth=0.9, **{**look, "zorder": 1})
+
+
+def _style(axes: Any, label: str) -> None:
     axes.set_xlabel(label, color=INK)
-    axes.grid(color=GRID, linewidth=0.6, zorder=0)
-    axes.margins(x=0.08, y=0.18)
-    axes.tick_params(colors=INK, length=0)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.09, y=0.14)
+    axes.tick_params(colors=INK, length=0, labelleft=True)
+    axes.ticklabel_format(useOffset=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(INK)
+
+
+def _name_points(axes: Any, points: list[dict[str, Any]], models: list[str], key: str) -> None:
+    """Each point's threshold beside it, where it covers the least of curves, points and other thresholds."""
+    scale = axes.figure.dpi / 72
+    occupied: list[tuple[float, float]] = []
+    for line in axes.get_lines():
+        places = [tuple(place) for place in line.get_transform().transform(line.get_xydata())]
+        occupied += places
+        for (x0, y0), (x1, y1) in pairwise(places):
+            steps = 60
+            occupied += [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(1, steps)]
+    for point in points:
+        if point["threshold"] >= 1:
+            continue
+        text = f"{point['threshold']:g}"
+        x, y = axes.transData.transform((point[key], 100 * point["miou"]))
+        width, height = 0.62 * TEXT * len(text) * scale, TEXT * scale
+        best = (float("inf"), 0.0, 0.0)
+        for dx, dy in ((0, 9), (0, -9), (1, 7), (-1, 7), (1, -7), (-1, -7), (1, 0), (-1, 0), (0, 15), (0, -15)):
+            cx, cy = x + dx * (width / 2 + 5 * scale), y + dy * scale
+            covered = sum(abs(px - cx) < width / 2 + 2 and abs(py - cy) < height / 2 + 2 for px, py in occupied)
+            if covered < best[0]:
+                best = (covered, cx, cy)
+        _, cx, cy = best
+        occupied += [(cx + width * u / 8, cy + height * v / 4) for u in range(-4, 5) for v in (-2, 0, 2)] * 2
+        at = ((cx - x) / scale, (cy - y) / scale)
+        colour = COLOURS[models.index(point["model"]) % len(COLOURS)]
+        axes.annotate(
+            text,
+            (point[key], 100 * point["miou"]),
+            xytext=at,
+            textcoords="offset points",
+            fontsize=TEXT,
+            color=colour,
+            ha="center",
+            va="center",
+        )

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -111,6 +112,7 @@ def sweep(
     thresholds: Sequence[float],
     out: Path,
     *,
+    name: str = "DToP",
     also: Sequence[str] = (),
     limit: int | None = None,
     batch_size: int = 1,
@@ -126,7 +128,7 @@ def sweep(
     down in between slows all of them down.
 
     Args:
-        also: further checkpoints, see `Curve.parse`, as curves beside that of the model, which is called "direct" then.
+        name: of the model's curve. also: further checkpoints as curves of their own, see `Curve.parse`.
         limit: only the first so many images.
         timed_images: how many are timed.
 
@@ -135,11 +137,11 @@ def sweep(
     """
     console, exits, where = Console(stderr=True), exits or ExitOptions(), pick_device(device)
     wanted = _ordered((DENSE, *thresholds))
-    curves = [Curve("direct" if also else "DToP", model_path, wanted), *(Curve.parse(text, wanted) for text in also)]
+    curves = [Curve(name, model_path, wanted), *(Curve.parse(text, wanted) for text in also)]
     if len({curve.name for curve in curves}) < len(curves):
         raise ConfigError(f"--also: two curves of one name among {', '.join(curve.name for curve in curves)}")
     models = {curve.name: _load_segmenter(curve.path, where) for curve in curves}
-    datasets = {name: open_labels(model, **vars(data)) for name, (model, _) in models.items()}
+    datasets = {of: open_labels(model, **vars(data)) for of, (model, _) in models.items()}
     for curve in curves:
         for threshold in curve.thresholds:
             exits.policy(models[curve.name][0], threshold)  # says now what is wrong with it
@@ -150,20 +152,20 @@ def sweep(
         **asdict(exits),
         "device": device_name(where),
     }
-    table = _Points(out, settings, {name: digest for name, (_, digest) in models.items()})
+    table = _Points(out, settings, {of: digest for of, (_, digest) in models.items()})
     jobs = [(curve.name, threshold) for curve in curves for threshold in curve.thresholds]
     done = [job for job in jobs if table.has(*job)]
     if done:
         console.print(f"{len(done)} of {len(jobs)} points are in {out / 'sweep.json'} already")
-    for name, threshold in jobs:
-        if (name, threshold) in done:
+    for of, threshold in jobs:
+        if (of, threshold) in done:
             continue
-        model = with_policy(models[name][0], exits.policy(models[name][0], threshold))
-        title = f"{name} {threshold:g}"
+        model = with_policy(models[of][0], exits.policy(models[of][0], threshold))
+        title = f"{of} {threshold:g}"
         try:
             figures = evaluate(
                 model,
-                datasets[name],
+                datasets[of],
                 batch_size=batch_size,
                 limit=limit,
                 skip_failures=True,
@@ -172,9 +174,9 @@ def sweep(
             )
         except (ConfigError, OSError, RuntimeError) as error:
             console.print(f"error: {title}: {error}", soft_wrap=True, markup=False, highlight=False)
-            table.failed(name, threshold, str(error))
-            continue
-        table.add(name, threshold, figures)
+            table.failed(of, threshold, str(error))
+        else:
+            table.add(of, threshold, figures)
     _time(table, models, datasets, exits, min(timed_images, limit or timed_images), console)
     table.draw()
     Console().print(table.for_people())
@@ -329,8 +331,8 @@ class _Points:
             draw_curves(self.points, self.out / "sweep.png", device=self.settings["device"])
 
     def for_people(self) -> Table:
-        table = Table(title=f"{self.settings['labels']}, {self.settings['device']}", title_justify="left")
-        for column in ("model", "threshold", "mIoU", "GFLOPs", "min to max", "ms", "left at each stage"):
+        table = Table(title=f"sweep, {self.settings['device']}", title_justify="left", box=SIMPLE)
+        for column in ("model", "above", "mIoU", "GFLOPs", "min to max", "ms", "leave"):
             table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
         for point in self.points:
             table.add_row(
@@ -338,7 +340,7 @@ class _Points:
                 "dense" if point["threshold"] >= DENSE else f"{point['threshold']:g}",
                 f"{100 * point['miou']:.2f}",
                 f"{point['gflops']:.2f}",
-                f"{point['gflops_min']:.2f} to {point['gflops_max']:.2f}",
+                f"{point['gflops_min']:.1f} to {point['gflops_max']:.1f}",
                 f"{point['ms_per_image']:.0f}",
                 " ".join(f"{share:.0%}" for share in point.get("left_at", ())[:-1]),
             )
