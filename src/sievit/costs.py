@@ -171,7 +171,7 @@ def _rows(model: Model, answer: Segmentation | Output, names: Sequence[str]) -> 
     return [
         {
             "file": name,
-            **{key: round(value[i].item(), 4) for key, value in gflops.items()},
+            **{key: round(value[i].item(), 6) for key, value in gflops.items()},
             **{key: [round(share, 4) for share in value[i].tolist()] for key, value in shares.items()},
         }
         for i, name in enumerate(names)
@@ -183,11 +183,11 @@ def _summary(values: Sequence[float]) -> dict[str, Any]:
     ordered = torch.tensor(values, dtype=torch.float64)
     quantiles = ordered.quantile(torch.tensor(QUANTILES, dtype=torch.float64) / 100).tolist()
     return {
-        "mean": round(statistics.fmean(values), 4),
-        "std": round(statistics.pstdev(values), 4),
+        "mean": round(statistics.fmean(values), 6),
+        "std": round(statistics.pstdev(values), 6),
         "min": min(values),
         "max": max(values),
-        "quantiles": {str(q): round(value, 4) for q, value in zip(QUANTILES, quantiles, strict=True)},
+        "quantiles": {str(q): round(value, 6) for q, value in zip(QUANTILES, quantiles, strict=True)},
     }
 
 
@@ -195,7 +195,7 @@ def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The means over images of everything but GFLOPs."""
     means: dict[str, Any] = {}
     if "published" in rows[0]:
-        means["published"] = round(statistics.fmean(row["published"] for row in rows), 4)
+        means["published"] = round(statistics.fmean(row["published"] for row in rows), 6)
     for key in ("keep", "left_at"):
         if key in rows[0]:
             columns = zip(*(row[key] for row in rows), strict=True)

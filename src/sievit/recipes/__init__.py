@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from sievit.config import ConfigError, nearest
 from sievit.engine.recipe import Recipe
-from sievit.recipes import coco, nuclei, scenes
+from sievit.recipes import ade20k, coco, coco_stuff10k, folders, nuclei, pascal_context, scenes
 
 _RECIPES: dict[str, Callable[[], Recipe]] = {
     function.__name__: function
@@ -22,6 +22,18 @@ _RECIPES: dict[str, Callable[[], Recipe]] = {
         scenes.scenes_svit,
         scenes.scenes_segvit,
         scenes.scenes_segvit_dtop,
+        ade20k.ade20k_segvit_b,
+        ade20k.ade20k_segvit_b_dtop,
+        ade20k.ade20k_segvit_l,
+        ade20k.ade20k_segvit_l_dtop,
+        ade20k.ade20k_setr_b,
+        ade20k.ade20k_setr_b_dtop,
+        pascal_context.pascal_context_segvit_l,
+        pascal_context.pascal_context_segvit_l_dtop,
+        coco_stuff10k.coco_stuff10k_segvit_l,
+        coco_stuff10k.coco_stuff10k_segvit_l_dtop,
+        folders.folders_segvit_s,
+        folders.folders_segvit_s_dtop,
     )
 }
 
