@@ -45,7 +45,7 @@ def test_mistakes_name_the_way_out(args: list[str], words: list[str], capsys: py
         (["predict", "a", "b", "--out", "x", "--polciy", "svit"], "--policy"),
         (["train", "nuclei_vit", "--train.epoch", "3"], "--train.epochs"),
         (["train", "nuclei_vit", "--train.epochs", "many"], "--train.epochs"),
-        (["eval"], "--annotations"),
+        (["eval"], "--images"),
     ],
 )
 def test_wrong_options_name_the_nearest(args: list[str], word: str, capsys: pytest.CaptureFixture[str]):

@@ -10,7 +10,7 @@ from sievit import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-WEIGHTS = ROOT / "src" / "sievit" / "weights" / "scenes_svit.safetensors"
+WEIGHTS = ROOT / "src" / "sievit" / "weights" / "scenes_segvit_dtop.safetensors"
 
 
 def blocks(language: str) -> list[str]:
@@ -29,9 +29,9 @@ def test_the_python_of_the_readme_runs(
     (tmp_path / "src").symlink_to(ROOT / "src")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["data", "scenes", "--out", "scenes", "--num-images", "1"]) == 0
-    (block,) = blocks("python")
-    exec(compile(block, "README.md", "exec"), {})
-    assert "torch.Size" in capsys.readouterr().out
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+        assert "torch.Size" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("args", commands(), ids=" ".join)

@@ -11,13 +11,14 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from sievit import cli, report
-from sievit.data.scenes import generate
+from sievit.data.scenes import CLASSES, generate
 from sievit.detector import DetectorConfig
-from sievit.heads.config import MaskRCNNConfig
+from sievit.heads import ATMConfig, MaskRCNNConfig
 from sievit.inputs import InputConfig
 from sievit.model import build, save
 from sievit.necks.pyramid import PyramidConfig
-from sievit.policies import SViTConfig
+from sievit.policies import DToPConfig, KeepAllConfig, PolicyConfig, SViTConfig
+from sievit.segmenter import SegmenterConfig
 from sievit.vit import ViTConfig
 
 
@@ -47,6 +48,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
     save(build(config), path)
     return path
+
+
+def tiny_segmenter(policy: PolicyConfig) -> SegmenterConfig:
+    return SegmenterConfig(
+        vit=ViTConfig(grid=(4, 4), patch_size=8, embed_dim=24, depth=4, num_heads=2),
+        policy=policy,
+        head=ATMConfig(channels=8, num_heads=2),
+        out_indices=(1, 2, 3),
+        input=InputConfig(min_size=64, max_size=128, size_divisor=8),
+        classes=("ground", *CLASSES),
+    )
 
 
 @pytest.fixture
@@ -135,6 +147,10 @@ def test_demo_ends_with_one_json_line(
     weights.mkdir()
     for name in ("scenes_vit", "scenes_svit", "nuclei_vit", "nuclei_svit"):
         shutil.copy(checkpoint, weights / f"{name}.safetensors")
+    for kind, policy in (("segvit", KeepAllConfig()), ("segvit_dtop", DToPConfig(thresholds=(0.2,)))):
+        torch.manual_seed(0)
+        for name in ("scenes", "nuclei"):
+            save(build(tiny_segmenter(policy)), weights / f"{name}_{kind}.safetensors")
     monkeypatch.setattr(report.common, "WEIGHTS", weights)
     monkeypatch.setattr(report, "DEMO_SIZE", (64, 96))
     nuclei = tmp_path / "data" / "nuclei"
@@ -153,7 +169,17 @@ def test_demo_ends_with_one_json_line(
         assert part["speedup"] > 0
         assert part["images"] == 3
     assert figures["datasets"].keys() == {"scenes", "nuclei"}
-    assert len(list((out / "scenes").glob("*.png"))) == len(list((out / "nuclei").glob("*.png"))) == 1
+    semantic = figures["semantic"]
+    assert semantic["datasets"].keys() == {"scenes", "nuclei"}
+    for part in (semantic, *semantic["datasets"].values()):
+        for model in ("dense", "dtop"):
+            assert part[model].keys() >= {"miou", "gflops", "ms_per_image"}
+        assert len(part["left_at"]) == 3
+        assert 0 < part["left_at"][0] < 1
+        assert part["speedup"] > 0
+        assert part["images"] == 3
+    for folder in ("scenes", "nuclei", "semantic/scenes", "semantic/nuclei"):
+        assert len(list((out / folder).glob("*.png"))) == 1, folder
 
 
 def test_demo_without_weights_says_so(

@@ -63,7 +63,7 @@ def scenes_segvit() -> Recipe:
             embed_dim=96,
         ),
         data=LABELS,
-        train=small_semantic_training(epochs=8, val_every=4, val_images=40),
+        train=small_semantic_training(epochs=6, val_every=3, val_images=40),
     )
 
 
