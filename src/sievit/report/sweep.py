@@ -158,30 +158,37 @@ def sweep(
     if done:
         console.print(f"{len(done)} of {len(jobs)} points are in {out / 'sweep.json'} already")
     for of, threshold in jobs:
-        if (of, threshold) in done:
-            continue
-        model = with_policy(models[of][0], exits.policy(models[of][0], threshold))
-        title = f"{of} {threshold:g}"
-        try:
-            figures = evaluate(
-                model,
-                datasets[of],
-                batch_size=batch_size,
-                limit=limit,
-                skip_failures=True,
-                console=console,
-                title=title,
-            )
-        except (ConfigError, OSError, RuntimeError) as error:
-            console.print(f"error: {title}: {error}", soft_wrap=True, markup=False, highlight=False)
-            table.failed(of, threshold, str(error))
-        else:
-            table.add(of, threshold, figures)
+        if (of, threshold) not in done:
+            model = with_policy(models[of][0], exits.policy(models[of][0], threshold))
+            _evaluate(table, of, threshold, model, datasets[of], batch_size, limit, console)
     _time(table, models, datasets, exits, min(timed_images, limit or timed_images), console)
     table.draw()
     Console().print(table.for_people())
     console.print(f"{out / 'sweep.png'}, sweep.csv, sweep.json", soft_wrap=True)
     return table.content()
+
+
+def _evaluate(
+    table: "_Points",
+    name: str,
+    threshold: float,
+    model: Segmenter,
+    dataset: LabelDataset,
+    batch_size: int,
+    limit: int | None,
+    console: Console,
+) -> None:
+    """Add a point, or what went wrong with it."""
+    title = f"{name} {threshold:g}"
+    try:
+        figures = evaluate(
+            model, dataset, batch_size=batch_size, limit=limit, skip_failures=True, console=console, title=title
+        )
+    except (ConfigError, OSError, RuntimeError) as error:
+        console.print(f"error: {title}: {error}", soft_wrap=True, markup=False, highlight=False)
+        table.failed(name, threshold, str(error))
+    else:
+        table.add(name, threshold, figures)
 
 
 def with_policy(model: Segmenter, policy: PolicyConfig) -> Segmenter:
