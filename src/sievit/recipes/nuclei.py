@@ -60,7 +60,7 @@ LABELS = LabelsData(
         flip=0.5,
         vertical_flip=0.5,
         rot90=True,
-        scales=(288, 320, 352, 384, 416, 448),
+        scales=(384, 432, 480, 528, 576, 624),
         crop=(192, 192),
         cat_max_ratio=1.0,
         brightness=0.1,
@@ -76,16 +76,16 @@ def nuclei_segvit() -> Recipe:
         model=small_segmenter(
             classes=("background", "nucleus", "border"),
             palette=((24, 26, 40), (46, 196, 182), (255, 99, 72)),
-            test_size=(384, 768),
+            test_size=(512, 1024),
         ),
         data=LABELS,
-        train=small_semantic_training(epochs=30, val_every=10, val_images=36),
+        train=small_semantic_training(epochs=10, val_every=10, val_images=36),
     )
 
 
 def nuclei_segvit_dtop() -> Recipe:
     """DToP, fine-tuned from the dense segmenter of nuclei."""
-    return small_dtop(nuclei_segvit(), start=Path("runs/nuclei_segvit"), epochs=6)
+    return small_dtop(nuclei_segvit(), start=Path("runs/nuclei_segvit"), epochs=4)
 
 
 def nuclei_segvit_dtop_retrain() -> Recipe:

@@ -84,7 +84,7 @@ def small_segmenter(
         head=ATMConfig(channels=64, num_heads=2),
         out_indices=(5, 7, 11),
         crop=(192, 192),
-        stride=(128, 128),
+        stride=(160, 160),
         input=InputConfig(min_size=test_size[0], max_size=test_size[1], size_divisor=8),
         classes=classes,
         palette=palette,
