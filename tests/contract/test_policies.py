@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from sievit.config import from_json, to_json
 from sievit.flops import blocks_gflops
+from sievit.heads import ATMConfig, build_head
 from sievit.policies import KeepAllConfig, Policy, PolicyConfig, build_policy, policies
 from sievit.tokens import Tokens, Trace
 from sievit.vit import ViT, ViTConfig
@@ -17,15 +19,42 @@ GRID = (5, 7)
 DEPTH = 6
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dtop preserve": {"preserve": True},
+    "dtop rejoin": {"rejoin": True},
+    "dtop entropy": {"grade": "entropy", "thresholds": (0.2,)},
+    "dtop margin": {"grade": "margin", "thresholds": (0.2,)},
+}
+"""Options of a policy that change which tokens take part or what they see."""
+
+
 def configured(name: str) -> PolicyConfig:
     """The policy with settings that leave tokens out on the tiny backbone."""
-    cls = policies()[name]
+    cls = policies()[name.split()[0]]
     names = {field.name for field in dataclasses.fields(cls)}
-    wanted = {"first_block": 2, "shares": (0.6, 0.4), "targets": (0.6, 0.4)}
+    wanted = {"first_block": 2, "shares": (0.6, 0.4), "targets": (0.6, 0.4), "thresholds": (0.5,), "keep_per_class": 1}
+    wanted |= OPTIONS.get(name, {})
     return cls(**{key: value for key, value in wanted.items() if key in names})
 
 
-@pytest.fixture(params=sorted(policies()))
+def built(name: str) -> Policy:
+    """The policy, with heads behind some blocks for those that ask any."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        config = ATMConfig(channels=16, num_heads=2, num_layers=2)
+        heads = {block: build_head(config, embed_dim=24, num_classes=4).eval() for block in (1, 3, DEPTH - 1)}
+        for head in heads.values():
+            for key, parameter in head.named_parameters():  # so that scores spread over 0 to 1
+                if parameter.ndim == 2:
+                    torch.nn.init.normal_(
+                        parameter, std=(3 if "cross_attn.q" in key else 1) * parameter.shape[1] ** -0.5
+                    )
+                elif key == "class_embed.bias":
+                    parameter.data[0] += 2
+    return build_policy(configured(name), embed_dim=24, depth=DEPTH, heads=heads)
+
+
+@pytest.fixture(params=sorted([*policies(), *OPTIONS]))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -42,7 +71,7 @@ def vit() -> ViT:
 @pytest.fixture
 def policy(name: str) -> Policy:
     torch.manual_seed(1)
-    return build_policy(configured(name), embed_dim=24, depth=DEPTH).eval()
+    return built(name).eval()
 
 
 @pytest.fixture
@@ -129,7 +158,7 @@ def test_gradients_reach_every_parameter_of_the_policy(vit, policy, images) -> N
 
 def test_state_dict_round_trip(name, vit, policy, images) -> None:
     torch.manual_seed(9)
-    other = build_policy(configured(name), embed_dim=24, depth=DEPTH).eval()
+    other = built(name).eval()
     other.load_state_dict(policy.state_dict())
     torch.testing.assert_close(vit(images, other)[0].x, vit(images, policy)[0].x, atol=0, rtol=0)
 
@@ -166,5 +195,5 @@ def test_builds_from_its_json(name) -> None:
 
 
 def test_docstring_names_its_source(name) -> None:
-    doc = type(build_policy(configured(name), embed_dim=24, depth=DEPTH)).__doc__ or ""
-    assert "SViT" in doc or "arXiv" in doc or doc.startswith("Control"), doc
+    doc = type(built(name)).__doc__ or ""
+    assert "SViT" in doc or "DToP" in doc or "arXiv" in doc or doc.startswith("Control"), doc
