@@ -1,0 +1,253 @@
+"""Losses against loops in double precision; labels that are not known; two processes against one.
+
+This file is also what torchrun runs.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from sievit.heads import ATMConfig, LinearConfig, SemanticHeadConfig, SETRNaiveConfig
+from sievit.inputs import InputConfig
+from sievit.losses import ATMLossConfig, atm_loss, dice, focal, pixel_loss, presence
+from sievit.model import build
+from sievit.policies import DToPConfig
+from sievit.segmenter import Segmenter, SegmenterConfig
+from sievit.vit import ViTConfig
+
+K = 4
+IGNORED = 255
+
+
+def inputs(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Class and mask logits for labels (b, H, W), at half their resolution."""
+    b, height, width = labels.shape
+    classes = torch.randn(b, K, 2, dtype=torch.float64, requires_grad=True)
+    maps = torch.randn(b, K, height // 2, width // 2, dtype=torch.float64, requires_grad=True)
+    return classes, maps
+
+
+def random_labels(b: int = 3, height: int = 8, width: int = 12) -> Tensor:
+    """Of one image every class, of one a single class, of one nothing known; some pixels unknown everywhere."""
+    labels = torch.randint(0, K, (b, height, width))
+    labels[1] = 2
+    labels[:, :2, :5] = IGNORED
+    labels[2] = IGNORED
+    return labels
+
+
+def loss_by_hand(classes: Tensor, maps: Tensor, labels: Tensor, config: ATMLossConfig) -> dict[str, float]:
+    """Pixel by pixel."""
+    big = F.interpolate(maps, labels.shape[1:], mode="bilinear", align_corners=False)
+    total, weights, focals, dices = 0.0, 0.0, [], []
+    for i in range(len(labels)):
+        for k in range(K):
+            present = bool((labels[i] == k).any())
+            weight = 1.0 if present else config.no_object
+            shares = classes[i, k].softmax(0)
+            total += -weight * math.log(float(shares[0 if present else 1]))
+            weights += weight
+            if not present:
+                continue
+            each, overlap, sizes = [], 0.0, 0.0
+            for value, label in zip(big[i, k].flatten().tolist(), labels[i].flatten().tolist(), strict=True):
+                if label == IGNORED and config.ignored == "excluded":
+                    continue
+                p = 1 / (1 + math.exp(-value))
+                if label == k:
+                    each.append(-config.alpha * (1 - p) ** config.gamma * math.log(p))
+                else:
+                    each.append(-(1 - config.alpha) * p**config.gamma * math.log(1 - p))
+                overlap += p * (label == k)
+                sizes += p + (label == k)
+            focals.append(sum(each) / len(each))
+            dices.append(1 - (2 * overlap + 1) / (sizes + 1))
+    masks = max(len(focals), 1)
+    return {
+        "class": config.class_weight * total / weights,
+        "mask": config.mask_weight * sum(focals) / masks,
+        "dice": config.dice_weight * sum(dices) / masks,
+    }
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ATMLossConfig(),
+        ATMLossConfig(ignored="background"),
+        ATMLossConfig(class_weight=0.5, mask_weight=3.0, dice_weight=2.0, no_object=0.4, alpha=0.6, gamma=1.0),
+    ],
+)
+def test_atm_loss_is_as_written_out(config: ATMLossConfig) -> None:
+    labels = random_labels()
+    classes, maps = inputs(labels)
+    got = atm_loss(classes, maps, labels, config=config)
+    expected = loss_by_hand(classes.detach(), maps.detach(), labels, config)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float(got[name].detach()) == pytest.approx(value, rel=1e-5), name
+
+
+def test_what_maps_say_of_unknown_pixels_does_not_matter() -> None:
+    """Neither for the values nor for the gradients; the maps have the resolution of the labels here."""
+    labels = random_labels()
+    unknown = (labels == IGNORED)[:, None].expand(-1, K, -1, -1)
+    results = []
+    for noise in (0.0, 50.0):
+        torch.manual_seed(1)
+        classes = torch.randn(3, K, 2, requires_grad=True)
+        maps = torch.randn(3, K, *labels.shape[1:], requires_grad=True)
+        moved = maps + noise * torch.randn_like(maps) * unknown
+        losses = [*atm_loss(classes, moved, labels).values(), pixel_loss(moved, labels)]
+        gradients = torch.autograd.grad(torch.stack(losses).sum(), [classes, maps])
+        assert not gradients[1][unknown].any()
+        assert gradients[1][~unknown].any()
+        results.append([*losses, *gradients])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_the_released_loss_takes_unknown_pixels_for_background() -> None:
+    labels = random_labels()
+    classes, maps = inputs(labels)
+    losses = atm_loss(classes, maps, labels, config=ATMLossConfig(ignored="background"))
+    moved = maps.detach() + 5.0 * F.interpolate((labels == IGNORED).double()[:, None], maps.shape[2:])
+    other = atm_loss(classes, moved, labels, config=ATMLossConfig(ignored="background"))
+    assert float(other["mask"].detach()) > float(losses["mask"].detach()) + 0.1
+
+
+@pytest.mark.parametrize("ignored", ["excluded", "background"])
+def test_nothing_is_known_of_any_image(ignored) -> None:
+    labels = torch.full((2, 8, 12), IGNORED)
+    classes, maps = inputs(labels)
+    losses = atm_loss(classes, maps, labels, config=ATMLossConfig(ignored=ignored))
+    assert float(losses["mask"].detach()) == float(losses["dice"].detach()) == 0
+    total = torch.stack([*losses.values(), pixel_loss(maps, labels).double()]).sum()
+    assert total.isfinite()
+    total.backward()
+    assert maps.grad is not None and not maps.grad.any()
+    assert classes.grad is not None and classes.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("ignore_index", [255, -1, 100])
+def test_the_label_that_is_ignored_is_a_matter_of_choice(ignore_index: int) -> None:
+    labels = random_labels()
+    classes, maps = inputs(labels)
+    expected = [*atm_loss(classes, maps, labels).values(), pixel_loss(maps, labels)]
+    labels[labels == IGNORED] = ignore_index
+    got = atm_loss(classes, maps, labels, ignore_index=ignore_index)
+    for a, b in zip([*got.values(), pixel_loss(maps, labels, ignore_index=ignore_index)], expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_presence() -> None:
+    labels = random_labels()
+    expected = torch.tensor([[bool((own == k).any()) for k in range(K)] for own in labels])
+    assert torch.equal(presence(labels, K, ignore_index=IGNORED), expected)
+
+
+def test_pixel_loss_is_the_mean_over_known_pixels() -> None:
+    labels = random_labels()
+    logits = torch.randn(3, K, 8, 12)
+    shares = logits.log_softmax(1)
+    places = (labels != IGNORED).nonzero().tolist()
+    expected = -sum(float(shares[i, labels[i, y, x], y, x]) for i, y, x in places) / len(places)
+    assert float(pixel_loss(logits, labels)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_perfect_masks_cost_next_to_nothing() -> None:
+    target = (torch.rand(3, 50) < 0.4).float()
+    counted = torch.ones_like(target)
+    sure = 40 * target - 20
+    assert (focal(sure, target, counted, 0.25, 2.0) < 1e-6).all()
+    assert (dice(sure, target, counted) < 1e-6).all()
+    assert (dice(-sure, target, counted) > 0.5).all()
+    nothing = torch.zeros_like(counted)
+    assert not focal(sure, target, nothing, 0.25, 2.0).any()
+    assert not dice(sure, target, nothing).any()
+
+
+# Two processes.
+
+CASES: dict[str, SemanticHeadConfig] = {
+    "atm": ATMConfig(channels=16, num_heads=2, num_layers=2, dropout=0.0),
+    "linear": LinearConfig(),
+    "naive": SETRNaiveConfig(channels=8, dropout=0.0),
+}
+
+
+def gradients(rows: slice, case: str) -> dict[str, Tensor]:
+    """Of the sum of losses on some of four images, averaged over processes."""
+    torch.manual_seed(0)
+    model = build(
+        SegmenterConfig(
+            vit=ViTConfig(grid=(4, 4), patch_size=8, embed_dim=24, depth=3, num_heads=3),
+            policy=DToPConfig(thresholds=(0.3,), keep_per_class=1),
+            input=InputConfig(min_size=None),
+            classes=tuple("abcd"),
+            head=CASES[case],
+            out_indices=(0, 2),
+        )
+    )
+    assert isinstance(model, Segmenter)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(4, 3, 32, 32, generator=generator)
+    labels = torch.randint(0, K, (4, 32, 32), generator=generator)
+    labels[0] = IGNORED  # the halves differ in every count
+    labels[1] = 1
+    labels[2, :20] = IGNORED
+    model.train()
+    wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
+    output = wrapped(list(images[rows]), [{"labels": own} for own in labels[rows]])
+    torch.stack(list(output.losses.values())).sum().backward()
+    result = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(result) == len(list(model.parameters()))
+    return {**result, "exited": output.trace.exited[0].float().mean()}
+
+
+def worker(folder: Path) -> None:
+    """What each process of torchrun does; process 0 writes the results."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    results = {case: gradients(slice(2 * rank, 2 * rank + 2), case) for case in CASES}
+    if rank == 0:
+        torch.save(results, folder / "gradients.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, __file__, str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    for case in CASES:
+        one, two = gradients(slice(0, 4), case), results[case]
+        assert 0 < float(one.pop("exited")) < 1
+        for name, expected in one.items():
+            scale = float(expected.double().abs().max())
+            difference = float((two[name] - expected).abs().max())
+            assert difference <= 1e-4 * scale + 1e-6, f"{case} {name}: {difference} of {scale}"
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))
