@@ -16,6 +16,7 @@ from sievit.inputs import InputConfig, ModelConfig
 from sievit.model import build, load, save
 from sievit.policies import DToPConfig, KeepAllConfig, PolicyConfig
 from sievit.segmenter import Segmenter, SegmenterConfig
+from sievit.tokens import Tokens, Trace
 from sievit.vit import ViTConfig
 
 DTOP = DToPConfig(thresholds=(0.6, 0.6), keep_per_class=1)
@@ -208,6 +209,22 @@ def test_how_many_windows_go_together_changes_nothing(options: dict) -> None:
         assert torch.equal(first[1].trace.seen(), output.trace.seen())
         assert all(torch.equal(first[1].left_at(i), output.left_at(i)) for i in range(3))
         assert first[1].windows == output.windows
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_windows_of_which_only_some_remember_context_are_joined(turned: bool) -> None:
+    """With `preserve`, a batch in which nobody has left has no context to remember."""
+    tokens = Tokens(torch.zeros(2, 6, 3), (2, 3))
+    gone = torch.tensor([[True, False] * 3, [True] * 6])
+    without = Trace.start(tokens).record(tokens, {"maps": torch.ones(2, 4, 6)}).finish({})
+    chosen = tokens.select(~gone, context=gone)
+    context = Trace.start(tokens).record(chosen, {"maps": torch.ones(2, 4, 6)}).finish({})
+    joined = Trace.join([context, without] if turned else [without, context])
+    parts = (context, without) if turned else (without, context)
+    assert torch.equal(joined.seen(), torch.cat([part.seen() for part in parts], dim=1))
+    assert torch.equal(joined.counts(), torch.cat([part.counts() for part in parts], dim=1))
+    assert joined.aux[0]["maps"].shape == (4, 4, 6)
+    assert Trace.join([context]) is context
 
 
 def test_where_tokens_left_on_the_pixels() -> None:
