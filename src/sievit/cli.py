@@ -154,7 +154,9 @@ def _run_training(recipe: Any, out: Path) -> int:
 
 
 def _eval(args: list[str]) -> int:
-    from tyro.conf import arg
+    from tyro.conf import OmitArgPrefixes, arg
+
+    from sievit.report.semantic import LabelFiles
 
     def run(
         model: Annotated[Path, arg(metavar="MODEL")],
@@ -163,12 +165,7 @@ def _eval(args: list[str]) -> int:
         images: Path,
         annotations: Path | None = None,
         labels: Path | None = None,
-        panoptic: Path | None = None,
-        names: Path | None = None,
-        image_suffix: str | None = None,
-        label_suffix: str | None = None,
-        zero_is_ignored: bool = False,
-        palette: Path | None = None,
+        label_files: OmitArgPrefixes[LabelFiles] = LabelFiles(),  # noqa: B008
         policy: str | None = None,
         thresholds: tuple[float, ...] | None = None,
         batch_size: int = 1,
@@ -186,12 +183,6 @@ def _eval(args: list[str]) -> int:
             images: folder that holds the images.
             annotations: COCO annotation file.
             labels: folder of label images: grey or palette images whose values are classes.
-            panoptic: COCO's panoptic JSON; --labels is then the folder of its PNGs.
-            names: which images belong to the set: a name per line, or a COCO file; default all.
-            image_suffix: how the names of images end behind what they have in common with their labels'.
-            label_suffix: how those of the labels do, e.g. _gtFine_labelTrainIds.png.
-            zero_is_ignored: 0 in the label images means that nothing is known, and classes are counted from 1.
-            palette: file with a line `red green blue name` for each class, for label images in these colours.
             policy: takes the place of the model's own, e.g. keep_all for dense.
             thresholds: of the early exits of a segmenter, takes the place of its policy.
             batch_size: images that go through the network together.
@@ -206,12 +197,7 @@ def _eval(args: list[str]) -> int:
             images,
             annotations=annotations,
             labels=labels,
-            panoptic=panoptic,
-            names=names,
-            image_suffix=image_suffix,
-            label_suffix=label_suffix,
-            zero_is_ignored=zero_is_ignored,
-            palette=palette,
+            label_files=label_files,
             policy=policy,
             thresholds=thresholds,
             batch_size=batch_size,

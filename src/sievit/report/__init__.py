@@ -74,12 +74,7 @@ def evaluate(
     *,
     annotations: Path | None = None,
     labels: Path | None = None,
-    panoptic: Path | None = None,
-    names: Path | None = None,
-    image_suffix: str | None = None,
-    label_suffix: str | None = None,
-    zero_is_ignored: bool = False,
-    palette: Path | None = None,
+    label_files: semantic.LabelFiles = semantic.LabelFiles(),  # noqa: B008
     policy: str | None = None,
     thresholds: tuple[float, ...] | None = None,
     batch_size: int = 1,
@@ -89,8 +84,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Every figure of a model, see `engine.evaluate`; progress goes to standard error.
 
-    Detectors are judged by COCO `annotations`, segmenters by a folder of `labels` (with
-    `panoptic`, COCO's JSON file, by its PNGs). Images that cannot be used are left out, and listed in `failures`.
+    Detectors are judged by COCO `annotations`, segmenters by a folder of `labels`. Images that cannot be
+    used are left out, and listed in `failures`.
     """
     model = open_model(model_path, policy=policy, thresholds=thresholds, device=device)
     dataset: CocoDetection | LabelDataset
@@ -101,17 +96,7 @@ def evaluate(
     else:
         if labels is None or annotations is not None:
             raise ConfigError(f"{model_path}: is a segmenter; give --labels, a folder of label images")
-        dataset = semantic.open_labels(
-            model,
-            images,
-            labels,
-            panoptic=panoptic,
-            names=names,
-            image_suffix=image_suffix,
-            label_suffix=label_suffix,
-            zero_is_ignored=zero_is_ignored,
-            palette=palette,
-        )
+        dataset = semantic.open_labels(model, images, labels, label_files)
     figures = run_evaluation(
         model,
         dataset,

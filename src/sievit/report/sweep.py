@@ -24,7 +24,7 @@ from sievit.model import load, model_file
 from sievit.policies import DToPConfig, KeepAllConfig, PolicyConfig
 from sievit.report.common import find_model, progress
 from sievit.report.plot import draw_curves
-from sievit.report.semantic import open_labels
+from sievit.report.semantic import LabelFiles, open_labels
 from sievit.segmenter import SegmentationNet, Segmenter
 
 DENSE = 1.0
@@ -60,28 +60,16 @@ class ExitOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labelled:
+class Labelled(LabelFiles):
     """Images, and a class for each of their pixels.
 
     Attributes:
         images: folder that holds the images.
         labels: folder of label images: grey or palette images whose values are classes.
-        names: which images belong to the set: a name per line, or a COCO file; default all.
-        panoptic: COCO's panoptic JSON; labels is then the folder of its PNGs.
-        image_suffix: how the names of images end behind what they have in common with their labels'.
-        label_suffix: how those of the labels do, e.g. _gtFine_labelTrainIds.png.
-        zero_is_ignored: 0 in the label images means that nothing is known, and classes are counted from 1.
-        palette: file with a line `red green blue name` for each class, for label images in these colours.
     """
 
     images: Path
     labels: Path
-    names: Path | None = None
-    panoptic: Path | None = None
-    image_suffix: str | None = None
-    label_suffix: str | None = None
-    zero_is_ignored: bool = False
-    palette: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +129,7 @@ def sweep(
     if len({curve.name for curve in curves}) < len(curves):
         raise ConfigError(f"--also: two curves of one name among {', '.join(curve.name for curve in curves)}")
     models = {curve.name: _load_segmenter(curve.path, where) for curve in curves}
-    datasets = {of: open_labels(model, **vars(data)) for of, (model, _) in models.items()}
+    datasets = {of: open_labels(model, data.images, data.labels, data) for of, (model, _) in models.items()}
     for curve in curves:
         for threshold in curve.thresholds:
             exits.policy(models[curve.name][0], threshold)  # says now what is wrong with it
