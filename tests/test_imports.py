@@ -105,8 +105,9 @@ def test_pictures_know_no_model():
     assert imported("sievit.viz") <= {"sievit.tokens", "sievit.config"}
 
 
-def test_the_command_line_imports_lazily():
-    assert imported("sievit.cli", lazily=False) <= {"sievit.config"}
+@pytest.mark.parametrize("name", [n for n in SOURCES if room(n) == "sievit.cli"])
+def test_the_command_line_imports_lazily(name: str):
+    assert {other for other in imported(name, lazily=False) if room(other) != "sievit.cli"} <= {"sievit.config"}
 
 
 @pytest.mark.parametrize("statement", ["import sievit", "import sievit.cli; sievit.cli.main(['--help'])"])

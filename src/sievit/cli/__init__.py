@@ -1,0 +1,76 @@
+"""The command line. Everything heavy is imported by the command that needs it: `sievit --help` answers at once.
+
+Exit status: 0 done, 1 something could not be done, 2 something the user has to change, 130 interrupted.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from sievit.cli import bench, data, demo, eval, flops, lists, predict, sweep, train
+from sievit.cli.command import Command
+from sievit.config import ConfigError, nearest
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; `--help` and mistyped options leave by SystemExit instead."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(args)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that cannot be written: the machine's, no bug
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_overview(), file=sys.stdout if args else sys.stderr)
+        return 0 if args else 2
+    if args[0] == "--version":
+        from sievit import __version__
+
+        print(f"sievit {__version__}")
+        return 0
+    if args[0] in COMMANDS:
+        return COMMANDS[args[0]].run(args[1:])
+    group = [name for name in COMMANDS if name.startswith(f"{args[0]} ")]
+    if not group:
+        raise ConfigError(f"unknown command {args[0]!r}{nearest(args[0], COMMANDS)}")
+    if len(args) == 1 or args[1] in ("-h", "--help"):
+        print("\n".join(_line(name) for name in group), file=sys.stdout if len(args) > 1 else sys.stderr)
+        return 0 if len(args) > 1 else 2
+    name = " ".join(args[:2])
+    if name not in COMMANDS:
+        raise ConfigError(f"unknown command {name!r}{nearest(name, group)}")
+    return COMMANDS[name].run(args[2:])
+
+
+def _overview() -> str:
+    lines = ["usage: sievit COMMAND ...", "", (sys.modules["sievit"].__doc__ or "").partition("\n")[0], ""]
+    lines += [_line(name) for name in COMMANDS]
+    return "\n".join([*lines, "", "sievit COMMAND --help lists a command's options."])
+
+
+def _line(name: str) -> str:
+    command = COMMANDS[name]
+    return f"  {f'{name} {command.usage}':<22} {command.summary}"
+
+
+COMMANDS = {
+    "demo": Command("", "see it: dense against sparse on fresh scenes", demo.demo),
+    "train": Command("RECIPE", "train a model, or go on with --resume RUN", train.train),
+    "eval": Command("MODEL", "accuracy, tokens, GFLOPs and latency", eval.evaluate),
+    "predict": Command("MODEL IMAGES", "find objects or label pixels, in an image or a folder", predict.predict),
+    "sweep": Command("MODEL", "a segmenter at many thresholds: table and plot", sweep.sweep),
+    "data scenes": Command("", "generate scenes in COCO format", data.scenes),
+    "bench blocks": Command("", "time the backbone's blocks, dense against sparse", bench.blocks),
+    "bench network": Command("", "time a whole segmenter, dense against DToP", bench.network),
+    "flops": Command("TARGET", "GFLOPs of a recipe or model, by part and image", flops.flops),
+    "recipes": Command("[NAME]", "list the recipes, or print one", lists.recipes),
+    "policies": Command("", "list the token policies", lists.policies),
+}
