@@ -232,7 +232,7 @@ def test_a_policy_that_was_not_trained(tmp_path) -> None:
 
 
 def test_a_run_folder(model, tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"neither best\.safetensors nor last\.safetensors"):
+    with pytest.raises(ConfigError, match=r"neither model\.safetensors nor best\.safetensors nor last"):
         load(tmp_path)
     save(model, tmp_path / "last.safetensors")
     assert torch.equal(load(tmp_path).vit.pos_embed, model.vit.pos_embed)

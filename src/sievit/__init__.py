@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sievit.config import ConfigError
     from sievit.detector import Detector, DetectorConfig, Output
     from sievit.heads.config import MaskRCNNConfig
+    from sievit.hub import Card
     from sievit.inputs import InputConfig, ModelConfig
     from sievit.model import build, load, save
     from sievit.policies import policy_config
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Card",
     "ConfigError",
     "Detector",
     "DetectorConfig",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Card": "sievit.hub",
     "ConfigError": "sievit.config",
     "Detector": "sievit.detector",
     "DetectorConfig": "sievit.detector",

@@ -31,7 +31,7 @@ from sievit.inputs import InputConfig
 from sievit.policies import DToPConfig, KeepAllConfig, Policy, SViTConfig, build_policy
 from sievit.policies.dtop import leave
 from sievit.policies.svit import SViT
-from sievit.segmenter import Segmentation, Segmenter, SegmenterConfig, build_segmenter
+from sievit.segmenter import Segmentation, Segmenter, SegmenterConfig
 from sievit.tokens import Prediction, Tokens, Trace
 from sievit.vit import Mode, ViT, ViTConfig
 
@@ -302,7 +302,7 @@ def random_segmenter(vit: ViTConfig, head: ATMConfig, out_indices: tuple[int, ..
     config = SegmenterConfig(
         vit=vit, policy=KeepAllConfig(), input=InputConfig(), classes=classes, head=head, out_indices=out_indices
     )
-    segmenter = build_segmenter(config)
+    segmenter = Segmenter.from_config(config)
     for each in segmenter.net.heads:
         assert isinstance(each, ATM)
         looking = each.layers[-1].get_submodule("cross_attn")

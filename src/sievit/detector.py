@@ -5,14 +5,15 @@ Letters: b images, (h, w) an image's pixels, d detections, g objects. Boxes are 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sievit.config import ConfigError, variant
 from sievit.heads.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from sievit.heads.masks import paste_masks
+from sievit.hub import Pretrained
 from sievit.inputs import ModelConfig, Size, batched, in_batches
 from sievit.necks import NeckConfig
 from sievit.necks.build import Backbone, build_backbone
@@ -62,14 +63,22 @@ class Output:
     image_size: Size
 
 
-class Detector(nn.Module):
+class Detector(Pretrained):
     """A backbone and Mask R-CNN."""
+
+    kind = "detector"
 
     def __init__(self, config: DetectorConfig, *, backbone: Backbone, head: MaskRCNN) -> None:
         super().__init__()
-        self.config = config
+        self.config: DetectorConfig = config
         self.backbone: Backbone = backbone
         self.head = head
+
+    @classmethod
+    def from_config(cls, config: DetectorConfig) -> Self:
+        """The detector that `config` describes, with random weights."""
+        backbone = build_backbone(config.neck, config.vit, config.policy)
+        return cls(config, backbone=backbone, head=MaskRCNN(config.head, in_channels=backbone.out_channels))
 
     @property
     def policy(self) -> Policy:
@@ -153,9 +162,3 @@ class Detector(nn.Module):
         finally:
             self.train(training)
         return detections
-
-
-def build_detector(config: DetectorConfig) -> Detector:
-    """The detector that `config` describes, with random weights."""
-    backbone = build_backbone(config.neck, config.vit, config.policy)
-    return Detector(config, backbone=backbone, head=MaskRCNN(config.head, in_channels=backbone.out_channels))

@@ -5,7 +5,7 @@ Letters: b images or windows, (h, w) pixels of one, n grid tokens, k classes.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sievit.config import ConfigError, variant
 from sievit.heads.semantic import SemanticHead, SemanticHeadConfig, build_head, extents, repeat_edges, resize
+from sievit.hub import Pretrained
 from sievit.inputs import ModelConfig, Size, batched, in_batches, normalised
 from sievit.policies import Policy, PolicyConfig, build_policy
 from sievit.policies.base import Head
@@ -215,13 +216,21 @@ def picture(prediction: Prediction, grid: tuple[int, int], size: Size, *, via: S
     return resize(maps if via is None else resize(maps, via), size)
 
 
-class Segmenter(nn.Module):
+class Segmenter(Pretrained):
     """A network, and what happens to images before it and to its answers after it."""
+
+    kind = "segmenter"
 
     def __init__(self, config: SegmenterConfig, net: SegmentationNet) -> None:
         super().__init__()
-        self.config = config
+        self.config: SegmenterConfig = config
         self.net = net
+
+    @classmethod
+    def from_config(cls, config: SegmenterConfig) -> Self:
+        """The segmenter that `config` describes, with random weights."""
+        net = build_net(config.vit, config.policy, config.head, config.out_indices, len(config.classes))
+        return cls(config, net)
 
     @property
     def policy(self) -> Policy:
@@ -357,11 +366,6 @@ class Segmenter(nn.Module):
             ]
         finally:
             self.train(training)
-
-
-def build_segmenter(config: SegmenterConfig) -> Segmenter:
-    """The segmenter that `config` describes, with random weights."""
-    return Segmenter(config, build_net(config.vit, config.policy, config.head, config.out_indices, len(config.classes)))
 
 
 def build_net(

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sievit.config import ConfigError, nearest
 from sievit.data.images import list_images
 from sievit.files import write_atomically
+from sievit.hub.fetch import HUB, model_file
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -29,7 +30,9 @@ def shipped(name: str) -> Path:
 
 
 def find_model(name: Path) -> Path:
-    """The path as it is, or the model of that name that comes with the package."""
+    """The path as it is, the model of that name that comes with the package, or one of the hub (hf:user/name)."""
+    if str(name).startswith(HUB):
+        return model_file(name)
     inside = WEIGHTS / f"{name}.safetensors"
     return inside if not name.exists() and inside.is_file() else name
 

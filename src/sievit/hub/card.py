@@ -1,0 +1,250 @@
+"""Model cards: what a model is, what it was asked to leave out, and what a person says of it."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from sievit.config import ConfigError, kind_of
+from sievit.inputs import ModelConfig
+
+TASKS = {"detector": "object-detection", "segmenter": "image-segmentation"}
+"""What the hub calls them."""
+ACCURACIES = {
+    "detector": {
+        "box_ap": "box AP",
+        "box_ap50": "box AP50",
+        "box_ap75": "box AP75",
+        "mask_ap": "mask AP",
+        "mask_ap50": "mask AP50",
+        "mask_ap75": "mask AP75",
+    },
+    "segmenter": {"miou": "mean IoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy"},
+}
+"""The figures of `sievit eval` that go into the header, 0..1."""
+_KNOWN = """
+apache-2.0 mit openrail openrail++ bigscience-openrail-m creativeml-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd
+bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0
+cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0
+etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research
+lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl unknown
+other
+"""
+LICENSES = frozenset(_KNOWN.split())
+"""Names that the hub knows; any other is given to it as "other" with a name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a person says of a model, for its card.
+
+    Attributes:
+        license: of the weights, as the hub writes them (apache-2.0, cc-by-nc-4.0, ...) or any other name; where nobody
+            says which, the card says "unknown".
+        license_link: address of its text, for a licence that the hub does not know.
+        datasets: what the model was trained on, by name, or by the hub's id.
+        figures: what `sievit eval` printed: accuracy, GFLOPs, milliseconds, shares of tokens.
+        evaluated_on: the data set of the figures.
+        name: the title.
+        base_model: the hub's id of the model that this one was made from.
+        notes: further text.
+    """
+
+    license: str = "unknown"
+    license_link: str | None = None
+    datasets: Sequence[str] = ()
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    evaluated_on: str | None = None
+    name: str | None = None
+    base_model: str | None = None
+    notes: str = ""
+
+
+def read_figures(path: Path) -> dict[str, Any]:
+    """The figures of an evaluation from what `sievit eval` printed: the last line of the file is a JSON object.
+
+    Raises:
+        ConfigError: no such file, or its last line is something else.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        figures = json.loads(next((line for line in reversed(lines) if line.strip()), ""))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: its last line is not the JSON that `sievit eval` prints ({error})") from error
+    if not isinstance(figures, dict):
+        raise ConfigError(f"{path}: its last line is JSON, but not the object that `sievit eval` prints")
+    return figures
+
+
+def model_card(config: ModelConfig, card: Card, *, parameters: int, repo_id: str | None = None) -> ModelCard:
+    """The card of a model: a header for the hub, and a text.
+
+    Args:
+        parameters: how many the model has.
+        repo_id: where it lies on the hub, if that is known.
+
+    Raises:
+        ConfigError: figures of another kind of model, or of another policy.
+    """
+    kind = kind_of(config) or ""
+    _check_figures(config, kind, card.figures)
+    default = repo_id.rpartition("/")[2] if repo_id else f"{_backbone(config)} {kind} ({kind_of(config.policy)})"
+    name = card.name or default
+    known = card.license in LICENSES
+    results = _results(kind, card)
+    data = ModelCardData(
+        library_name="sievit",
+        license=card.license if known else "other",
+        license_name=None if known else card.license,
+        license_link=card.license_link,
+        datasets=[name for name in card.datasets if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)] or None,
+        base_model=card.base_model,
+        pipeline_tag=TASKS[kind],
+        tags=_tags(config, kind),
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    parts = [f"# {name}", *_text(config, card, kind, parameters, repo_id)]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+
+
+def _check_figures(config: ModelConfig, kind: str, figures: Mapping[str, Any]) -> None:
+    if not figures:
+        return
+    if not any(name in figures for name in ACCURACIES[kind]):
+        wanted = ", ".join(ACCURACIES[kind])
+        raise ConfigError(
+            f"figures: none of a {kind} ({wanted}); give the JSON that `sievit eval` printed of this model"
+        )
+    own = kind_of(config.policy)
+    if figures.get("policy", own) != own:
+        raise ConfigError(
+            f"figures: they are of the policy {figures['policy']!r}, and the model's is {own!r}; evaluate it as it is"
+        )
+
+
+def _results(kind: str, card: Card) -> list[EvalResult]:
+    data = card.evaluated_on or "unnamed data"
+    return [
+        EvalResult(
+            task_type=TASKS[kind],
+            dataset_type=re.sub(r"[^\w./-]+", "-", data),
+            dataset_name=data,
+            metric_type=key,
+            metric_name=name,
+            metric_value=card.figures[key],
+        )
+        for key, name in ACCURACIES[kind].items()
+        if key in card.figures
+    ]
+
+
+def _tags(config: ModelConfig, kind: str) -> list[str]:
+    head = getattr(config, "head", None)
+    own = ["sievit", "vision-transformer", "token-selection", kind_of(config.policy) or ""]
+    if kind == "segmenter":
+        return [*own, "semantic-segmentation"]
+    return [*own, "instance-segmentation"] if getattr(head, "with_masks", False) else own
+
+
+def _text(config: ModelConfig, card: Card, kind: str, parameters: int, repo_id: str | None) -> list[str]:
+    """The sections below the title."""
+    where = f"hf:{repo_id}" if repo_id else "FOLDER"
+    answers = "boxes, labels, scores, masks" if kind == "detector" else "a class for every pixel"
+    first = f"A {kind} for {len(config.classes)} classes on a plain vision transformer that computes, in each block, "
+    parts = [
+        f"{first}only the tokens that its policy chooses. Made with sievit.",
+        "## Use",
+        "```python\n"
+        "import sievit\n\n"
+        f'model = sievit.load("{where}")\n'
+        f'answers = model.predict(["image.jpg"])  # {answers}\n'
+        "```",
+        f'`sievit.load("{where}", policy="keep_all")` computes all tokens.',
+        "## Model",
+        _rows(_architecture(config, parameters)),
+        "Classes: " + ", ".join(config.classes),
+        "## Policy",
+        *_policy(config),
+        "## Data",
+        "Trained on " + ", ".join(card.datasets) + "." if card.datasets else "Nobody said what it was trained on.",
+        "## Figures",
+        *_figures(card, kind),
+        "## Licence",
+        _licence(card),
+    ]
+    return [*parts, "## Notes", card.notes.strip()] if card.notes.strip() else parts
+
+
+def _architecture(config: ModelConfig, parameters: int) -> list[tuple[str, str]]:
+    vit = config.vit
+    rows = [
+        ("backbone", f"{_backbone(config)}: {vit.depth} blocks, {vit.embed_dim} channels, {vit.num_heads} heads"),
+        ("trained on a grid of", f"{vit.grid[0]} x {vit.grid[1]} tokens"),
+    ]
+    for name in ("neck", "head"):
+        part = getattr(config, name, None)
+        if part is not None:
+            rows.append((name, kind_of(part) or type(part).__name__.removesuffix("Config")))
+    resized = f"short edge {config.input.min_size}, long edge at most {config.input.max_size} pixels"
+    rows.append(("images", "as they are" if config.input.min_size is None else resized))
+    return [*rows, ("parameters", f"{parameters / 1e6:.2f} M")]
+
+
+def _backbone(config: ModelConfig) -> str:
+    sizes = {192: "ViT-T", 384: "ViT-S", 768: "ViT-B", 1024: "ViT-L", 1280: "ViT-H"}
+    return f"{sizes.get(config.vit.embed_dim, 'ViT')}/{config.vit.patch_size}"
+
+
+def _policy(config: ModelConfig) -> list[str]:
+    """What chooses the tokens, and everything that it was told."""
+    policy = config.policy
+    about = (type(policy).__doc__ or "").strip().partition("\n")[0]
+    lines = [f"`{kind_of(policy)}`: {about}"]
+    if is_dataclass(policy) and fields(policy):
+        lines.append("What it was asked for:")
+        lines.append(_rows([(f"`{f.name}`", _shown(getattr(policy, f.name))) for f in fields(policy)]))
+    return lines
+
+
+def _figures(card: Card, kind: str) -> list[str]:
+    figures = card.figures
+    if not figures:
+        return ["None are given."]
+    rows = [(name, f"{100 * figures[key]:.2f} %") for key, name in ACCURACIES[kind].items() if key in figures]
+    if "gflops" in figures:
+        spread = f" (± {figures['gflops_std']:.2f} over images)" if "gflops_std" in figures else ""
+        rows.append(("GFLOPs per image", f"{figures['gflops']:.2f}{spread}, multiply-adds"))
+    if "ms_per_image" in figures:
+        tail = f", 95th percentile {figures['ms_per_image_p95']:.1f}" if "ms_per_image_p95" in figures else ""
+        device = f" on {figures['device']}" if "device" in figures else ""
+        rows.append(("milliseconds per image", f"{figures['ms_per_image']:.1f}{tail}{device}"))
+    for key, name in (("keep", "share of tokens computed, by block"), ("left_at", "share that leaves, by stage")):
+        if key in figures:
+            rows.append((name, " ".join(f"{share:.2f}" for share in figures[key])))
+    if "images" in figures:
+        rows.append(("images", str(figures["images"])))
+    text = [f"By `sievit eval` on {card.evaluated_on or 'data that nobody named'}.", _rows(rows)]
+    if figures.get("failures"):
+        text.append(f"{len(figures['failures'])} images could not be used and are not counted.")
+    return text
+
+
+def _licence(card: Card) -> str:
+    if card.license == "unknown":
+        return "Unknown: nobody said under which terms these weights may be used."
+    return card.license if card.license_link is None else f"[{card.license}]({card.license_link})"
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def _rows(rows: Sequence[tuple[str, str]]) -> str:
+    """A table of two columns."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

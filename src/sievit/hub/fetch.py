@@ -1,0 +1,77 @@
+"""From what a person calls a model to the file that holds it."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from sievit.config import ConfigError
+from sievit.hub.file import CONFIG_FILE, MODEL_FILE
+
+HUB = "hf:"
+"""How the name of a model on the hub begins where a path could stand: hf:user/name, or hf:user/name@revision."""
+
+
+def model_file(path: Path | str) -> Path:
+    """The file that holds a model: itself, that of a published folder, the best or last one of a training run's folder,
+    or of a model on the hub, which is fetched unless it is here already.
+
+    Raises:
+        ConfigError: a folder without a model, or a model on the hub that cannot be had.
+    """
+    name = str(path)
+    if name.startswith(HUB):
+        repo_id, _, revision = name.removeprefix(HUB).partition("@")
+        return fetched(repo_id, revision=revision or None)
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in (MODEL_FILE, "best.safetensors", "last.safetensors"):
+        if (path / name).is_file():
+            return path / name
+    raise ConfigError(
+        f"{path}: has neither {MODEL_FILE} nor best.safetensors nor last.safetensors; "
+        "is it a published model or the folder of a training run?"
+    )
+
+
+def fetched(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> Path:
+    """The model file of a repository on the hub, in the local cache; arguments as huggingface_hub's.
+
+    Raises:
+        ConfigError: no such repository or revision, no access, no connection, or no model of sievit in it.
+    """
+    try:
+        folder = snapshot_download(
+            repo_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            library_name="sievit",
+            allow_patterns=[MODEL_FILE, CONFIG_FILE],
+        )
+    except HFValidationError as error:
+        raise ConfigError(f"{repo_id!r} is neither a folder here nor the id of a model on the hub: {error}") from error
+    except LocalEntryNotFoundError as error:
+        reason = "nothing is to be fetched" if local_files_only else "the hub cannot be reached"
+        raise ConfigError(f"{_called(repo_id, revision)}: not in the local cache, and {reason} ({error})") from error
+    except HfHubHTTPError as error:
+        raise ConfigError(f"{_called(repo_id, revision)}: cannot be had from the hub ({error})") from error
+    path = Path(folder) / MODEL_FILE
+    if not path.is_file():
+        raise ConfigError(f"{_called(repo_id, revision)}: has no {MODEL_FILE}; is it a model of sievit?")
+    return path
+
+
+def _called(repo_id: str, revision: str | None) -> str:
+    return f"{HUB}{repo_id}" if revision is None else f"{HUB}{repo_id}@{revision}"

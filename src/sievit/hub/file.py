@@ -1,0 +1,162 @@
+"""The one file that holds a model: safetensors, whose metadata holds the configuration.
+
+In a published folder a config.json stands beside it, for people and the hub to read. The file is what counts; a
+config.json that says something else is an error, so that an edit of it is never lost silently.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from sievit.config import ConfigError, from_json, kind_of, load_json, to_json
+from sievit.files import write_atomically
+from sievit.inputs import ModelConfig
+from sievit.policies import PolicyConfig, policy_config
+
+M = TypeVar("M", bound=nn.Module)
+
+FORMAT = "sievit"
+MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+"""What a published folder holds, beside its README.md."""
+POLICY_PREFIXES = ("backbone.policy.", "net.policy.")
+"""How the names of a policy's own parameters begin."""
+
+
+def write(model: nn.Module, config: ModelConfig, path: Path, *, half: bool = False) -> None:
+    """Write the model and its configuration as one safetensors file, whole or not at all.
+
+    Args:
+        half: store parameters as float16; buffers (running statistics) keep their type.
+
+    Raises:
+        ConfigError: a parameter is too large for float16.
+        OSError: the disk is full or the folder cannot be written; a file that was there is still the old one.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach().cpu().contiguous()
+        if half and name in parameters:
+            tensor = tensor.half()
+            if not tensor.isfinite().all():
+                raise ConfigError(f"{name} does not fit float16; save the model with half=False")
+        tensors[name] = tensor
+    metadata = {"format": FORMAT, "config": json.dumps(to_json(config))}
+    write_atomically(path, to_bytes(tensors, metadata))
+
+
+def read(path: Path, *, kind: str | None = None) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The configuration and the tensors, as stored, of a file that `write` wrote.
+
+    Args:
+        kind: of model that it has to be, such as "detector"; None: any.
+
+    Raises:
+        ConfigError: no such file, not a sievit model, damaged, of another kind, or beside a config.json that differs.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; give a .safetensors file or the folder of a training run")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path}: damaged, cut short, or not a safetensors file ({error})") from error
+    if metadata.get("format") != FORMAT or "config" not in metadata:
+        raise ConfigError(f"{path}: a safetensors file, but not one that sievit wrote: it holds no model configuration")
+    try:
+        data = json.loads(metadata["config"])
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: its model configuration is not JSON ({error})") from error
+    if isinstance(data, dict):
+        data = {"kind": "detector", **data}  # the first version knew only these, and did not say so
+        if kind is not None and data["kind"] != kind:
+            raise ConfigError(f"{path}: holds a {data['kind']}, not a {kind}; sievit.load takes either")
+    config = from_json(ModelConfig, data, where=f"{path}: model configuration")
+    beside = path.with_name(CONFIG_FILE)
+    if path.name == MODEL_FILE and beside.is_file():
+        _check_same(path, config, beside)
+    return config, tensors
+
+
+def restored(
+    build: Callable[[Any], M],
+    path: Path,
+    *,
+    kind: str | None = None,
+    policy: str | PolicyConfig | None = None,
+) -> M:
+    """The model in a file, in evaluation mode, on the CPU.
+
+    Args:
+        build: makes a model of random weights from a configuration.
+        kind: see `read`.
+        policy: takes the place of the file's: a configuration, or a name for the default one of that name (the file's
+            own where it has that name). Weights of the policy that is replaced are left out.
+
+    Raises:
+        ConfigError: see `read`; weights that do not fit, an unknown policy, or one that has to be trained and was not.
+    """
+    config, tensors = read(path, kind=kind)
+    if policy is not None:
+        wanted = policy_config(policy) if isinstance(policy, str) else policy
+        if not (isinstance(policy, str) and kind_of(config.policy) == policy):
+            config = replace(config, policy=wanted)
+    model = build(config)
+    expected = model.state_dict()
+    if policy is not None:
+        dropped = {name for name in tensors if name.startswith(POLICY_PREFIXES) and name not in expected}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+        untrained = [n for n in expected if n.startswith(POLICY_PREFIXES) and n not in tensors]
+        if untrained:
+            raise ConfigError(
+                f"{path}: has no weights for the policy {kind_of(config.policy)!r} (such as {untrained[0]}); "
+                "train it first, starting from this checkpoint"
+            )
+    _check_fit(path, expected, tensors)
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def _check_fit(path: Path, expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Raise unless names and shapes are the same."""
+    problems = [f"lacks {name}" for name in expected if name not in tensors]
+    problems += [f"has {name}, which the model lacks" for name in tensors if name not in expected]
+    problems += [
+        f"has {name} of shape {tuple(tensors[name].shape)}, the model's is {tuple(expected[name].shape)}"
+        for name in expected
+        if name in tensors and tensors[name].shape != expected[name].shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ConfigError(f"{path}: the weights are of another model: it {'; it '.join(problems[:3])}{more}")
+
+
+def _check_same(path: Path, config: ModelConfig, beside: Path) -> None:
+    """Raise unless the config.json beside the file says the same."""
+    other = load_json(ModelConfig, beside)
+    if other == config:
+        return
+    said, held = dict(_leaves(to_json(other))), dict(_leaves(to_json(config)))
+    names = [name for name in held | said if said.get(name) != held.get(name)]
+    shown = "; ".join(f"{name} is {said.get(name)!r}, not {held.get(name)!r}" for name in names[:3])
+    more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
+    raise ConfigError(
+        f"{beside}: is not the configuration of {path.name}, which is what counts: {shown}{more}; delete it, or write "
+        "the folder anew with save_pretrained"
+    )
+
+
+def _leaves(data: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """All values of nested objects, by their path; lists are values."""
+    if not isinstance(data, dict):
+        yield name, data
+        return
+    for key, value in data.items():
+        yield from _leaves(value, f"{name}.{key}" if name else key)
