@@ -1,13 +1,22 @@
 """Parameter groups, the learning rate, and averaged weights."""
 
+import json
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import nn
 
-from sievit.engine.optim import Average, build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from sievit.config import ConfigError, from_json, to_json
+from sievit.engine.optim import (
+    Average,
+    build_optimizer,
+    freeze,
+    learning_rate,
+    parameter_groups,
+    set_learning_rate,
+)
 from sievit.engine.recipe import TrainConfig
 from sievit.model import build
 from sievit.recipes import recipe
@@ -50,6 +59,78 @@ def test_frozen_parameters_are_left_out():
     layer = nn.Linear(2, 2)
     layer.bias.requires_grad_(False)
     assert [p.shape for group in parameter_groups(layer, CONFIG) for p in group["params"]] == [(2, 2)]
+
+
+def test_rates_fall_from_block_to_block_towards_the_embedding():
+    model = build(recipe("scenes_svit").model)
+    groups = parameter_groups(model, replace(CONFIG, layer_decay=0.5, head_lr=7.0))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    scales = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert scales.keys() == set(names.values())
+    for name, scale in scales.items():
+        if name.startswith("backbone.vit.blocks."):
+            expected = 0.5 ** (12 - int(name.split(".")[3]))
+        elif name.startswith("backbone.vit."):
+            expected = 0.5**13
+        else:
+            expected = 3.0 if "policy." in name else 7.0 if name.startswith("head.") else 1.0
+        assert scale == pytest.approx(expected), name
+    some = ("vit.patch_embed.proj.weight", "vit.blocks.0.attn.qkv.weight", "vit.blocks.11.mlp.fc2.bias")
+    assert [scales[f"backbone.{name}"] for name in some] == pytest.approx([0.5**13, 0.5**12, 0.5])
+    decays = [(g["lr_scale"], g["weight_decay"]) for g in groups]
+    assert len(decays) == len(set(decays)), "one group of each kind"
+
+
+def test_the_norm_behind_the_blocks_has_the_full_rate():
+    config = recipe("folders_segvit_s").model
+    model = build(replace(config, vit=replace(config.vit, depth=12, embed_dim=12, num_heads=2, final_norm=True)))
+    groups = parameter_groups(model, replace(CONFIG, layer_decay=0.5))
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert {scales[id(p)] for p in model.vit.norm.parameters()} == {1.0}
+
+
+def test_what_is_frozen_has_neither_gradients_nor_drop_path():
+    config = recipe("scenes_svit").model
+    config = replace(config, vit=replace(config.vit, drop_path_rate=0.3))
+
+    def left(what: Literal["none", "vit"] | int) -> tuple[set[str], list[float]]:
+        vit = build(config).vit
+        freeze(vit, what)
+        return {n for n, p in vit.named_parameters() if p.requires_grad}, [
+            vars(block)["drop_path"] for block in vit.blocks
+        ]
+
+    everything, rates = left("none")
+    assert (len(everything), rates[-1]) == (len(list(build(config).vit.parameters())), pytest.approx(0.3))
+    assert left("vit") == (set(), [0.0] * 12)
+    names, some = left(4)
+    assert names == {n for n in everything if n.startswith("blocks.") and int(n.split(".")[1]) >= 4}
+    assert some == [0.0] * 4 + rates[4:]
+    assert left(12)[0] == set()
+    with pytest.raises(ConfigError, match="freeze is 13, but the ViT has 12 blocks"):
+        left(13)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layer_decay": 0.0}, "layer_decay is a factor above 0 and up to 1"),
+        ({"layer_decay": 1.1}, "layer_decay is a factor"),
+        ({"freeze": 0}, "freeze is none, vit, or a number of first blocks from 1 on"),
+        ({"freeze": -2}, "freeze is none"),
+    ],
+)
+def test_settings_that_make_no_sense(change: dict[str, Any], words: str):
+    with pytest.raises(ConfigError, match=words):
+        replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize("value", ["none", "vit", 3])
+def test_what_is_frozen_survives_json(value: Literal["none", "vit"] | int):
+    config = replace(CONFIG, freeze=value)
+    assert from_json(TrainConfig, json.loads(json.dumps(to_json(config)))) == config
+    with pytest.raises(ConfigError, match="freeze"):
+        from_json(TrainConfig, {"freeze": "blocks"})
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from sievit.data.semantic import SemanticAugmentConfig
 from sievit.detector import DetectorConfig
 from sievit.engine.checkpoint import RunFolder, read_log
 from sievit.engine.evaluate import compare, evaluate
+from sievit.engine.optim import freeze
 from sievit.engine.recipe import LabelsData, Recipe, TrainConfig, open_data, with_classes
 from sievit.engine.train import train
 from sievit.heads import ATMConfig
@@ -104,6 +105,26 @@ def test_steps_end_a_run_inside_an_epoch(run: RunFolder):
     assert [row["step"] for row in read_log(run.val_file)] == ["2", "3"]
     assert {"miou", "left_at", "gflops_max"} <= run.metrics().keys()
     assert len(run.metrics()["iou"]) == len(NAMES)
+
+
+def test_heads_are_trained_on_a_frozen_vit(recipe: Recipe, run: RunFolder, tmp_path: Path):
+    """From the run's model, as somebody would who has a backbone of theirs."""
+    start = replace(recipe.train, init_from=run.path, freeze="vit", ema=0.0)
+    train(replace(recipe, train=start), out=tmp_path / "run")
+    before, after = (dict(load(folder).state_dict()) for folder in (run.best_file, tmp_path / "run"))
+    for name, value in before.items():
+        if name.startswith("net.vit.") or value.ndim > 1:  # an attention's first bias has no gradient
+            assert torch.equal(value, after[name]) == name.startswith("net.vit."), name
+
+
+def test_a_frozen_vit_keeps_nothing_for_gradients():
+    model = build(tiny(KeepAllConfig())).train()
+    freeze(model.vit, "vit")
+    tokens, _ = model.vit(torch.rand(1, 3, 48, 48), model.policy)
+    assert not tokens.x.requires_grad
+    losses = model([torch.rand(3, 48, 48)], [{"labels": torch.zeros(48, 48, dtype=torch.int64)}]).losses
+    torch.stack(list(losses.values())).sum().backward()
+    assert all((p.grad is None) == n.startswith("net.vit.") for n, p in model.named_parameters())
 
 
 def test_a_resumed_run_ends_with_the_same_weights(recipe: Recipe, run: RunFolder, tmp_path: Path, monkeypatch):

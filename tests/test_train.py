@@ -1,5 +1,6 @@
 """Training: resuming bit for bit, starting weights, signals, folders, and what goes wrong."""
 
+import io
 import json
 import os
 import signal
@@ -9,10 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from sievit.config import ConfigError
@@ -174,6 +176,64 @@ def test_a_killed_run_goes_on_exactly(
         same(*(dict(load(run.path / file).state_dict()) for run in (whole, killed)))
     logs = [[{**row, "images_per_s": ""} for row in read_log(run.log_file)] for run in (whole, killed)]
     assert logs[0] == logs[1]
+
+
+@pytest.fixture
+def vit_file(recipe: Recipe, tmp_path: Path) -> Path:
+    """A pre-trained ViT, in a manner of speaking."""
+    state = build(replace(recipe.model, policy=KeepAllConfig())).vit.state_dict()
+    torch.save(dict(state), tmp_path / "vit.pth")
+    return tmp_path / "vit.pth"
+
+
+@pytest.mark.parametrize("what", ["vit", 2])
+def test_what_is_frozen_stays_and_a_killed_run_goes_on_exactly(
+    what: Literal["vit"] | int, recipe: Recipe, vit_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = replace(recipe, train=replace(recipe.train, vit_from=vit_file, freeze=what, save_every=0.0))
+    said = io.StringIO()
+    train(recipe, out=tmp_path / "whole", console=Console(file=said))
+    whole = RunFolder(tmp_path / "whole").load_state()
+    assert whole is not None
+    vit = {f"backbone.vit.{n}": value for n, value in torch.load(vit_file, weights_only=True).items()}
+    fixed = {n for n in vit if what == "vit" or not n.startswith(("backbone.vit.blocks.2", "backbone.vit.blocks.3"))}
+    for name, value in vit.items():
+        equal = torch.equal(whole["model"][name], value), torch.equal(whole["average"]["values"][name], value)
+        assert equal == ((True, True) if name in fixed else (False, False)), name
+    moved = set(whole["optimizer"]["state"])
+    assert len(moved) == sum(len(group["params"]) for group in whole["optimizer"]["param_groups"])
+    model = build(recipe.model)
+    assert len(moved) == len(list(model.parameters())) - len(fixed)
+    trained = sum(p.numel() for name, p in model.named_parameters() if name not in fixed)
+    total = sum(p.numel() for p in model.parameters())
+    assert f"training {trained:,} of {total:,} parameters" in said.getvalue()
+    torch.manual_seed(recipe.train.seed)
+    first = build(recipe.model).policy.state_dict()
+    for name, value in first.items():
+        assert not torch.equal(whole["model"][f"backbone.policy.{name}"], value), f"{name}: the gates learn"
+
+    def die() -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patched:
+        stop_at(patched, 5, die)
+        with pytest.raises(SystemExit):
+            train(recipe, out=tmp_path / "killed")
+    vit_file.unlink()
+    train(None, out=tmp_path / "killed", resume=True)
+    same(whole, RunFolder(tmp_path / "killed").load_state())
+
+
+def test_frozen_random_weights_are_a_mistake(recipe: Recipe, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"would keep random weights; give train\.vit-from or train\.init-from"):
+        train(replace(recipe, train=replace(recipe.train, freeze="vit")), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_of_a_vit_or_no_more_blocks_than_it_has_are_frozen(recipe: Recipe, vit_file: Path, tmp_path: Path):
+    config = replace(recipe.train, freeze=5, vit_from=vit_file)
+    with pytest.raises(ConfigError, match=r"freeze is 5, but the ViT has 4 blocks"):
+        train(replace(recipe, train=config), out=tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,33 +1,71 @@
-"""The optimiser and the learning rate of a step."""
+"""What is trained, the optimiser, and the learning rate of a step."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from sievit.config import ConfigError
 from sievit.engine.recipe import TrainConfig
+from sievit.vit import Block, ViT
 
-UNDECAYED = ("bias", "pos_embed", "level_embed", "cls_token")
+UNDECAYED = ("bias", "pos_embed", "level_embed", "cls_token", "reg_token")
 NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 POLY_POWER = 0.9
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
-    """AdamW's groups, with an `lr_scale` for the policy and for heads.
+def freeze(vit: ViT, what: Literal["none", "vit"] | int) -> None:
+    """Have the ViT, or its embedding and so many first blocks, keep their weights: no gradients, no drop path.
 
-    Unless `decay_norms`, no weight decay on norms, biases, positions and level embeddings.
+    Raises:
+        ConfigError: it has fewer blocks.
+    """
+    if what == "none":
+        return
+    depth = len(vit.blocks)
+    if isinstance(what, int) and what > depth:
+        raise ConfigError(f"train.freeze is {what}, but the ViT has {depth} blocks; vit freezes all of it")
+    layers = depth + 1 if what == "vit" else what
+    for name, parameter in vit.named_parameters():
+        if layer_of(name, depth) <= layers:
+            parameter.requires_grad_(False)
+    for block in vit.blocks[:layers]:
+        assert isinstance(block, Block)
+        block.drop_path = 0.0
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Of a ViT's parameter: 0 of the embedding, i + 1 of block i, depth + 1 of the norm behind them."""
+    first, _, rest = name.partition(".")
+    if first == "blocks":
+        return int(rest.partition(".")[0]) + 1
+    return depth + 1 if first == "norm" else 0
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+    """AdamW's groups of what is trained, with an `lr_scale` for the policy, for heads, and for each layer of the ViT.
+
+    Unless `decay_norms`, no weight decay on norms, biases, layer scales, positions and other embeddings. The scale of
+    a ViT's layer is decay ** (depth + 1 - layer), see `layer_of` (BEiT, arXiv 2106.08254; ViTDet, arXiv 2203.16527).
     """
     norms = {f"{name}." for name, module in model.named_modules() if isinstance(module, NORMS)}
+    vits = {f"{name}." if name else "": module for name, module in model.named_modules() if isinstance(module, ViT)}
     groups: dict[tuple[bool, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parent, _, own = name.rpartition(".")
-            plain = not config.decay_norms and (own in UNDECAYED or f"{parent}." in norms)
+            undecayed = own in UNDECAYED or f"{parent}." in norms
             scale = config.policy_lr if "policy." in name else config.head_lr if "head" in name else 1.0
-            groups.setdefault((plain, scale), []).append(parameter)
+            for prefix, vit in vits.items():
+                if name.startswith(prefix):
+                    depth = len(vit.blocks)
+                    undecayed |= parameter.ndim == 1  # of layer scales
+                    scale = config.layer_decay ** (depth + 1 - layer_of(name[len(prefix) :], depth))
+            groups.setdefault((undecayed and not config.decay_norms, scale), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": 0.0 if plain else config.weight_decay, "lr_scale": scale}
-        for (plain, scale), parameters in groups.items()
+        {"params": parameters, "weight_decay": 0.0 if undecayed else config.weight_decay, "lr_scale": scale}
+        for (undecayed, scale), parameters in groups.items()
     ]
 
 

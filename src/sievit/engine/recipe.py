@@ -106,6 +106,8 @@ class TrainConfig:
         steps: how many, in place of `epochs`.
         init_from: checkpoint or run folder whose weights training starts from; what the policy lacks there stays new.
         vit_from: state dict of a pre-trained ViT in timm's naming, for the backbone's blocks.
+        freeze: what of the ViT keeps the weights that training starts from: nothing, all of it, or its embedding and
+            so many first blocks. Policy, neck and heads are always trained.
         batch_size: images per step, over all processes and accumulated parts.
         accumulate: parts that a step's images are computed in.
         warmup_steps: linear, from `warmup_start` times the rate.
@@ -138,6 +140,10 @@ class TrainConfig:
     """Factor on the rate of the policy's parameters."""
     head_lr: float = 1.0
     """Factor on the rate of the heads' parameters."""
+    layer_decay: float = 1.0
+    """Factor on the rate from each block of the ViT to the one before it, as in BEiT's fine-tuning; the embedding
+    counts as the first layer, and everything outside the ViT has the full rate."""
+    freeze: Literal["none", "vit"] | int = "none"
     decay_norms: bool = False
     """Weight decay on norms, biases and positions too."""
     clip_norm: float | None = None
@@ -173,6 +179,10 @@ class TrainConfig:
             raise ConfigError("train.init_from holds the weights of the ViT too; leave out train.vit_from")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"train.ema is a decay from 0 to below 1, not {self.ema}")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"train.layer_decay is a factor above 0 and up to 1, not {self.layer_decay}")
+        if isinstance(self.freeze, int) and self.freeze < 1:
+            raise ConfigError(f"train.freeze is none, vit, or a number of first blocks from 1 on, not {self.freeze}")
 
 
 @dataclass(frozen=True, kw_only=True)

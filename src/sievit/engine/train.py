@@ -24,7 +24,7 @@ from sievit.engine.batches import Batch, EpochBatches, Losses, Samples, grouped,
 from sievit.engine.checkpoint import CsvLog, RunFolder, write_json
 from sievit.engine.evaluate import Data, evaluate, headline
 from sievit.engine.initial import start_from, start_vit_from
-from sievit.engine.optim import Average, build_optimizer, learning_rate, set_learning_rate, total_steps
+from sievit.engine.optim import Average, build_optimizer, freeze, learning_rate, set_learning_rate, total_steps
 from sievit.engine.recipe import CocoData, Recipe, TrainConfig, default_data_root, open_data
 from sievit.model import build, read, save
 
@@ -135,6 +135,9 @@ class _Run:
             start_vit_from(self.model.vit, config.vit_from)
         if state is None and config.init_from is not None:
             start_from(self.model, config.init_from)
+        if config.freeze != "none" and config.vit_from is None and config.init_from is None:
+            raise ConfigError("train.freeze would keep random weights; give train.vit-from or train.init-from")
+        freeze(self.model.vit, config.freeze)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         optimizer = build_optimizer(self.model, config)
@@ -156,6 +159,8 @@ class _Run:
         """On the first process: go on with the rows up to the current step."""
         self.log = CsvLog(self.folder.log_file, step=self.step)
         self.val_log = CsvLog(self.folder.val_file, step=self.validated)
+        counts = [sum(p.numel() for p in self.model.parameters() if p.requires_grad or every) for every in (0, 1)]
+        self.console.print(f"{self.folder.path}: training {counts[0]:,} of {counts[1]:,} parameters", soft_wrap=True)
 
     def loop(self, stop: "_Stop") -> dict:
         """Train to the last epoch, validating and saving on the way."""
