@@ -1,21 +1,20 @@
-"""The released DToP: a ViT with three attention-to-mask heads."""
+"""The released SegViT and DToP: a ViT with attention-to-mask heads behind some of its blocks."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
 from sievit.config import ConfigError
-from sievit.convert.keys import Rules, load_strictly, need, rename
+from sievit.convert.keys import Drop, Rules, heads_of, load_strictly, need, rename
 from sievit.heads import ATMConfig
 from sievit.losses import ATMLossConfig
-from sievit.policies import DToPConfig
+from sievit.policies import DToPConfig, KeepAllConfig, PolicyConfig
 from sievit.segmenter import SegmentationNet, build_net
 from sievit.vit import ViTConfig
 
 VIT_RULES: Rules = (
-    (r"backbone\.cls_token", None),  # a parameter that does nothing, as is its row of the positions
+    (r"backbone\.cls_token", Drop("the class token leaves before the first block")),
     (r"backbone\.(pos_embed)", r"vit.\1"),
     (r"backbone\.patch_embed\.projection\.(.*)", r"vit.patch_embed.proj.\1"),
     (r"backbone\.layers\.(\d+)\.ln([12])\.(.*)", r"vit.blocks.\1.norm\2.\3"),
@@ -35,7 +34,7 @@ ATM_RULES: Rules = (
     (r"heads\.(\d+)\.decoder\.layers\.(\d+)\.multihead_attn\.(.*)", r"heads.\1.layers.\2.cross_attn.\3"),
     (r"heads\.(\d+)\.decoder\.layers\.(\d+)\.linear([12])\.(.*)", r"heads.\1.layers.\2.fc\3.\4"),
     (r"heads\.(\d+)\.decoder\.layers\.(\d+)\.(norm[123]\..*)", r"heads.\1.layers.\2.\3"),
-    (r"heads\.\d+\.loss_decode\.criterion\.empty_weight", None),  # a constant of the loss
+    (r"heads\.\d+\.loss_decode\.criterion\.empty_weight", Drop("a constant of the loss")),
 )
 """The heads, numbered by stage."""
 
@@ -43,21 +42,23 @@ ATM_RULES: Rules = (
 def dtop_segmenter(
     state_dict: dict[str, Tensor],
     *,
-    num_heads: int,
+    num_heads: int | None = None,
     head_num_heads: int,
     out_indices: Sequence[int],
     thresholds: float | Sequence[float],
     k: int = 5,
     released_loss: bool = False,
+    drop_path_rate: float = 0.0,
 ) -> SegmentationNet:
     """The network that a state dict in the released DToP naming describes; sizes are read from the shapes.
 
     Args:
-        num_heads: of the blocks; no shape tells it. head_num_heads: of the heads' decoders.
+        num_heads: of the blocks; no shape tells it. None: 64 channels each. head_num_heads: of the heads' decoders.
         out_indices: 0-based blocks behind which the heads stand, the last one's included.
         thresholds: one for all auxiliary heads, or one each, or one each and the last head's; 1 prunes nothing.
         k: tokens per class that stay as context.
         released_loss: ignored pixels are background in the heads' losses, as in the released code.
+        drop_path_rate: of the blocks, for further training.
 
     Returns:
         The network in evaluation mode. Called on normalised images (b, 3, H, W) it returns the scores
@@ -67,14 +68,47 @@ def dtop_segmenter(
     Raises:
         ConfigError: keys are missing, unknown, or of a shape that does not fit the others.
     """
+    given = (thresholds,) if isinstance(thresholds, int | float) else thresholds
+    policy = DToPConfig(thresholds=tuple(float(t) for t in given), keep_per_class=k)
+    loss = ATMLossConfig(ignored="background") if released_loss else ATMLossConfig()
     source = "a released DToP segmenter"
+    return _net(state_dict, policy, num_heads, head_num_heads, tuple(out_indices), loss, drop_path_rate, source)
+
+
+def segvit_segmenter(
+    state_dict: dict[str, Tensor],
+    *,
+    num_heads: int | None = None,
+    head_num_heads: int,
+    out_indices: Sequence[int],
+    released_loss: bool = False,
+    drop_path_rate: float = 0.0,
+) -> SegmentationNet:
+    """The dense network of the same naming, with auxiliary heads or without; else as `dtop_segmenter`."""
+    loss = ATMLossConfig(ignored="background") if released_loss else ATMLossConfig()
+    source = "a released SegViT segmenter"
+    places = tuple(out_indices)
+    return _net(state_dict, KeepAllConfig(), num_heads, head_num_heads, places, loss, drop_path_rate, source)
+
+
+def _net(
+    state_dict: dict[str, Tensor],
+    policy: PolicyConfig,
+    num_heads: int | None,
+    head_num_heads: int,
+    out_indices: tuple[int, ...],
+    loss: ATMLossConfig,
+    drop_path_rate: float,
+    source: str,
+) -> SegmentationNet:
     state = rename(_number_heads(state_dict), (*VIT_RULES, *ATM_RULES), source=source)
+    state = {key: value.float() for key, value in state.items()}
     positions = need(state, "vit.pos_embed", source=source)[:, 1:]  # the class token's row is not used
     state["vit.pos_embed"] = positions
-    found = 1 + max((int(key.split(".")[1]) for key in state if key.startswith("heads.")), default=-1)
+    found = num_stages(state_dict)
     if found != len(out_indices):
-        raise ConfigError(f"not {source} with heads behind the blocks {tuple(out_indices)}: it has {found} heads")
-    vit = _vit_config(state, num_heads=num_heads, source=source)
+        raise ConfigError(f"not {source} with heads behind the blocks {out_indices}: it has {found} heads")
+    vit = _vit_config(state, num_heads=num_heads, drop_path_rate=drop_path_rate, source=source)
     queries = need(state, "heads.0.queries", source=source)
     hidden = need(state, "heads.0.layers.0.fc1.weight", source=source).shape[0]
     head = ATMConfig(
@@ -82,14 +116,16 @@ def dtop_segmenter(
         num_heads=head_num_heads,
         num_layers=1 + max(int(key.split(".")[3]) for key in state if key.startswith("heads.0.layers.")),
         mlp_ratio=hidden / queries.shape[1],
+        loss=loss,
     )
-    if released_loss:
-        head = replace(head, loss=ATMLossConfig(ignored="background"))
-    given = (thresholds,) if isinstance(thresholds, int | float) else thresholds
-    policy = DToPConfig(thresholds=tuple(float(t) for t in given), keep_per_class=k)
-    net = build_net(vit, policy, head, tuple(out_indices), len(queries))
+    net = build_net(vit, policy, head, out_indices, len(queries))
     load_strictly(net, state, source=source)
     return net.eval()
+
+
+def num_stages(state_dict: dict[str, Tensor]) -> int:
+    """How many heads a state dict in the released naming has, the last one's included."""
+    return len({key.split(".")[1] for key in _number_heads(state_dict) if key.startswith("heads.")})
 
 
 def _number_heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -105,7 +141,7 @@ def _number_heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return numbered
 
 
-def _vit_config(state: dict[str, Tensor], *, num_heads: int, source: str) -> ViTConfig:
+def _vit_config(state: dict[str, Tensor], *, num_heads: int | None, drop_path_rate: float, source: str) -> ViTConfig:
     patches, positions = need(state, "vit.patch_embed.proj.weight", source=source), state["vit.pos_embed"]
     embed_dim, side = patches.shape[0], math.isqrt(positions.shape[1])  # the release stores a square of positions
     if side**2 != positions.shape[1]:
@@ -115,8 +151,9 @@ def _vit_config(state: dict[str, Tensor], *, num_heads: int, source: str) -> ViT
         patch_size=patches.shape[2],
         embed_dim=embed_dim,
         depth=1 + max((int(key.split(".")[2]) for key in state if key.startswith("vit.blocks.")), default=0),
-        num_heads=num_heads,
+        num_heads=heads_of(embed_dim) if num_heads is None else num_heads,
         mlp_ratio=need(state, "vit.blocks.0.mlp.fc1.weight", source=source).shape[0] / embed_dim,
         norm_eps=1e-6,
+        drop_path_rate=drop_path_rate,
         pos_antialias=False,
     )

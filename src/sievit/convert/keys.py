@@ -1,14 +1,23 @@
 """Renaming state dicts strictly: a key that no rule knows, or that is missing, is an error that lists it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from sievit.config import ConfigError
 
-Rules = Sequence[tuple[str, str | None]]
-"""Pairs of a pattern that has to match a whole key and its new name (None: dropped on purpose)."""
+
+@dataclass(frozen=True)
+class Drop:
+    """Stands in place of a new name: the key is left out on purpose."""
+
+    why: str
+
+
+Rules = Sequence[tuple[str, str | Drop | None]]
+"""Pairs of a pattern that has to match a whole key and its new name (a `Drop`, or None: dropped on purpose)."""
 
 
 def rename(state: dict[str, Tensor], rules: Rules, *, source: str) -> dict[str, Tensor]:
@@ -23,7 +32,7 @@ def rename(state: dict[str, Tensor], rules: Rules, *, source: str) -> dict[str, 
         for pattern, name in compiled:
             match = pattern.fullmatch(key)
             if match:
-                if name is not None:
+                if isinstance(name, str):
                     renamed[match.expand(name)] = value
                 break
         else:
@@ -31,6 +40,18 @@ def rename(state: dict[str, Tensor], rules: Rules, *, source: str) -> dict[str, 
     if unknown:
         raise ConfigError(f"not {source}: {_listed(unknown)} have no place in it")
     return renamed
+
+
+def dropped(keys: Iterable[str], rules: Rules) -> dict[str, list[str]]:
+    """The keys that the rules leave out on purpose, by the reason why."""
+    found: dict[str, list[str]] = {}
+    drops = [(re.compile(pattern), name.why) for pattern, name in rules if isinstance(name, Drop)]
+    for key in keys:
+        for pattern, why in drops:
+            if pattern.fullmatch(key):
+                found.setdefault(why, []).append(key)
+                break
+    return found
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
@@ -61,6 +82,17 @@ def need(state: dict[str, Tensor], key: str, *, source: str) -> Tensor:
     if key not in state:
         raise ConfigError(f"not {source}: it has no {key!r}")
     return state[key]
+
+
+def heads_of(width: int) -> int:
+    """How many heads share `width` channels where each has 64, as in every released model.
+
+    Raises:
+        ConfigError: they do not divide.
+    """
+    if width % 64:
+        raise ConfigError(f"{width} channels are no multiple of 64; give the number of heads, which no shape tells")
+    return width // 64
 
 
 def _listed(keys: Sequence[str] | set[str], limit: int = 12) -> str:
