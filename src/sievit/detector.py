@@ -30,11 +30,15 @@ class DetectorConfig(ModelConfig):
     Attributes:
         classes: names; label i + 1 is `classes[i]`.
         category_ids: the ids that a COCO file gives these classes.
+        padding: what fills an image up to the batch's size: "hidden" are no tokens and convolutions meet zeros there,
+            so that an image has the same features in any batch; "seen" is computed like the image itself, and
+            positions are resized to all of it, as the papers' code does: for weights that were trained with that.
     """
 
     neck: NeckConfig
     head: MaskRCNNConfig
     category_ids: tuple[int, ...]
+    padding: Literal["hidden", "seen"] = "hidden"
 
     def __post_init__(self) -> None:
         if len(self.classes) != self.head.num_classes or len(self.category_ids) != self.head.num_classes:
@@ -116,7 +120,8 @@ class Detector(Pretrained):
         sizes = given if targets is not None else [self.config.input.test_size(size) for size in given]
         batch = batched(images, sizes, self.config.input, self.device)
         image_size = (batch.shape[-2], batch.shape[-1])
-        features, trace = self.backbone(batch, sizes, policy=policy, mode=mode)
+        own = sizes if self.config.padding == "hidden" else None
+        features, trace = self.backbone(batch, own, policy=policy, mode=mode)
         if targets is not None:
             targets = [{name: x.to(self.device) for name, x in t.items() if isinstance(x, Tensor)} for t in targets]
         detections, losses = self.head(features, image_size, sizes, targets)
