@@ -5,7 +5,7 @@ Letters: b images, (h, w) an image's pixels, d detections, g objects. Boxes are 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
