@@ -1,5 +1,6 @@
 """Our ViT is timm's, block by block; positions follow the image and not the batch."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sievit.config import ConfigError
-from sievit.convert import timm_vit
+from sievit.convert import from_timm, timm_config
+from sievit.convert.keys import load_strictly
+from sievit.convert.timm import timm_state
 from sievit.policies import KeepAllConfig, Policy, SViTConfig, build_policy
 from sievit.tokens import Tokens, Trace
 from sievit.vit import ViT, ViTConfig
@@ -58,7 +61,7 @@ def each_block(vit: ViT, images: Tensor) -> list[Tensor]:
 @torch.inference_mode()
 def test_every_block_equals_timm(name: str) -> None:
     oracle = randomised(VisionTransformer(num_classes=3, **SIZES[name]))
-    ours = timm_vit(oracle)
+    ours = from_timm(oracle)
     assert {k for k in oracle.state_dict() if not k.startswith(("head.", "fc_norm."))} == set(ours.state_dict())
     images = torch.randn(2, 3, *oracle.patch_embed.img_size)
     x = oracle.norm_pre(oracle.patch_drop(oracle._pos_embed(oracle.patch_embed(images))))
@@ -75,26 +78,36 @@ def test_positions_are_resized_as_timm_does(size: tuple[int, int]) -> None:
     oracle = randomised(VisionTransformer(embed_dim=48, num_heads=2, depth=2, img_size=64, dynamic_img_size=True))
     images = torch.randn(1, 3, *size)
     torch.testing.assert_close(
-        each_block(timm_vit(oracle), images)[-1], oracle.forward_features(images), atol=1e-4, rtol=1e-4
+        each_block(from_timm(oracle), images)[-1], oracle.forward_features(images), atol=1e-4, rtol=1e-4
     )
 
 
 def test_a_state_dict_loads_strictly() -> None:
     oracle = randomised(VisionTransformer(embed_dim=48, num_heads=2, depth=2, img_size=64))
-    state = oracle.state_dict()
-    assert timm_vit(state, num_heads=2).config.depth == 2
-    with pytest.raises(ConfigError, match="num_heads"):
-        timm_vit(state)
-    with pytest.raises(ConfigError, match=r"blocks\.1\.norm1\.bias"):
-        timm_vit({k: v for k, v in state.items() if k != "blocks.1.norm1.bias"}, num_heads=2)
-    with pytest.raises(ConfigError, match=r"blocks\.0\.ls1\.gamma"):
-        timm_vit({**state, "blocks.0.ls1.gamma": torch.ones(48)}, num_heads=2)
+    config, state = timm_config(oracle), oracle.state_dict()
+
+    def load(state: dict[str, Tensor]) -> None:
+        load_strictly(ViT(config), timm_state(state, config, source="a file"), source="a file")
+
+    load(state)
+    with pytest.raises(ConfigError, match=r"missing: blocks\.1\.norm1\.bias"):
+        load({k: v for k, v in state.items() if k != "blocks.1.norm1.bias"})
+    with pytest.raises(ConfigError, match=r"surplus: blocks\.0\.ls1\.gamma"):
+        load({**state, "blocks.0.ls1.gamma": torch.ones(48)})
+    with pytest.raises(ConfigError, match=r"blocks\.0\.norm3"):
+        load({**state, "blocks.0.norm3.weight": torch.ones(48)})
+    with pytest.raises(ConfigError, match="another shape"):
+        load({**state, "blocks.0.mlp.fc1.bias": torch.ones(47)})
 
 
-@pytest.mark.parametrize("change", [{"pre_norm": True}, {"no_embed_class": True}, {"act_layer": nn.ReLU}])
-def test_what_cannot_run_exactly_is_refused(change: dict) -> None:
-    with pytest.raises(ConfigError, match="not supported"):
-        timm_vit(VisionTransformer(embed_dim=48, num_heads=2, depth=1, img_size=64, **change))
+@pytest.mark.parametrize("stored", [(4, 4), (6, 6)])
+def test_what_the_config_does_without_is_left_out(stored: tuple[int, int]) -> None:
+    oracle = randomised(VisionTransformer(embed_dim=48, num_heads=2, depth=2, img_size=16 * stored[0]))
+    config = replace(timm_config(oracle), class_token=False, final_norm=False, grid=(4, 4))
+    state = timm_state(oracle.state_dict(), config, source="a file")
+    load_strictly(ViT(config), state, source="a file")
+    if stored == (4, 4):
+        torch.testing.assert_close(state["pos_embed"], oracle.pos_embed[:, 1:])
 
 
 def test_images_that_are_not_whole_patches_are_an_error() -> None:

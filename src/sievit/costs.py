@@ -65,22 +65,22 @@ def costs(config: ModelConfig, *, size: Size | None = None, console: Console | N
 
 def default_size(config: ModelConfig) -> Size:
     """(height, width): the window that a segmenter was trained on, or the largest test image of a detector."""
-    patch, grid = config.vit.patch_size, config.vit.grid
+    stride, grid = config.vit.stride, config.vit.grid
     if isinstance(config, SegmenterConfig) and config.crop is not None:
         return config.crop
     if isinstance(config, SegmenterConfig) or config.input.min_size is None:
-        return grid[0] * patch, grid[1] * patch
+        return grid[0] * stride, grid[1] * stride
     return config.input.min_size, config.input.max_size
 
 
 def everyone(model: Model, size: Size) -> Segmentation | Output:
     """What a pass over one image of `size` would return if no token was left out, as far as its cost is concerned."""
-    patch, depth = model.config.vit.patch_size, model.config.vit.depth
-    grid = (-(-size[0] // patch), -(-size[1] // patch))
+    stride, depth = model.config.vit.stride, model.config.vit.depth
+    grid = (-(-size[0] // stride), -(-size[1] // stride))
     if not isinstance(model, Segmenter):
         divisor = model.backbone.size_divisor
         padded = tuple(-(-edge // divisor) * divisor for edge in size)
-        grid = (padded[0] // patch, padded[1] // patch)
+        grid = (padded[0] // stride, padded[1] // stride)
     all_of_them = torch.ones(1, grid[0] * grid[1], dtype=torch.bool)
     remembered: list[dict[str, Tensor]] = [{} for _ in range(depth + 1)]
     policy = model.policy
@@ -93,7 +93,7 @@ def everyone(model: Model, size: Size) -> Segmentation | Output:
             remembered[block] = {"logits": all_of_them}
     trace = Trace(grid, model.vit.num_prefix, all_of_them, (all_of_them,) * depth, tuple(remembered))
     if isinstance(model, Segmenter):
-        return Segmentation([], {}, trace, (0,), ((0, 0, *size),), [size], (grid[0] * patch, grid[1] * patch))
+        return Segmentation([], {}, trace, (0,), ((0, 0, *size),), [size], (grid[0] * stride, grid[1] * stride))
     detections = [{"boxes": torch.zeros(model.config.head.box_max_detections, 4)}]
     return Output(detections, {}, trace, [size], size)
 

@@ -5,7 +5,7 @@ tokens that took part; everything else by running the modules on shapes alone. A
 are left out, as in the papers; the sampling of deformable attention is counted, which the papers' tools leave out. The
 bilinear resizing of what a segmenter says is counted too, at four per value that comes out, as DToP counts it; what
 happens to images before the network is not. Every image is counted as if it were alone: the padding of a batch costs it
-nothing.
+nothing, unless the model computes it too (`DetectorConfig.padding`).
 
 The figures that DToP published follow a rule of their own: `published_gflops`.
 
@@ -63,12 +63,12 @@ def by_module(model: Detector | Segmenter, output: Output | Segmentation) -> dic
 def block_macs(config: ViTConfig, tokens: Tensor, seen: Tensor | None = None) -> Tensor:
     """Multiply-adds of one block on `tokens` tokens of one image, which see `seen` tokens (None: just themselves).
 
-    2 t c^2 + 2 s c^2 for queries, keys, values and the projection, 2 t s c for the attention, 2 t c (mlp c). Without
-    tokens the block is not computed.
+    2 t c^2 + 2 s c^2 for queries, keys, values and the projection, 2 t s c for the attention, 2 t c (mlp c), or of a
+    gated MLP 3 t c (mlp c). Without tokens the block is not computed.
     """
     t, c = tokens.double(), config.embed_dim
     s = t if seen is None else seen.double() * (t > 0)
-    return 2 * t * c**2 + 2 * s * c**2 + 2 * t * s * c + 2 * t * c * int(c * config.mlp_ratio)
+    return 2 * t * c**2 + 2 * s * c**2 + 2 * t * s * c + (3 if config.gated_mlp else 2) * t * c * config.hidden_dim
 
 
 def blocks_gflops(config: ViTConfig, trace: Trace) -> Tensor:
@@ -149,9 +149,9 @@ def _on_own_grid(trace: Trace, tokens: Tensor, count: Callable[[Tensor, tuple[in
 
 def _upsampling_macs(model: Segmenter, trace: Trace) -> Tensor:
     """(b,) multiply-adds of resizing what the last head says to the window's pixels."""
-    patch, last = model.vit.config.patch_size, model.net.heads[-1]
+    stride, last = model.vit.config.stride, model.net.heads[-1]
     fine = 2 ** len(last.convs) if isinstance(last, SETRPUP) else 1  # what it says per token and side
-    values = 0 if fine == patch else 4 * len(model.config.classes) * patch**2
+    values = 0 if fine == stride else 4 * len(model.config.classes) * stride**2
     return torch.tensor([float(values * h * w) for h, w in _own_grids(trace)], device=trace.valid.device).double()
 
 
@@ -162,10 +162,10 @@ def published_gflops(config: SegmenterConfig, size: tuple[int, int]) -> float:
     value (batch norms at two), and two bilinear resizings to the image, from the head to pixels and once more by the
     code around it. Auxiliary heads are computed and not counted: nothing comes of what they say while no token leaves.
     """
-    patch, depth = config.vit.patch_size, config.vit.depth
-    grid = (-(-size[0] // patch), -(-size[1] // patch))
+    stride, depth = config.vit.stride, config.vit.depth
+    grid = (-(-size[0] // stride), -(-size[1] // stride))
     everyone = torch.tensor([grid[0] * grid[1]])
-    blocks = (everyone + int(config.vit.class_token)).expand(depth, 1)
+    blocks = (everyone + config.vit.num_prefix).expand(depth, 1)
     judged = everyone.expand(len(config.out_indices), 1)
     return _published_macs(config, [grid], blocks, blocks, judged, everyone < 0).item() / 1e9
 
@@ -198,14 +198,16 @@ def _published_macs(
         left: (b,) bool, whether a token left before the last head.
     """
     vit = config.vit
-    c, pixels = vit.embed_dim, vit.patch_size**2
+    c, pixels = vit.embed_dim, vit.stride**2
     cells = torch.tensor([h * w for h, w in grids], dtype=torch.float64, device=tokens.device)
     norms = 5 * c * (tokens + torch.maximum(tokens, seen)).double()
     blocks = (block_macs(vit, tokens, seen) + norms).sum(0)
     heads = torch.stack([_published_head(config, row.double(), cells) for row in judged])
     final_norm = 5 * c * judged[-1] if vit.final_norm else 0
     resizing = 2 * 4 * len(config.classes) * pixels * cells
-    return 3 * pixels * c * cells + blocks + final_norm + torch.where(left, heads.sum(0), heads[-1]) + resizing
+    return (
+        3 * vit.patch_size**2 * c * cells + blocks + final_norm + torch.where(left, heads.sum(0), heads[-1]) + resizing
+    )
 
 
 def _published_head(config: SegmenterConfig, t: Tensor, cells: Tensor) -> Tensor:
@@ -234,10 +236,13 @@ def _published_head(config: SegmenterConfig, t: Tensor, cells: Tensor) -> Tensor
 
 
 def _detector_by_module(model: Detector, output: Output) -> dict[str, Tensor]:
-    parts = _backbone_by_module(model.backbone, output.trace, output.sizes)
+    sizes = output.sizes
+    if model.config.padding == "seen":
+        sizes = [output.image_size] * len(sizes)
+    parts = _backbone_by_module(model.backbone, output.trace, sizes)
     heads = [
         _head(model.head, _padded(size, model.backbone.size_divisor), len(found["boxes"]))
-        for size, found in zip(output.sizes, output.detections, strict=True)
+        for size, found in zip(sizes, output.detections, strict=True)
     ]
     device = parts["blocks"].device
     for name in heads[0]:
@@ -247,7 +252,8 @@ def _detector_by_module(model: Detector, output: Output) -> dict[str, Tensor]:
 
 def _backbone_by_module(backbone: Backbone, trace: Trace, sizes: Sizes) -> dict[str, Tensor]:
     config, padded = backbone.vit.config, [_padded(size, backbone.size_divisor) for size in sizes]
-    patches = [3 * config.embed_dim * float(height * width) for height, width in padded]
+    per_pixel = 3 * config.embed_dim * (config.patch_size / config.stride) ** 2
+    patches = [per_pixel * height * width for height, width in padded]
     rest = [_rest_of_backbone(backbone, size) - embed for size, embed in zip(padded, patches, strict=True)]
     blocks = block_macs(config, trace.counts(), trace.seen()).sum(0)
     parts = {
@@ -270,7 +276,7 @@ def _rest_of_backbone(backbone: Backbone, size: tuple[int, int]) -> float:
         dense = build_policy(KeepAllConfig(), embed_dim=config.embed_dim, depth=config.depth)
         images = torch.empty(1, 3, *size, device="meta")
         total = _count(backbone, images, policy=dense)
-        tokens = backbone.vit.num_prefix + (size[0] // config.patch_size) * (size[1] // config.patch_size)
+        tokens = backbone.vit.num_prefix + (size[0] // config.stride) * (size[1] // config.stride)
         blocks = config.depth * float(block_macs(config, torch.tensor(tokens)))
         known[size] = total - blocks + _sampling_macs(backbone, size)
     return known[size]

@@ -22,7 +22,13 @@ Backend = Literal["auto", "per_image", "padded", "varlen"]
 
 
 class Layout(Protocol):
-    """How the tokens of a batch are arranged."""
+    """How the tokens of a batch are arranged.
+
+    Attributes:
+        rope: (..., 2d), sines and cosines of the tokens' rotary positions, arranged as they are; None for none.
+    """
+
+    rope: Tensor | None
 
     def queries(self, x: Tensor) -> Tensor:
         """Of the tokens of this layout those that are computed; the others are only seen."""
@@ -73,6 +79,14 @@ def pack(x: Tensor, packing: Packing) -> Tensor:
     return x.flatten(0, 1).index_select(0, packing.index)
 
 
+def pack_table(table: Tensor | None, packing: Packing) -> Tensor | None:
+    """The packed tokens' rows (t, ...) of a table (b, n, ...), or (1, n, ...) where images share it."""
+    if table is None:
+        return None
+    index = packing.index if len(table) > 1 else packing.index % table.shape[1]
+    return table.flatten(0, 1).index_select(0, index)
+
+
 def unpack(canvas: Tensor, packed: Tensor, packing: Packing, *, inplace: bool = False) -> Tensor:
     """(t, c) back to its places on the canvas (b, n, c); all other tokens keep the value they have."""
     packed = packed.to(canvas.dtype)
@@ -98,6 +112,9 @@ def padding_mask(packing: Packing) -> Tensor:
 class Dense:
     """Every token of (b, n, c) takes part."""
 
+    def __init__(self, *, rope: Tensor | None = None) -> None:
+        self.rope = rope
+
     def queries(self, x: Tensor) -> Tensor:
         return x
 
@@ -116,7 +133,8 @@ class Masked(Dense):
             gradients stay finite.
     """
 
-    def __init__(self, part: Tensor) -> None:
+    def __init__(self, part: Tensor, *, rope: Tensor | None = None) -> None:
+        super().__init__(rope=rope)
         self.part = part | ~part.any(1, keepdim=True)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -132,9 +150,10 @@ class Packed:
             (CUDA, 16 bits). `auto` takes `varlen` where it runs, else `per_image`.
     """
 
-    def __init__(self, packing: Packing, backend: Backend = "auto") -> None:
+    def __init__(self, packing: Packing, backend: Backend = "auto", *, rope: Tensor | None = None) -> None:
         self.packing = packing
         self.backend = backend
+        self.rope = rope
 
     def queries(self, x: Tensor) -> Tensor:
         return x
@@ -170,8 +189,8 @@ class PackedAmong:
         among: of all that are visible, those of `packing` included.
     """
 
-    def __init__(self, packing: Packing, among: Packing) -> None:
-        self.packing, self.among = packing, among
+    def __init__(self, packing: Packing, among: Packing, *, rope: Tensor | None = None) -> None:
+        self.packing, self.among, self.rope = packing, among, rope
         self.places = torch.searchsorted(among.index, packing.index)  # of the computed tokens among the visible ones
 
     def queries(self, x: Tensor) -> Tensor:

@@ -179,8 +179,8 @@ class SegmentationNet(nn.Module):
 
     def _canvas(self, images: Tensor) -> Size:
         """The size of the images with whole patches."""
-        patch = self.vit.config.patch_size
-        return -(-images.shape[2] // patch) * patch, -(-images.shape[3] // patch) * patch
+        stride = self.vit.config.stride
+        return -(-images.shape[2] // stride) * stride, -(-images.shape[3] // stride) * stride
 
 
 def _filled(prediction: Prediction, tokens: Tokens) -> Prediction:
@@ -271,7 +271,7 @@ class Segmenter(Pretrained):
     def _losses(self, images: list[Tensor], labels: list[Tensor], policy: Policy | None, mode: Mode) -> Segmentation:
         config = self.config
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
-        batch = batched(images, sizes, replace(config.input, size_divisor=config.vit.patch_size), self.device)
+        batch = batched(images, sizes, replace(config.input, size_divisor=config.vit.stride), self.device)
         size = (batch.shape[2], batch.shape[3])
         truth = torch.full((len(images), *size), config.ignore_index, dtype=torch.int64, device=self.device)
         for i, (own, (h, w)) in enumerate(zip(labels, sizes, strict=True)):
@@ -310,8 +310,8 @@ class Segmenter(Pretrained):
         resized = [config.input.test_size((image.shape[-2], image.shape[-1])) for image in images]
         pictures = [normalised(i, size, config.input, self.device) for i, size in zip(images, resized, strict=True)]
         placed = [(i, window) for i, size in enumerate(resized) for window in self._windows(size)]
-        patch = config.vit.patch_size
-        size = tuple(-(-max(window[axis] for _, window in placed) // patch) * patch for axis in (2, 3))
+        stride = config.vit.stride
+        size = tuple(-(-max(window[axis] for _, window in placed) // stride) * stride for axis in (2, 3))
         sums = [torch.zeros(len(config.classes), *own, device=self.device) for own in resized]
         counts = [torch.zeros(own, device=self.device) for own in resized]
         traces = []

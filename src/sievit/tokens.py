@@ -23,6 +23,8 @@ class Tokens:
         keep: (b, n) bool, the tokens that take part in the next block; None when all valid ones do.
         gate: (b, n) float, the value of `keep` with the straight-through gradient of whatever decided; training only.
         context: (b, n) bool, tokens that do not take part but are seen by those that do; None for none.
+        rope: (b or 1, p+n, 2d), sines and cosines of each token's rotary position, which goes wherever the token goes;
+            None in families without.
     """
 
     x: Tensor
@@ -32,12 +34,16 @@ class Tokens:
     keep: Tensor | None = None
     gate: Tensor | None = None
     context: Tensor | None = None
+    rope: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = self.grid[0] * self.grid[1]
         assert self.x.ndim == 3 and self.x.shape[1] == self.num_prefix + n, (self.x.shape, self.grid, self.num_prefix)
         for mask in (self.valid, self.keep, self.gate, self.context):
             assert mask is None or mask.shape == (self.x.shape[0], n), (mask.shape, self.grid)
+        assert self.rope is None or (
+            len(self.rope) in (1, len(self.x)) and self.rope.shape[1] == self.x.shape[1] and self.rope.ndim == 3
+        ), self.rope.shape
 
     @property
     def patches(self) -> Tensor:

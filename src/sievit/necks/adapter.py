@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sievit.config import variant
+from sievit.config import ConfigError, variant
 from sievit.necks import NeckConfig
 from sievit.necks.deform_attn import DeformAttn, Shapes, reference_points
 from sievit.necks.norm import BatchNorm2d
@@ -165,8 +165,8 @@ class ViTAdapter(nn.Module):
     def __init__(self, config: AdapterConfig, *, vit: ViT, policy: Policy) -> None:
         super().__init__()
         dim, depth = vit.config.embed_dim, vit.config.depth
-        if vit.config.patch_size != 16:
-            raise ValueError(f"the adapter needs a backbone of patch size 16, not {vit.config.patch_size}")
+        if vit.config.stride != 16:
+            raise ConfigError(f"the adapter needs a token per 16 pixels, not {vit.config.stride}: set token_stride=16")
         if depth % config.num_interactions:
             raise ValueError(f"{depth} blocks do not split into {config.num_interactions} interactions")
         self.config = config

@@ -19,6 +19,8 @@ class PyramidBackbone(nn.Module):
 
     def __init__(self, config: PyramidConfig, *, vit: ViT, policy: Policy) -> None:
         super().__init__()
+        if vit.config.stride != 16:
+            raise ConfigError(f"the pyramid needs a token per 16 pixels, not {vit.config.stride}: set token_stride=16")
         self.out_channels = config.out_channels
         self.vit = vit
         self.policy = policy

@@ -1,0 +1,236 @@
+"""Patches, positions, blocks; and the one loop over them.
+
+Letters: b images, n = h*w grid tokens, p prefix tokens, c channels, d channels per head.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sievit.packed import Backend
+from sievit.policies.base import Policy
+from sievit.tokens import Tokens, Trace
+from sievit.vit.block import Block, norm
+from sievit.vit.config import ViTConfig
+from sievit.vit.executor import Mode, execute
+from sievit.vit.rope import rope_table, rotate, unmoved
+
+Sizes = list[tuple[int, int]]
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens, (b, 3, H, W) to (b, n, c)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        patch = config.patch_size
+        self.proj = nn.Conv2d(3, config.embed_dim, patch, stride=patch, bias=config.patch_bias)
+        self.norm = norm(config, config.embed_dim, there=config.patch_norm)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(self.proj(images).flatten(2).transpose(1, 2))
+
+
+class ViT(nn.Module):
+    """Patch embedding, positions, blocks. Parameter names are timm's."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.num_prefix = config.num_prefix
+        dim = config.embed_dim
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, config.num_registers, dim)) if config.num_registers else None
+        self.num_stored_prefix = self.num_prefix if config.pos_embed == "all" else 0
+        num_positions = self.num_stored_prefix + config.grid[0] * config.grid[1]
+        self.pos_embed = nn.Parameter(torch.empty(1, num_positions, dim)) if config.pos_embed != "none" else None
+        self.norm_pre = norm(config, dim, there=config.norm_pre)
+        rates = torch.linspace(0, config.drop_path_rate, config.depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(Block(config, drop_path=rate) for rate in rates)
+        self.norm = norm(config, dim, there=config.final_norm)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for prefix in (self.cls_token, self.reg_token):
+            if prefix is not None:
+                nn.init.normal_(prefix, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def embed(self, images: Tensor, sizes: Sizes | None = None) -> Tokens:
+        """Images (b, 3, H, W), normalised, to a canvas.
+
+        Args:
+            sizes: (height, width) in pixels of each image inside the padded batch. Positions are resized to each
+                image's own grid, and tokens that stand on padding alone are marked as not valid, so that an image
+                gives the same features alone and in any batch. None: the images fill the batch.
+
+        Raises:
+            ValueError: a side is not a multiple of the stride of the tokens, or a size does not fit into the batch.
+        """
+        stride = self.config.stride
+        grid = (images.shape[2] // stride, images.shape[3] // stride)
+        if images.shape[2] % stride or images.shape[3] % stride:
+            what = "patch" if stride == self.config.patch_size else "token stride"
+            raise ValueError(f"images of {images.shape[2]}x{images.shape[3]} pixels: not a multiple of {what} {stride}")
+        x = self.patch_embed(self._fitted(images))  # (b, n, c)
+        grids = None if sizes is None else [(-(-h // stride), -(-w // stride)) for h, w in sizes]
+        if grids is None or all(g == grid for g in grids):
+            valid, own = None, [grid]
+        else:
+            valid, own = self._valid(grids, grid, x.device), grids
+        positions = self._on_canvas(own, grid, self._grid_positions)
+        if positions is not None:
+            x = x + positions.to(x.dtype)
+        x = self.norm_pre(torch.cat([*self._prefix(x), x], dim=1))
+        if valid is not None:
+            x = x * F.pad(valid, (self.num_prefix, 0), value=True)[..., None]
+        rope = self._on_canvas(own, grid, self._grid_rope)
+        if rope is not None and self.num_prefix:
+            still = unmoved(self.num_prefix, self.config.head_dim, rope)
+            rope = torch.cat([still.expand(len(rope), -1, -1), rope], dim=1)
+        return Tokens(x=x, grid=grid, num_prefix=self.num_prefix, valid=valid, rope=rope)
+
+    def _fitted(self, images: Tensor) -> Tensor:
+        """The images so large that a patch stands for `stride` of their pixels."""
+        config = self.config
+        if config.stride == config.patch_size:
+            return images
+        # one more token of zeros at the edges, so that an image's last pixels look the same alone and in a padded batch
+        height, width = (side // config.stride * config.patch_size for side in images.shape[2:])
+        images = F.pad(images, (0, config.stride, 0, config.stride))
+        larger = (height + config.patch_size, width + config.patch_size)
+        resized = F.interpolate(images, larger, mode="bilinear", align_corners=False, antialias=True)
+        return resized[..., :height, :width]
+
+    def _prefix(self, x: Tensor) -> list[Tensor]:
+        """Class token and registers, (b, ., c) each."""
+        tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        if not tokens:
+            return []
+        prefix = torch.cat(tokens, dim=1)
+        if self.pos_embed is not None and self.num_stored_prefix:
+            prefix = prefix + self.pos_embed[:, : self.num_stored_prefix]
+        return [prefix.to(x.dtype).expand(len(x), -1, -1)]
+
+    def run_blocks(
+        self,
+        tokens: Tokens,
+        policy: Policy,
+        trace: Trace,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        mode: Mode = "auto",
+        backend: Backend = "auto",
+    ) -> tuple[Tokens, Trace]:
+        """The one loop: before each block the policy decides, then the executor computes, then the trace remembers."""
+        inplace = not torch.is_grad_enabled()
+        if inplace:
+            tokens = replace(tokens, x=tokens.x.clone(memory_format=torch.contiguous_format))
+        stop = len(self.blocks) if stop is None else stop
+        for index in range(start, stop):
+            tokens, aux = policy.before_block(index, tokens, trace)
+            block = self.blocks[index]
+            assert isinstance(block, Block)
+            tokens = execute(block, tokens, mode=mode, backend=backend, inplace=inplace)
+            trace = trace.record(tokens, aux)
+        if stop == len(self.blocks):
+            tokens, aux = policy.after_blocks(tokens, trace)
+            trace = trace.finish(aux)
+        return replace(tokens, gate=None), trace
+
+    def forward(
+        self,
+        images: Tensor,
+        policy: Policy,
+        sizes: Sizes | None = None,
+        *,
+        mode: Mode = "auto",
+        backend: Backend = "auto",
+    ) -> tuple[Tokens, Trace]:
+        """Images (b, 3, H, W) to the canvas after the last block (normalised if `final_norm`) and the trace."""
+        tokens = self.embed(images, sizes)
+        tokens, trace = self.run_blocks(tokens, policy, Trace.start(tokens), mode=mode, backend=backend)
+        return replace(tokens, x=self.norm(tokens.x)), trace
+
+    def attention_to(self, index: int, tokens: Tokens) -> Tensor:
+        """(b, n): how much of its attention the class token gives to each grid token in block `index`, mean over heads.
+
+        In families without a class token it is that of the mean query of the image's tokens. Padding gets none.
+        """
+        block = self.blocks[index]
+        assert isinstance(block, Block)
+        attn, asking = block.attn, slice(0, 1) if self.config.class_token else slice(self.num_prefix, None)
+        x = block.norm1(tokens.x)
+        (q,), (k,) = attn.project(x[:, asking], 0, 1), attn.project(x, 1, 2)
+        q, k = attn.q_norm(q), attn.k_norm(k)  # (b, ., h, d)
+        if tokens.rope is not None:
+            q = rotate(q, tokens.rope[:, asking], interleaved=attn.interleaved)
+            k = rotate(k, tokens.rope, interleaved=attn.interleaved)
+        valid = tokens.valid_or_all()
+        if not self.config.class_token:
+            share = (valid / valid.sum(1, keepdim=True).clamp(min=1)).to(q.dtype)
+            q = torch.einsum("bnhd,bn->bhd", q, share)[:, None]
+        logits = torch.einsum("bhd,bnhd->bhn", q[:, 0], k).float() / self.config.head_dim**0.5
+        hidden = ~F.pad(valid, (self.num_prefix, 0), value=True)[:, None]
+        return logits.masked_fill(hidden, float("-inf")).softmax(-1).mean(1)[:, self.num_prefix :]
+
+    def _grid_positions(self, grid: tuple[int, int]) -> Tensor | None:
+        """(n, c): position embeddings of the grid tokens, resized to `grid`; None in families without."""
+        if self.pos_embed is None:
+            return None
+        stored = self.pos_embed[:, self.num_stored_prefix :]
+        if grid == self.config.grid:
+            return stored[0]
+        return resized_positions(stored, self.config.grid, grid, antialias=self.config.pos_antialias)[0]
+
+    def _grid_rope(self, grid: tuple[int, int]) -> Tensor | None:
+        """(n, 2d): rotary positions of the grid tokens; None in families without."""
+        config = self.config
+        if config.rope is None:
+            return None
+        return rope_table(config.rope, grid, config.head_dim, self.patch_embed.proj.weight.device)
+
+    @staticmethod
+    def _on_canvas(
+        grids: Sizes, grid: tuple[int, int], rows_of: Callable[[tuple[int, int]], Tensor | None]
+    ) -> Tensor | None:
+        """(b or 1, n, ...): what `rows_of` says of each image's own grid, on the canvas of all; zeros on padding."""
+        planes: dict[tuple[int, int], Tensor] = {}
+        for own in dict.fromkeys(grids):
+            rows = rows_of(own)
+            if rows is None:
+                return None
+            plane = rows.unflatten(0, own)
+            planes[own] = F.pad(plane, (0, 0, 0, grid[1] - own[1], 0, grid[0] - own[0])).flatten(0, 1)
+        if len(planes) == 1:
+            return next(iter(planes.values()))[None]
+        return torch.stack([planes[own] for own in grids])
+
+    @staticmethod
+    def _valid(grids: Sizes, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """(b, n) bool: which tokens of the canvas stand on their image."""
+        for own in grids:
+            if own[0] > grid[0] or own[1] > grid[1] or min(own) < 1:
+                raise ValueError(f"an image of {own} tokens does not fit on a canvas of {grid}")
+        own = torch.tensor(grids, device=device)  # (b, 2)
+        y = torch.arange(grid[0], device=device) < own[:, :1]
+        x = torch.arange(grid[1], device=device) < own[:, 1:]
+        return (y[:, :, None] & x[:, None, :]).flatten(1)
+
+
+def resized_positions(stored: Tensor, old: tuple[int, int], new: tuple[int, int], *, antialias: bool) -> Tensor:
+    """(1, n, c): learned positions of one grid, resized bicubically to another."""
+    planes = stored.transpose(1, 2).unflatten(2, old).float()
+    planes = F.interpolate(planes, new, mode="bicubic", align_corners=False, antialias=antialias)
+    return planes.flatten(2).transpose(1, 2)
