@@ -1,0 +1,8 @@
+"""A plain vision transformer of timm's families, the executor of its blocks, and the one loop over them."""
+
+from sievit.vit.block import Block
+from sievit.vit.config import RopeConfig, ViTConfig
+from sievit.vit.executor import Mode, execute
+from sievit.vit.model import Sizes, ViT
+
+__all__ = ["Block", "Mode", "RopeConfig", "Sizes", "ViT", "ViTConfig", "execute"]
