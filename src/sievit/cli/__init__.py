@@ -6,7 +6,7 @@ Exit status: 0 done, 1 something could not be done, 2 something the user has to 
 import sys
 from collections.abc import Sequence
 
-from sievit.cli import bench, data, demo, eval, flops, lists, predict, sweep, train
+from sievit.cli import bench, card, data, demo, eval, flops, lists, predict, sweep, train
 from sievit.cli.command import Command
 from sievit.config import ConfigError, nearest
 
@@ -67,6 +67,7 @@ COMMANDS = {
     "eval": Command("MODEL", "accuracy, tokens, GFLOPs and latency", eval.evaluate),
     "predict": Command("MODEL IMAGES", "find objects or label pixels, in an image or a folder", predict.predict),
     "sweep": Command("MODEL", "a segmenter at many thresholds: table and plot", sweep.sweep),
+    "card": Command("MODEL", "a folder for the Hugging Face Hub: weights, configuration, card", card.card),
     "data scenes": Command("", "generate scenes in COCO format", data.scenes),
     "bench blocks": Command("", "time the backbone's blocks, dense against sparse", bench.blocks),
     "bench network": Command("", "time a whole segmenter, dense against DToP", bench.network),

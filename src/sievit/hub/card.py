@@ -156,7 +156,8 @@ def _text(config: ModelConfig, card: Card, kind: str, parameters: int, repo_id: 
     """The sections below the title."""
     where = f"hf:{repo_id}" if repo_id else "FOLDER"
     answers = "boxes, labels, scores, masks" if kind == "detector" else "a class for every pixel"
-    first = f"A {kind} for {len(config.classes)} classes on a plain vision transformer that computes, in each block, "
+    count = "one class" if len(config.classes) == 1 else f"{len(config.classes)} classes"
+    first = f"A {kind} for {count} on a plain vision transformer that computes, in each block, "
     parts = [
         f"{first}only the tokens that its policy chooses. Made with sievit.",
         "## Use",
@@ -204,8 +205,8 @@ def _backbone(config: ModelConfig) -> str:
 def _policy(config: ModelConfig) -> list[str]:
     """What chooses the tokens, and everything that it was told."""
     policy = config.policy
-    about = (type(policy).__doc__ or "").strip().partition("\n")[0]
-    lines = [f"`{kind_of(policy)}`: {about}"]
+    about = (type(policy).__doc__ or "").strip().partition("\n")[0].partition(";")[0].rstrip(".")
+    lines = [f"`{kind_of(policy)}`: {about}."]
     if is_dataclass(policy) and fields(policy):
         lines.append("What it was asked for:")
         lines.append(_rows([(f"`{f.name}`", _shown(getattr(policy, f.name))) for f in fields(policy)]))
