@@ -18,6 +18,7 @@ from sievit.data.semantic import SemanticAugmentConfig
 from sievit.detector import DetectorConfig
 from sievit.engine.checkpoint import RunFolder, read_log
 from sievit.engine.evaluate import compare, evaluate
+from sievit.engine.initial import start_from
 from sievit.engine.optim import freeze
 from sievit.engine.recipe import LabelsData, Recipe, TrainConfig, open_data, with_classes
 from sievit.engine.train import train
@@ -115,6 +116,11 @@ def test_heads_are_trained_on_a_frozen_vit(recipe: Recipe, run: RunFolder, tmp_p
     for name, value in before.items():
         if name.startswith("net.vit.") or value.ndim > 1:  # an attention's first bias has no gradient
             assert torch.equal(value, after[name]) == name.startswith("net.vit."), name
+
+
+def test_a_segmenter_starts_from_one_of_other_classes(checkpoint: Path):
+    model = build(tiny(KeepAllConfig(), classes=("sky", "sea")))
+    assert start_from(model, checkpoint) == tuple(f"net.heads.{stage}.queries" for stage in range(3))
 
 
 def test_a_frozen_vit_keeps_nothing_for_gradients():

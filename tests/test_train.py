@@ -368,6 +368,44 @@ def test_data_of_other_classes_is_refused(recipe: Recipe, tmp_path: Path):
         train(replace(recipe, model=model), out=tmp_path)
 
 
+@pytest.mark.usefixtures("whole")  # it draws the scenes
+def test_classes_come_from_the_annotations(recipe: Recipe, tmp_path: Path):
+    """Other ids, in another order, and boxes alone."""
+    data, model = recipe.data, recipe.model
+    assert data.root is not None and isinstance(data, CocoData) and isinstance(model, DetectorConfig)
+    source = json.loads((data.root / data.train_annotations).read_text())
+    source["categories"] = [{"id": 50 - c["id"], "name": f"my {c['name']}"} for c in source["categories"]]
+    for annotation in source["annotations"]:
+        annotation["category_id"] = 50 - annotation["category_id"]
+        del annotation["segmentation"]
+    (tmp_path / "mine.json").write_text(json.dumps(source))
+    data = replace(
+        data,
+        train_annotations=tmp_path / "mine.json",
+        val_annotations=tmp_path / "mine.json",
+        val_images=data.train_images,
+        scenes=None,
+        own_classes=True,
+    )
+    head = replace(model.head, num_classes=1, with_masks=False)
+    model = replace(model, classes=("thing",), category_ids=(1,), head=head)
+    start = replace(recipe.train, epochs=1, ema=0.0, val_images=None)
+    own = replace(recipe, model=model, data=data, train=start)
+    figures = train(own, out=tmp_path / "run")
+    found = load(tmp_path / "run").config
+    assert isinstance(found, DetectorConfig)
+    assert found.classes == tuple(f"my {name}" for name in reversed(CLASSES))
+    assert found.category_ids == tuple(range(50 - len(CLASSES), 50))
+    assert found.head.num_classes == len(CLASSES)
+    assert RunFolder(tmp_path / "run").recipe().model == found
+    assert train(None, out=tmp_path / "run", resume=True) == figures
+    with pytest.raises(ConfigError, match=r"are not the model's \(1: thing\); --data\.own-classes True takes those"):
+        train(replace(own, data=replace(data, own_classes=False)), out=tmp_path / "other")
+    (tmp_path / "mine.json").write_text(json.dumps({**source, "categories": []}))
+    with pytest.raises(ConfigError, match=r"mine\.json: 'categories' is empty"):
+        train(own, out=tmp_path / "other")
+
+
 def test_no_masks_needed_for_boxes(recipe: Recipe, tmp_path: Path):
     assert isinstance(recipe.model, DetectorConfig)
     model = replace(recipe.model, head=replace(recipe.model.head, with_masks=False))
@@ -395,6 +433,26 @@ def test_sparse_training_starts_from_dense(recipe: Recipe, tmp_path: Path):
         start_from(other, tmp_path / "nowhere.safetensors")
 
 
+def test_training_starts_from_a_model_of_other_classes(recipe: Recipe, tmp_path: Path):
+    assert isinstance(recipe.model, DetectorConfig)
+    trained = build(recipe.model)
+    save(trained, tmp_path / "trained.safetensors")
+    head = replace(recipe.model.head, num_classes=2)
+    two = replace(recipe.model, head=head, classes=("cat", "dog"), category_ids=(1, 2))
+    for masks, more in ((True, {"mask_predictor.mask_fcn_logits"}), (False, set())):
+        model = build(replace(two, head=replace(head, with_masks=masks)))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        new = start_from(model, tmp_path / "trained.safetensors")
+        rows = {"box_predictor.cls_score", "box_predictor.bbox_pred", *more}
+        assert set(new) == {f"head.roi_heads.{name}.{kind}" for name in rows for kind in ("weight", "bias")}
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name] if name in new else trained.state_dict()[name]), name
+    boxes = build(replace(two, head=replace(head, with_masks=False)))
+    save(boxes, tmp_path / "boxes.safetensors")
+    with pytest.raises(ConfigError, match=r"another model.*mask_head"):
+        start_from(trained, tmp_path / "boxes.safetensors")
+
+
 def test_a_run_starts_from_a_run(recipe: Recipe, tmp_path: Path):
     recipe = replace(recipe, train=replace(recipe.train, epochs=1, ema=0.0, lr=0.0, warmup_steps=0))
     dense = replace(recipe, model=replace(recipe.model, policy=KeepAllConfig()))
@@ -416,9 +474,9 @@ def test_a_pretrained_vit_is_loaded(recipe: Recipe, tmp_path: Path):
     vit = build(recipe.model).vit
     start_vit_from(vit, tmp_path / "vit.pth")
     assert torch.equal(vit.blocks[3].get_parameter("mlp.fc2.weight"), source.blocks[3].mlp.fc2.weight)
-    assert torch.equal(vit.pos_embed, source.pos_embed[:, 1:])
+    assert torch.equal(vit.get_parameter("pos_embed"), source.pos_embed[:, 1:])
     wide = build(replace(recipe.model, vit=replace(recipe.model.vit, embed_dim=32))).vit
-    with pytest.raises(ConfigError, match="not of the recipe's shape"):
+    with pytest.raises(ConfigError, match=r"vit\.pth: not the recipe's ViT; of another shape"):
         start_vit_from(wide, tmp_path / "vit.pth")
     (tmp_path / "vit.pth").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match="damaged"):

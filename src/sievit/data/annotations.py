@@ -68,9 +68,7 @@ def load_annotations(source: Path | dict[str, Any], *, invalid: Literal["error",
     name = "annotations" if isinstance(source, dict) else str(source)
     content = source if isinstance(source, dict) else _read(source)
     images = _records(content, "images", name, {"file_name": _is_text, "width": _is_size, "height": _is_size})
-    categories = _records(content, "categories", name, {"name": _is_text})
-    if not categories:
-        raise ConfigError(f"{name}: 'categories' is empty; list the classes with their ids and names")
+    categories = _categories(content, name)
     category_ids = {c["id"] for c in categories}
     objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
     by_id = {image["id"]: image for image in images}
@@ -94,7 +92,6 @@ def load_annotations(source: Path | dict[str, Any], *, invalid: Literal["error",
             objects[checked["image_id"]].append(checked)
     if skipped:
         warnings.warn(f"{name}: {len(skipped)} invalid annotations left out, first: {skipped[0]}", stacklevel=2)
-    categories = sorted(categories, key=lambda c: c["id"])
     return Annotations(
         source=name,
         images=tuple(images),
@@ -102,6 +99,24 @@ def load_annotations(source: Path | dict[str, Any], *, invalid: Literal["error",
         classes=tuple(c["name"] for c in categories),
         category_ids=tuple(c["id"] for c in categories),
     )
+
+
+def load_categories(path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The classes of a COCO instances file and their ids, as `load_annotations` orders them; the rest is not looked at.
+
+    Raises:
+        ConfigError: the file is missing or malformed.
+    """
+    categories = _categories(_read(path), str(path))
+    return tuple(c["name"] for c in categories), tuple(c["id"] for c in categories)
+
+
+def _categories(content: dict[str, Any], name: str) -> list[dict]:
+    """The categories by rising id; there is at least one."""
+    categories = _records(content, "categories", name, {"name": _is_text})
+    if not categories:
+        raise ConfigError(f"{name}: 'categories' is empty; list the classes with their ids and names")
+    return sorted(categories, key=lambda c: c["id"])
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,21 +1,26 @@
 """The weights that training starts from."""
 
-import pickle
+import dataclasses
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from sievit.config import ConfigError
 from sievit.convert.keys import load_strictly
-from sievit.convert.timm import timm_state
+from sievit.convert.pth import read_checkpoint
+from sievit.convert.timm import from_timm, timm_state
 from sievit.detector import Detector
 from sievit.model import POLICY_PREFIXES, Model, model_file, read
-from sievit.vit import ViT
+from sievit.vit import ViT, ViTConfig
 
 MASK_PREFIX = "head.roi_heads.mask_"
+OWN = "the recipe's ViT"
+TIMM = "timm:"
+FREE = {
+    *("grid", "token_stride", "class_token", "num_registers", "pos_embed", "pos_antialias"),
+    *("final_norm", "init_values", "drop_path_rate"),
+}
+"""In which a recipe's ViT may differ from the one that its weights come from."""
 
 
 def start_from(model: Model, path: Path) -> tuple[str, ...]:
@@ -61,31 +66,47 @@ def _rows_of_classes(theirs: torch.Size, ours: torch.Size, counts: tuple[int, in
     return any((theirs[0], ours[0]) == tuple(each * (count + more) for count in counts) for each, more in rows)
 
 
-def start_vit_from(vit: ViT, path: Path) -> None:
-    """Load a pre-trained ViT in timm's naming into the backbone's; its positions are resized to the recipe's grid.
+def start_vit_from(vit: ViT, source: Path) -> None:
+    """Load a pre-trained ViT into the backbone's; its positions are resized to the recipe's grid.
+
+    Prefix tokens and a last norm that the recipe does without are left out.
 
     Args:
-        path: a state dict, .safetensors or of `torch.save`; the latter may be wrapped in "model" or "state_dict".
+        source: a state dict in timm's naming, .safetensors or of `torch.save`, which may be wrapped in "model" or
+            "state_dict"; or `timm:NAME`, the pre-trained weights that timm knows by that name, by its own download.
 
     Raises:
-        ConfigError: no such file, or a ViT of another family or shape.
+        ConfigError: no such file or name, weights that cannot be downloaded, or a ViT of another family or shape.
     """
-    source = f"{path}, as a ViT of the recipe's shape,"
-    state = timm_state(_read_state(path), vit.config, source=source)
-    load_strictly(vit, state, source=source)
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; train.vit-from is a state dict in timm's naming")
+    name = timm_name(source)
+    if name is None:
+        state, grid = read_checkpoint(source).state, None
+    else:
+        try:
+            theirs = from_timm(name)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}; train.vit-from takes a FILE with these weights too") from error
+        _require_same(source, theirs.config, vit.config)
+        state, grid = dict(theirs.state_dict()), theirs.config.grid
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{path}: damaged, or no state dict ({error})") from error
-    for wrapper in ("model", "state_dict"):
-        state = state.get(wrapper, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict):
-        raise ConfigError(f"{path}: holds a {type(state).__name__}, not a state dict")
-    return state
+        load_strictly(vit, timm_state(state, vit.config, source=OWN, grid=grid), source=OWN)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def timm_name(source: Path) -> str | None:
+    """The name in `timm:NAME`; None of a file."""
+    text = str(source)
+    return text.removeprefix(TIMM) if text.startswith(TIMM) else None
+
+
+def _require_same(source: Path, theirs: ViTConfig, ours: ViTConfig) -> None:
+    """Raise a ConfigError that lists where the configurations of two ViTs differ, in what weights depend on."""
+    fields = [name for name in (f.name for f in dataclasses.fields(ours)) if name not in FREE]
+    other = [
+        f"{name} {getattr(theirs, name)}, not {getattr(ours, name)}"
+        for name in fields
+        if getattr(theirs, name) != getattr(ours, name)
+    ]
+    if other:
+        raise ConfigError(f"{source}: is not {OWN}: its {'; its '.join(other)}")

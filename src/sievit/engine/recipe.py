@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sievit.config import ConfigError, kind_of, variant
+from sievit.data.annotations import load_categories
 from sievit.data.coco import CocoDetection
 from sievit.data.label_files import read_palette
 from sievit.data.labels import LabelDataset
@@ -59,6 +60,7 @@ class CocoData(DataConfig):
         max_detections: per image, in evaluation. COCO's is 100.
         invalid: what to do about annotations that cannot be used.
         skip_empty: leave training images without an object out.
+        own_classes: the model gets the classes of `train_annotations`, whatever the recipe says.
     """
 
     train_annotations: Path
@@ -67,6 +69,7 @@ class CocoData(DataConfig):
     max_detections: int = 100
     invalid: Literal["error", "skip"] = "error"
     skip_empty: bool = False
+    own_classes: bool = False
 
 
 @variant("labels")
@@ -105,7 +108,8 @@ class TrainConfig:
     Attributes:
         steps: how many, in place of `epochs`.
         init_from: checkpoint or run folder whose weights training starts from; what the policy lacks there stays new.
-        vit_from: state dict of a pre-trained ViT in timm's naming, for the backbone's blocks.
+        vit_from: pre-trained ViT for the backbone: file of a state dict in timm's naming, or `timm:NAME` for what timm
+            downloads under that name.
         freeze: what of the ViT keeps the weights that training starts from: nothing, all of it, or its embedding and
             so many first blocks. Policy, neck and heads are always trained.
         batch_size: images per step, over all processes and accumulated parts.
@@ -238,7 +242,7 @@ def _open_coco(data: CocoData, model: DetectorConfig, root: Path, *, seed: int) 
         if source.category_ids != model.category_ids:
             raise ConfigError(
                 f"{root / path}: its categories {_named(source.classes)} are not the model's "
-                f"{_named(model.classes)}; set model.classes, model.category_ids and model.head.num-classes"
+                f"{_named(model.classes)}; --data.own-classes True takes those of {data.train_annotations.name}"
             )
     return train, val
 
@@ -286,6 +290,21 @@ def _named(classes: tuple[str, ...]) -> str:
     return f"({len(classes)}: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})"
 
 
+def with_own_classes(recipe: Recipe) -> Recipe:
+    """The recipe for the classes of its own annotation file, if it wants that (`CocoData.own_classes`).
+
+    Raises:
+        ConfigError: the file cannot be read, or names no classes.
+    """
+    data, model = recipe.data, recipe.model
+    if not isinstance(data, CocoData) or not data.own_classes or not isinstance(model, DetectorConfig):
+        return recipe
+    root = data.root if data.root is not None else default_data_root()
+    classes, ids = load_categories(root / data.train_annotations)
+    head = replace(model.head, num_classes=len(classes))
+    return replace(recipe, model=replace(model, classes=classes, category_ids=ids, head=head))
+
+
 def with_classes(
     recipe: Recipe, *, num_classes: int | None = None, ignore_index: int | None = None, palette: Path | None = None
 ) -> Recipe:
@@ -301,7 +320,10 @@ def with_classes(
     """
     model, data = recipe.model, recipe.data
     if not isinstance(model, SegmenterConfig) or not isinstance(data, LabelsData):
-        raise ConfigError("num-classes, ignore-index and palette are those of a segmenter; this recipe is a detector's")
+        raise ConfigError(
+            "num-classes, ignore-index and palette are those of a segmenter; this recipe is a detector's: "
+            "--data.own-classes True takes the classes of its annotation file"
+        )
     colours, names = model.palette, model.classes
     if palette is not None:
         read = read_palette(palette)

@@ -23,9 +23,9 @@ from sievit.distributed import world_size
 from sievit.engine.batches import Batch, EpochBatches, Losses, Samples, grouped, loading, training_loader
 from sievit.engine.checkpoint import CsvLog, RunFolder, write_json
 from sievit.engine.evaluate import Data, evaluate, headline
-from sievit.engine.initial import start_from, start_vit_from
+from sievit.engine.initial import start_from, start_vit_from, timm_name
 from sievit.engine.optim import Average, build_optimizer, freeze, learning_rate, set_learning_rate, total_steps
-from sievit.engine.recipe import CocoData, Recipe, TrainConfig, default_data_root, open_data
+from sievit.engine.recipe import CocoData, Recipe, TrainConfig, default_data_root, open_data, with_own_classes
 from sievit.model import build, read, save
 
 
@@ -86,11 +86,13 @@ def train(recipe: Recipe | None, *, out: Path, resume: bool = False, console: Co
 
 
 def _resolved(recipe: Recipe) -> Recipe:
-    """With every path absolute, so that the run can be resumed from anywhere."""
+    """With the data's classes, and every path absolute, so that the run can be resumed from anywhere."""
     root = default_data_root() if recipe.data.root is None else recipe.data.root
     config = recipe.train
-    start = {name: path.resolve() for name in ("init_from", "vit_from") if (path := getattr(config, name)) is not None}
-    return replace(recipe, data=replace(recipe.data, root=root.resolve()), train=replace(config, **start))
+    paths = {name: getattr(config, name) for name in ("init_from", "vit_from")}
+    start = {name: path.resolve() for name, path in paths.items() if path is not None and timm_name(path) is None}
+    recipe = replace(recipe, data=replace(recipe.data, root=root.resolve()), train=replace(config, **start))
+    return with_own_classes(recipe)
 
 
 def _fabric(config: TrainConfig) -> Fabric:
@@ -134,7 +136,9 @@ class _Run:
         if state is None and config.vit_from is not None:
             start_vit_from(self.model.vit, config.vit_from)
         if state is None and config.init_from is not None:
-            start_from(self.model, config.init_from)
+            new = start_from(self.model, config.init_from)
+            if new and fabric.is_global_zero:
+                console.print(f"{config.init_from}: {len(new)} weights start new, such as {new[-1]}", soft_wrap=True)
         if config.freeze != "none" and config.vit_from is None and config.init_from is None:
             raise ConfigError("train.freeze would keep random weights; give train.vit-from or train.init-from")
         freeze(self.model.vit, config.freeze)
