@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sievit.config import ConfigError
 from sievit.convert import dtop_segmenter
-from sievit.convert.dtop import ATM_RULES, VIT_RULES, _number_heads
+from sievit.convert.dtop import ATM_RULES, VIT_RULES, numbered_heads
 from sievit.convert.keys import rename
 from sievit.heads import ATM, SemanticHead
 from sievit.heads.atm import CrossAttention, SelfAttention
@@ -258,7 +258,7 @@ def released_names(weights: dict[str, Tensor]) -> dict[str, str]:
     """Released name to ours, by renaming a state dict whose values say which key they came from."""
     marked = {key: torch.tensor(i) for i, key in enumerate(weights)}
     keys = list(weights)
-    renamed = rename(_number_heads(marked), (*VIT_RULES, *ATM_RULES), source="released")
+    renamed = rename(numbered_heads(marked), (*VIT_RULES, *ATM_RULES), source="released")
     return {keys[int(value)]: name for name, value in renamed.items()}
 
 

@@ -41,8 +41,9 @@ LEVELS = {
     "sievit.export": 8,
     "sievit.report": 8,
     "sievit.recipes": 8,
-    "sievit.cli": 9,
-    "sievit.__main__": 10,
+    "sievit.released": 9,
+    "sievit.cli": 10,
+    "sievit.__main__": 11,
 }
 
 

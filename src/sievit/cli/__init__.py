@@ -6,7 +6,7 @@ Exit status: 0 done, 1 something could not be done, 2 something the user has to 
 import sys
 from collections.abc import Sequence
 
-from sievit.cli import bench, card, data, demo, eval, flops, lists, predict, sweep, train
+from sievit.cli import bench, card, convert, data, demo, eval, flops, init, lists, predict, sweep, train
 from sievit.cli.command import Command
 from sievit.config import ConfigError, nearest
 
@@ -58,7 +58,7 @@ def _overview() -> str:
 
 def _line(name: str) -> str:
     command = COMMANDS[name]
-    return f"  {f'{name} {command.usage}':<22} {command.summary}"
+    return f"  {f'{name} {command.usage}':<24} {command.summary}"
 
 
 COMMANDS = {
@@ -68,6 +68,11 @@ COMMANDS = {
     "predict": Command("MODEL IMAGES", "find objects or label pixels, in an image or a folder", predict.predict),
     "sweep": Command("MODEL", "a segmenter at many thresholds: table and plot", sweep.sweep),
     "card": Command("MODEL", "a folder for the Hugging Face Hub: weights, configuration, card", card.card),
+    "convert svit": Command("FILE", "a released SViT-Adapter", convert.svit),
+    "convert vit_adapter": Command("FILE", "a released dense ViT-Adapter", convert.vit_adapter),
+    "convert dtop": Command("FILE", "a released DToP", convert.dtop),
+    "convert segvit": Command("FILE", "a released dense SegViT", convert.segvit),
+    "init": Command("RECIPE", "a recipe's model with random weights, to try things on", init.init),
     "data scenes": Command("", "generate scenes in COCO format", data.scenes),
     "bench blocks": Command("", "time the backbone's blocks, dense against sparse", bench.blocks),
     "bench network": Command("", "time a whole segmenter, dense against DToP", bench.network),

@@ -101,7 +101,7 @@ def _net(
     drop_path_rate: float,
     source: str,
 ) -> SegmentationNet:
-    state = rename(_number_heads(state_dict), (*VIT_RULES, *ATM_RULES), source=source)
+    state = rename(numbered_heads(state_dict), (*VIT_RULES, *ATM_RULES), source=source)
     state = {key: value.float() for key, value in state.items()}
     positions = need(state, "vit.pos_embed", source=source)[:, 1:]  # the class token's row is not used
     state["vit.pos_embed"] = positions
@@ -125,10 +125,10 @@ def _net(
 
 def num_stages(state_dict: dict[str, Tensor]) -> int:
     """How many heads a state dict in the released naming has, the last one's included."""
-    return len({key.split(".")[1] for key in _number_heads(state_dict) if key.startswith("heads.")})
+    return len({key.split(".")[1] for key in numbered_heads(state_dict) if key.startswith("heads.")})
 
 
-def _number_heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def numbered_heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The heads under `heads.0`, `heads.1`, ...: the auxiliary ones, and the decode head behind them."""
     auxiliary = {key.split(".")[1] for key in state if key.startswith("auxiliary_head.")}
     numbered = {}

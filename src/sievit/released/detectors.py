@@ -1,0 +1,145 @@
+"""The released SViT-Adapter and ViT-Adapter detectors."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from sievit.config import ConfigError
+from sievit.convert import mmdet_heads, svit_backbone, vit_adapter_backbone
+from sievit.convert.mmdet_heads import HEAD_PREFIXES
+from sievit.convert.pth import Checkpoint
+from sievit.data.label_files import read_text
+from sievit.detector import Detector, DetectorConfig
+from sievit.heads.config import MaskRCNNConfig
+from sievit.recipes import recipe
+from sievit.recipes.coco_classes import CATEGORY_IDS, CLASSES
+from sievit.released.common import Converted, described, lines, of_file
+
+Kind = Literal["svit", "vit_adapter"]
+
+RECIPES = {192: "coco_svit_adapter_t", 384: "coco_svit_adapter_s"}
+"""By width of the ViT."""
+
+LIMITS = {"rpn_min_size": 1e-6, "box_min_size": 0.0}
+"""mmdet drops proposals without any area, and detections for no size at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorOptions:
+    """What the file of a detector does not tell.
+
+    Attributes:
+        classes: file with the names of the classes, one a line, in the order of training; not needed for COCO's 80.
+        annotations: COCO annotation file that the model was trained on, for the names and ids of the classes.
+        num_heads: of the ViT's attention; default one for every 64 channels.
+        deform_num_heads: of the adapter's deformable attention; default as many as have four points each.
+    """
+
+    classes: Path | None = None
+    annotations: Path | None = None
+    num_heads: int | None = None
+    deform_num_heads: int | None = None
+
+
+def convert_detector(path: Path, kind: Kind, options: DetectorOptions, *, sample: bool = False) -> Converted:
+    """The detector in a released file.
+
+    Args:
+        sample: gates of SViT draw at inference, as the released test scripts do, instead of taking the arg-max.
+
+    Raises:
+        ConfigError: no such file, damaged, of another family, with keys that are missing, unknown or of a shape that
+            does not fit, or with classes that nobody named; the message begins with the file.
+    """
+    return of_file(path, kind, lambda checkpoint: assemble(checkpoint, kind, options, sample=sample))
+
+
+def assemble(
+    checkpoint: Checkpoint,
+    kind: Kind,
+    options: DetectorOptions,
+    *,
+    sample: bool = False,
+    constants: MaskRCNNConfig | None = None,
+) -> Converted:
+    """The detector in a checkpoint; `constants` of Mask R-CNN, None: the release's."""
+    state = checkpoint.state
+    unknown = sorted(key for key in state if not key.startswith(("backbone.", *HEAD_PREFIXES)))
+    if unknown:
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        raise ConfigError(f"has {', '.join(unknown[:8])}{more}, which no released detector has")
+    levels = state.get("backbone.level_embed")
+    width = 0 if levels is None else levels.shape[-1]
+    base = recipe(RECIPES.get(width, RECIPES[384])).model
+    assert isinstance(base, DetectorConfig)
+    drop_path_rate = base.vit.drop_path_rate if width in RECIPES else 0.0
+    heads, deform_heads = options.num_heads, options.deform_num_heads
+    if kind == "svit":
+        backbone = svit_backbone(
+            state, num_heads=heads, deform_num_heads=deform_heads, sample=sample, drop_path_rate=drop_path_rate
+        )
+    else:
+        backbone = vit_adapter_backbone(
+            state, num_heads=heads, deform_num_heads=deform_heads, drop_path_rate=drop_path_rate
+        )
+    head = mmdet_heads(state, constants=replace(base.head, **LIMITS) if constants is None else constants)
+    classes, ids = _classes(head.config.num_classes, checkpoint, options)
+    config = replace(
+        base,
+        vit=backbone.vit.config,
+        policy=backbone.policy.config,
+        neck=backbone.config,
+        head=head.config,
+        classes=classes,
+        category_ids=ids,
+        padding="seen",
+    )
+    gates = "svit, gates drawn as the released test scripts do" if sample else "svit, gates by arg-max"
+    facts = {
+        "model": f"{'SViT' if kind == 'svit' else 'dense ViT'}-Adapter with Mask R-CNN",
+        "backbone": f"{described(backbone.vit)}; {backbone.config.deform_num_heads} heads of deformable attention",
+        "classes": f"{len(classes)} ({'COCO' if classes == CLASSES else ', '.join(classes[:3]) + ', ...'})",
+        "policy": gates if kind == "svit" else "keep_all: every token is computed",
+        "unused": "the first row of backbone.pos_embed, a class token's",
+    }
+    model = Detector(config, backbone=backbone, head=head).eval()
+    return Converted(model=model, facts=facts, keys=len(state), dropped={})
+
+
+def _classes(count: int, checkpoint: Checkpoint, options: DetectorOptions) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names and ids."""
+    if options.classes is not None and options.annotations is not None:
+        raise ConfigError("--classes and --annotations both name the classes; give one of them")
+    numbers = tuple(range(1, count + 1))
+    if options.annotations is not None:
+        source, (names, ids) = options.annotations, _categories(options.annotations)
+    elif options.classes is not None:
+        source, names, ids = options.classes, lines(options.classes), numbers
+    elif count == len(CLASSES):
+        return CLASSES, CATEGORY_IDS
+    elif len(checkpoint.classes) == count:
+        return checkpoint.classes, numbers
+    else:
+        raise ConfigError(
+            f"has {count} classes, which are not COCO's {len(CLASSES)}; name them with --annotations FILE (the COCO "
+            "file of the training) or --classes FILE (a name a line, in the order of training)"
+        )
+    if len(names) != count:
+        raise ConfigError(f"has {count} classes, but {source} names {len(names)}")
+    return names, ids
+
+
+def _categories(path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """In the order of the file, which is that of mmdet's outputs; evaluation wants the ids to rise."""
+    try:
+        entries = json.loads(read_text(path, "the annotations"))["categories"]
+        names, ids = tuple(str(entry["name"]) for entry in entries), tuple(int(entry["id"]) for entry in entries)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: is no COCO file with categories, their ids and names ({error!r})") from error
+    if list(ids) != sorted(set(ids)):
+        raise ConfigError(
+            f"{path}: the ids of its categories do not rise; mmdet counts classes in the order of the file, sievit by "
+            "id: renumber the categories"
+        )
+    return names, ids

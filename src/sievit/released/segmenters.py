@@ -1,0 +1,235 @@
+"""The released SegViT and DToP segmenters."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from sievit.config import ConfigError
+from sievit.convert import dtop_segmenter, segvit_segmenter
+from sievit.convert.dtop import ATM_RULES, VIT_RULES, num_stages, numbered_heads
+from sievit.convert.keys import dropped, heads_of
+from sievit.convert.pth import Checkpoint
+from sievit.data.label_files import read_palette
+from sievit.data.presets import preset
+from sievit.heads import ATM, ATMConfig
+from sievit.inputs import InputConfig
+from sievit.policies import DToPConfig, KeepAllConfig
+from sievit.recipes import recipe
+from sievit.released.common import Converted, described, lines, of_file
+from sievit.segmenter import Segmenter, SegmenterConfig
+from sievit.vit import ViTConfig
+
+Kind = Literal["dtop", "segvit"]
+Triple = tuple[float, float, float]
+
+RECIPES = {
+    (150, 768, 512): "ade20k_segvit_b_dtop",
+    (150, 1024, 640): "ade20k_segvit_l_dtop",
+    (59, 1024, 480): "pascal_context_segvit_l_dtop",
+    (60, 1024, 480): "pascal_context_segvit_l_dtop",
+    (171, 1024, 512): "coco_stuff10k_segvit_l_dtop",
+}
+"""By number of classes, width of the ViT, and edge of the training images."""
+
+DATA_SETS = {150: "ade20k", 59: "pascal_context59", 60: "pascal_context60", 171: "coco_stuff10k"}
+"""By number of classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmenterOptions:
+    """What the file of a segmenter does not tell; of the released models on ADE20K, Pascal Context and COCO-Stuff all
+    of it is known.
+
+    Attributes:
+        classes: file with the names of the classes, one a line, in the order of training.
+        palette: file with a line `red green blue name` for each class, in place of --classes.
+        num_heads: of the ViT's attention; default one for every 64 channels.
+        head_num_heads: of the attention in the heads' decoders.
+        out_indices: blocks behind which the heads stand, counted from 0, the last block included.
+        crop: edge in pixels of the window that moves over a test image; default that of the training images.
+        stride: pixels by which it moves.
+        short_edge: test images are fitted into this and --long-edge; default --crop.
+        long_edge: default four times --short-edge.
+        mean: of the pixels, RGB in 0..255.
+        std: of the pixels, RGB in 0..255.
+    """
+
+    classes: Path | None = None
+    palette: Path | None = None
+    num_heads: int | None = None
+    head_num_heads: int | None = None
+    out_indices: tuple[int, ...] | None = None
+    crop: int | None = None
+    stride: int | None = None
+    short_edge: int | None = None
+    long_edge: int | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
+
+
+def convert_segmenter(
+    path: Path, kind: Kind, options: SegmenterOptions, *, thresholds: tuple[float, ...] | None = None
+) -> Converted:
+    """The segmenter in a file of the DToP release; `segvit` makes it a dense one.
+
+    Args:
+        thresholds: of the early exits of `dtop`; None: the recipe's.
+
+    Raises:
+        ConfigError: no such file, damaged, of another family, with keys that are missing, unknown or of a shape that
+            does not fit, or not a released model while the options leave things open; the message begins with the file.
+    """
+    return of_file(path, kind, lambda checkpoint: assemble(checkpoint, kind, options, thresholds=thresholds))
+
+
+def assemble(
+    checkpoint: Checkpoint, kind: Kind, options: SegmenterOptions, *, thresholds: tuple[float, ...] | None = None
+) -> Converted:
+    """The segmenter in a checkpoint."""
+    state = checkpoint.state
+    stages = num_stages(state)
+    if kind == "dtop" and stages < 2:
+        raise ConfigError("has no auxiliary heads at which tokens could leave; use `sievit convert segvit`")
+    base = _base(checkpoint, options, stages)
+    if kind == "segvit":
+        base = replace(base, policy=KeepAllConfig())
+    elif thresholds is not None:
+        base = replace(base, policy=DToPConfig(thresholds=thresholds))
+    elif not isinstance(base.policy, DToPConfig):
+        raise ConfigError("is none of the released models; also give --thresholds, such as 0.95")
+    assert isinstance(base.head, ATMConfig)
+    heads, head_heads = base.vit.num_heads, base.head.num_heads
+    drop_path_rate = base.vit.drop_path_rate
+    if isinstance(base.policy, DToPConfig):
+        net = dtop_segmenter(
+            state,
+            num_heads=heads,
+            head_num_heads=head_heads,
+            out_indices=base.out_indices,
+            thresholds=base.policy.thresholds,
+            drop_path_rate=drop_path_rate,
+        )
+    else:
+        net = segvit_segmenter(
+            state,
+            num_heads=heads,
+            head_num_heads=head_heads,
+            out_indices=base.out_indices,
+            drop_path_rate=drop_path_rate,
+        )
+    head = net.heads[-1]
+    assert isinstance(head, ATM)
+    config = replace(base, vit=net.vit.config, head=head.config)
+    facts = {
+        "model": f"SegViT with heads behind blocks {', '.join(map(str, config.out_indices))}",
+        "backbone": described(net.vit),
+        "classes": f"{len(config.classes)} ({', '.join(config.classes[:3])}, ...)",
+        "input": f"images within {config.input.min_size} x {config.input.max_size} pixels, windows of {config.crop} "
+        f"moved by {config.stride}",
+        "policy": "keep_all: every token is computed",
+        "unused": "the first row of backbone.pos_embed, the class token's",
+    }
+    if isinstance(config.policy, DToPConfig):
+        facts["policy"] = f"dtop, thresholds {', '.join(map(str, config.policy.thresholds))}"
+    left_out = dropped(numbered_heads(state), (*VIT_RULES, *ATM_RULES))
+    return Converted(model=Segmenter(config, net).eval(), facts=facts, keys=len(state), dropped=left_out)
+
+
+def _base(checkpoint: Checkpoint, options: SegmenterOptions, stages: int) -> SegmenterConfig:
+    """Everything that no shape tells: the recipe's of the same model, the options', or an error that lists what is not
+    known."""
+    num_classes, vit = _shapes(checkpoint, options)
+    name = RECIPES.get((num_classes, vit.embed_dim, vit.grid[0] * vit.patch_size))
+    known = None if name is None else recipe(name).model
+    assert known is None or isinstance(known, SegmenterConfig)
+    classes, palette = _classes(num_classes, checkpoint, options)
+    crop = options.crop or vit.grid[0] * vit.patch_size
+    stride, head_heads, pixels = options.stride, options.head_num_heads, None
+    places = options.out_indices or ((vit.depth - 1,) if stages == 1 else None)
+    if options.mean is not None and options.std is not None:
+        (a, b, c), (d, e, f) = options.mean, options.std
+        pixels = ((a / 255, b / 255, c / 255), (d / 255, e / 255, f / 255))
+    if known is not None:
+        assert isinstance(known.head, ATMConfig) and known.stride is not None
+        stride, head_heads = stride or known.stride[0], head_heads or known.head.num_heads
+        places = places or known.out_indices
+        pixels = pixels or (known.input.mean, known.input.std)
+    if stride is None or head_heads is None or places is None or pixels is None:
+        wanted = {
+            "--stride": stride,
+            "--head-num-heads": head_heads,
+            "--out-indices": places,
+            "--mean and --std": pixels,
+        }
+        raise ConfigError(
+            f"has a ViT {vit.embed_dim} wide for {num_classes} classes, trained on images of {crop} pixels, which is "
+            f"none of the released models; also give {', '.join(k for k, value in wanted.items() if value is None)}"
+        )
+    short = options.short_edge or (crop if known is None else known.input.min_size)
+    assert short is not None
+    long = options.long_edge or (4 * short if known is None or options.short_edge else known.input.max_size)
+    return SegmenterConfig(
+        vit=vit if known is None else replace(vit, drop_path_rate=known.vit.drop_path_rate),
+        policy=KeepAllConfig() if known is None else known.policy,
+        input=InputConfig(
+            mean=pixels[0],
+            std=pixels[1],
+            min_size=short,
+            max_size=long,
+            size_divisor=vit.patch_size,
+            antialias=False,
+        ),
+        classes=classes,
+        head=ATMConfig(channels=head_heads, num_heads=head_heads),  # its width is read from the weights
+        out_indices=places,
+        crop=(crop, crop),
+        stride=(stride, stride),
+        palette=palette,
+    )
+
+
+def _shapes(checkpoint: Checkpoint, options: SegmenterOptions) -> tuple[int, ViTConfig]:
+    """The number of classes, and what is needed of the ViT."""
+    state = checkpoint.state
+    names = ("decode_head.q.weight", "backbone.pos_embed", "backbone.patch_embed.projection.weight")
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise ConfigError(f"is not a released SegViT or DToP segmenter: it has no {', '.join(missing)}")
+    queries, positions, patches = (state[name] for name in names)
+    edge = round((positions.shape[1] - 1) ** 0.5)  # a class token and a square
+    blocks = [int(key.split(".")[2]) for key in state if key.startswith("backbone.layers.")]
+    vit = ViTConfig(
+        grid=(edge, edge),
+        patch_size=patches.shape[-1],
+        embed_dim=positions.shape[2],
+        depth=1 + max(blocks, default=0),
+        num_heads=options.num_heads or heads_of(positions.shape[2]),
+    )
+    return queries.shape[0], vit
+
+
+def _classes(
+    count: int, checkpoint: Checkpoint, options: SegmenterOptions
+) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
+    """Names and colours."""
+    if options.classes is not None and options.palette is not None:
+        raise ConfigError("--classes and --palette both name the classes; give one of them")
+    names, colours, source = (), (), options.palette or options.classes
+    if options.palette is not None:
+        palette = read_palette(options.palette)
+        names, colours = palette.names or tuple(map(str, range(len(palette.colours)))), palette.colours
+    elif options.classes is not None:
+        names = lines(options.classes)
+    elif count in DATA_SETS:
+        data = preset(DATA_SETS[count])
+        return data.classes, data.palette
+    elif len(checkpoint.classes) == count:
+        return checkpoint.classes, ()
+    else:
+        raise ConfigError(
+            f"has {count} classes, which is none of the data sets of the papers; name them with --classes FILE (a name "
+            "a line, in the order of training) or --palette FILE (lines `red green blue name`)"
+        )
+    if len(names) != count:
+        raise ConfigError(f"has {count} classes, but {source} names {len(names)}")
+    return names, colours
