@@ -36,6 +36,7 @@ LEVELS = {
     "sievit.model": 6,
     "sievit.viz": 6,
     "sievit.engine": 7,
+    "sievit.features": 7,
     "sievit.bench": 8,
     "sievit.costs": 8,
     "sievit.export": 8,

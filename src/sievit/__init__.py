@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sievit import convert
     from sievit.config import ConfigError
+    from sievit.convert import from_timm
     from sievit.detector import Detector, DetectorConfig, Output
+    from sievit.features import Features, SievedViT, sieve
     from sievit.heads.config import MaskRCNNConfig
     from sievit.hub import Card
     from sievit.inputs import InputConfig, ModelConfig
@@ -28,6 +30,7 @@ __all__ = [
     "ConfigError",
     "Detector",
     "DetectorConfig",
+    "Features",
     "InputConfig",
     "MaskRCNNConfig",
     "ModelConfig",
@@ -35,6 +38,7 @@ __all__ = [
     "Segmentation",
     "Segmenter",
     "SegmenterConfig",
+    "SievedViT",
     "Tokens",
     "Trace",
     "ViT",
@@ -42,9 +46,11 @@ __all__ = [
     "__version__",
     "build",
     "convert",
+    "from_timm",
     "load",
     "policy_config",
     "save",
+    "sieve",
 ]
 
 _HOMES = {
@@ -52,6 +58,7 @@ _HOMES = {
     "ConfigError": "sievit.config",
     "Detector": "sievit.detector",
     "DetectorConfig": "sievit.detector",
+    "Features": "sievit.features",
     "InputConfig": "sievit.inputs",
     "MaskRCNNConfig": "sievit.heads.config",
     "ModelConfig": "sievit.inputs",
@@ -59,14 +66,17 @@ _HOMES = {
     "Segmentation": "sievit.segmenter",
     "Segmenter": "sievit.segmenter",
     "SegmenterConfig": "sievit.segmenter",
+    "SievedViT": "sievit.features",
     "Tokens": "sievit.tokens",
     "Trace": "sievit.tokens",
     "ViT": "sievit.vit",
     "ViTConfig": "sievit.vit",
     "build": "sievit.model",
+    "from_timm": "sievit.convert",
     "load": "sievit.model",
     "policy_config": "sievit.policies",
     "save": "sievit.model",
+    "sieve": "sievit.features",
 }
 
 

@@ -130,7 +130,8 @@ class SegmentationNet(nn.Module):
     def build_policy(self, config: PolicyConfig) -> Policy:
         """A policy that asks the heads of this network."""
         own = self.vit.config
-        return build_policy(config, embed_dim=own.embed_dim, depth=own.depth, heads=self._behind)
+        asked = {"heads": self._behind, "attention": self.vit.attention_to}
+        return build_policy(config, embed_dim=own.embed_dim, depth=own.depth, **asked)
 
     def forward(
         self,

@@ -37,8 +37,8 @@ def configured(name: str) -> PolicyConfig:
     return cls(**{key: value for key, value in wanted.items() if key in names})
 
 
-def built(name: str) -> Policy:
-    """The policy, with heads behind some blocks for those that ask any."""
+def built(name: str, vit: ViT) -> Policy:
+    """The policy, with heads behind some blocks and the backbone's attention for those that ask."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         config = ATMConfig(channels=16, num_heads=2, num_layers=2)
@@ -51,7 +51,7 @@ def built(name: str) -> Policy:
                     )
                 elif key == "class_embed.bias":
                     parameter.data[0] += 2
-    return build_policy(configured(name), embed_dim=24, depth=DEPTH, heads=heads)
+    return build_policy(configured(name), embed_dim=24, depth=DEPTH, heads=heads, attention=vit.attention_to)
 
 
 @pytest.fixture(params=sorted([*policies(), *OPTIONS]))
@@ -69,9 +69,9 @@ def vit() -> ViT:
 
 
 @pytest.fixture
-def policy(name: str) -> Policy:
+def policy(name: str, vit: ViT) -> Policy:
     torch.manual_seed(1)
-    return built(name).eval()
+    return built(name, vit).eval()
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_gradients_reach_every_parameter_of_the_policy(vit, policy, images) -> N
 
 def test_state_dict_round_trip(name, vit, policy, images) -> None:
     torch.manual_seed(9)
-    other = built(name).eval()
+    other = built(name, vit).eval()
     other.load_state_dict(policy.state_dict())
     torch.testing.assert_close(vit(images, other)[0].x, vit(images, policy)[0].x, atol=0, rtol=0)
 
@@ -194,6 +194,6 @@ def test_builds_from_its_json(name) -> None:
     assert from_json(PolicyConfig, to_json(config)) == config
 
 
-def test_docstring_names_its_source(name) -> None:
-    doc = type(built(name)).__doc__ or ""
+def test_docstring_names_its_source(name, vit) -> None:
+    doc = type(built(name, vit)).__doc__ or ""
     assert "SViT" in doc or "DToP" in doc or "arXiv" in doc or doc.startswith("Control"), doc

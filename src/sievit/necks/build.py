@@ -46,7 +46,11 @@ Backbone = ViTAdapter | PyramidBackbone
 
 def build_backbone(neck: NeckConfig, vit: ViTConfig, policy: PolicyConfig) -> Backbone:
     """The backbone that the three configurations describe, with random weights."""
-    parts = {"vit": ViT(vit), "policy": build_policy(policy, embed_dim=vit.embed_dim, depth=vit.depth)}
+    net = ViT(vit)
+    parts = {
+        "vit": net,
+        "policy": build_policy(policy, embed_dim=vit.embed_dim, depth=vit.depth, attention=net.attention_to),
+    }
     if isinstance(neck, AdapterConfig):
         return ViTAdapter(neck, **parts)
     if isinstance(neck, PyramidConfig):

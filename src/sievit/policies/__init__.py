@@ -1,5 +1,6 @@
 """Policies: which tokens take part in which block. One file per method; importing this package registers them all."""
 
+from sievit.policies.attention import Attention, AttentionConfig
 from sievit.policies.base import Policy, PolicyConfig, build_policy, policies, policy_config
 from sievit.policies.dtop import DToP, DToPConfig
 from sievit.policies.keep_all import KeepAll, KeepAllConfig
@@ -8,6 +9,8 @@ from sievit.policies.svit import SViT, SViTConfig
 from sievit.policies.top_norm import TopNorm, TopNormConfig
 
 __all__ = [
+    "Attention",
+    "AttentionConfig",
     "DToP",
     "DToPConfig",
     "KeepAll",

@@ -16,6 +16,10 @@ Head = Callable[[Tokens, Tensor | None, Prediction | None], Prediction]
 earlier prediction stands."""
 
 
+Attend = Callable[[int, Tokens], Tensor]
+"""Block index and canvas to (b, n): how much attention each grid token gets there."""
+
+
 @dataclass(frozen=True)
 class PolicyConfig:
     """Base of every policy's configuration; each policy file has one, registered under the policy's name."""
@@ -29,6 +33,8 @@ class Policy(nn.Module):
 
     needs_heads: ClassVar[bool] = False
     """Whether it asks the heads that stand behind some of the blocks; they are given to it and stay the model's."""
+    needs_attention: ClassVar[bool] = False
+    """Whether it asks the blocks whom they attend to."""
 
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
         """Choose for block `index` (0-based).
@@ -66,19 +72,29 @@ def register(config_class: type[PolicyConfig]) -> Callable[[P], P]:
 
 
 def build_policy(
-    config: PolicyConfig, *, embed_dim: int, depth: int, heads: Mapping[int, Head] | None = None
+    config: PolicyConfig,
+    *,
+    embed_dim: int,
+    depth: int,
+    heads: Mapping[int, Head] | None = None,
+    attention: Attend | None = None,
 ) -> Policy:
     """The policy that `config` describes, for a backbone of `depth` blocks of `embed_dim` channels.
 
     Args:
         heads: by block, the head that stands behind it; for policies that ask heads (`Policy.needs_heads`).
+        attention: of the backbone, `ViT.attention_to`; for policies that ask it (`Policy.needs_attention`).
 
     Raises:
-        ConfigError: a policy that needs heads where there are none.
+        ConfigError: a policy that needs heads, or the backbone's attention, where there are none.
     """
     builder = _POLICIES.get(type(config))
     if builder is None:
         raise ConfigError(f"no policy is registered for {type(config).__name__}{nearest('', policies())}")
+    if builder.needs_attention:
+        if attention is None:
+            raise ConfigError(f"the policy {kind_of(config)!r} needs a backbone whose attention it can ask")
+        return builder(config, embed_dim=embed_dim, depth=depth, attention=attention)
     if not builder.needs_heads:
         return builder(config, embed_dim=embed_dim, depth=depth)
     if not heads:

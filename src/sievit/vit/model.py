@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sievit.config import ConfigError
 from sievit.packed import Backend
 from sievit.policies.base import Policy
 from sievit.tokens import Tokens, Trace
@@ -75,13 +76,17 @@ class ViT(nn.Module):
                 gives the same features alone and in any batch. None: the images fill the batch.
 
         Raises:
-            ValueError: a side is not a multiple of the stride of the tokens, or a size does not fit into the batch.
+            ConfigError: a side is not a multiple of the stride of the tokens.
+            ValueError: a size does not fit into the batch.
         """
         stride = self.config.stride
         grid = (images.shape[2] // stride, images.shape[3] // stride)
         if images.shape[2] % stride or images.shape[3] % stride:
             what = "patch" if stride == self.config.patch_size else "token stride"
-            raise ValueError(f"images of {images.shape[2]}x{images.shape[3]} pixels: not a multiple of {what} {stride}")
+            raise ConfigError(
+                f"images of {images.shape[2]}x{images.shape[3]} pixels: not a multiple of {what} {stride}; "
+                "resize or pad them"
+            )
         x = self.patch_embed(self._fitted(images))  # (b, n, c)
         grids = None if sizes is None else [(-(-h // stride), -(-w // stride)) for h, w in sizes]
         if grids is None or all(g == grid for g in grids):
@@ -114,7 +119,7 @@ class ViT(nn.Module):
 
     def _prefix(self, x: Tensor) -> list[Tensor]:
         """Class token and registers, (b, ., c) each."""
-        tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        tokens: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
         if not tokens:
             return []
         prefix = torch.cat(tokens, dim=1)

@@ -1,0 +1,236 @@
+"""Every plain family of timm, block by block against timm; and that skipping tokens does the same in all of them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models._registry import _model_to_module
+from torch import Tensor, nn
+
+from sievit.config import ConfigError
+from sievit.convert import from_timm, timm_config
+from sievit.packed import Backend
+from sievit.policies import KeepAllConfig, Policy, build_policy
+from sievit.tokens import Tokens, Trace
+from sievit.vit import Mode, ViT
+
+REGISTERED = [
+    name
+    for name in timm.list_models()
+    if _model_to_module[name] in ("vision_transformer", "deit", "eva", "beit", "vision_transformer_sam")
+]
+REFUSED = {
+    "beit_": "bias per pair",
+    "beitv2_": "bias per pair",
+    "samvit_": "windows",
+    "_sam_": "windows",
+    "_xp_": "side by side",
+    "_18x2_": "side by side",
+    "_rpn_": "behind the branches",
+    "eva02_enormous_": "behind the branches",
+    "_rope_mixed_": "learned per block",
+    "vit_dlittle_": "difference of two",
+    "vit_dwee_": "difference of two",
+    "vit_dpwee_": "side by side",
+    "vit_pwee_": "side by side",
+    "_sapiens2": "share keys and values",
+}
+"""What cannot be run exactly, by a part of its name, and words of the reason."""
+FAMILIES = {
+    "DeiT, AugReg, MAE": "vit_small_patch16_224",
+    "DeiT with two class tokens": "deit_tiny_distilled_patch16_224",
+    "DeiT III": "deit3_small_patch16_224",
+    "CLIP": "vit_base_patch16_clip_quickgelu_224",
+    "SigLIP": "vit_base_patch16_siglip_gap_224",
+    "AIMv2": "aimv2_large_patch14_224",
+    "BEiT-3": "beit3_base_patch16_224",
+    "DINOv2": "vit_small_patch14_dinov2",
+    "DINOv2, registers": "vit_small_patch14_reg4_dinov2",
+    "DINOv2, gated": "vit_giant_patch14_reg4_dinov2",
+    "DINOv3": "vit_small_patch16_dinov3",
+    "DINOv3, gated": "vit_7b_patch16_dinov3",
+    "EVA": "eva_giant_patch14_224",
+    "EVA-02": "eva02_small_patch14_224",
+    "EVA-02, norms inside": "eva02_base_patch16_clip_224",
+    "RoPE-ViT": "vit_small_patch16_rope_224",
+    "PE": "vit_pe_spatial_small_patch16_512",
+    "patch 8": "vit_small_patch8_224",
+}
+TRUE = [
+    "vit_tiny_patch16_224",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_small_patch16_dinov3",
+    "eva02_tiny_patch14_224",
+    "deit3_base_patch16_224",
+    "vit_base_patch14_dinov2",
+    "vit_base_patch16_dinov3",
+    "eva02_base_patch14_224",
+]
+DEPTH = 4
+GRID = (4, 6)
+
+
+def small(name: str, *, depth: int = 2) -> Any:
+    """The architecture, narrow and shallow, with random weights."""
+    with torch.device("meta"):
+        full: Any = timm.create_model(name)
+    options: dict[str, Any] = {"depth": depth, "embed_dim": 96, "num_heads": 2, "num_classes": 3}
+    options["img_size"] = full.patch_embed.patch_size[0] * 5
+    if name.endswith("_sapiens2"):
+        options["num_kv_heads"] = 1
+    if type(full).__module__.endswith((".beit", "_sam")):  # they take no images of any size, and are refused anyhow
+        return full
+    return randomised(timm.create_model(name, **options, dynamic_img_size=True))
+
+
+def randomised(model: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        nn.init.normal_(parameter, around, min(0.1, parameter.shape[-1] ** -0.5), generator=generator)
+    return model.eval()
+
+
+def dense(vit: ViT) -> Policy:
+    return build_policy(KeepAllConfig(), embed_dim=vit.config.embed_dim, depth=vit.config.depth)
+
+
+def each_block(vit: ViT, images: Tensor) -> Iterator[Tensor]:
+    tokens = vit.embed(images)
+    trace = Trace.start(tokens)
+    for index in range(vit.config.depth):
+        tokens, trace = vit.run_blocks(tokens, dense(vit), trace, start=index, stop=index + 1)
+        yield tokens.x
+    yield vit.norm(tokens.x)
+
+
+def timm_blocks(model: Any, images: Tensor) -> list[Tensor]:
+    """All tokens after every block, and after the last norm."""
+    prefix = {"return_prefix_tokens": True} if model.num_prefix_tokens else {}
+    last, found = model.forward_intermediates(images, output_fmt="NLC", **prefix)
+    return [*(torch.cat(x[::-1], dim=1) if prefix else x for x in found), last]
+
+
+def assert_same_blocks(model: Any, vit: ViT, images: Tensor) -> None:
+    for ours, theirs in zip(each_block(vit, images), timm_blocks(model, images), strict=True):
+        assert theirs.std() > 0.1, "features of some size, or nothing is compared"
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+
+
+def of_grid(vit: ViT, grid: tuple[int, int], count: int = 3) -> Tensor:
+    patch = vit.config.patch_size
+    return torch.randn(count, 3, grid[0] * patch, grid[1] * patch, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+@torch.inference_mode()
+def test_every_registered_plain_vit(name: str) -> None:
+    model = small(name)
+    reason = next((words for part, words in REFUSED.items() if part in name), None)
+    if reason is not None:
+        with pytest.raises(ConfigError, match=f"cannot be run exactly: .*{reason}"):
+            from_timm(model)
+        return
+    vit = from_timm(model)
+    for grid in ((5, 5), (3, 7)):
+        assert_same_blocks(model, vit, of_grid(vit, grid, count=2))
+
+
+@pytest.mark.parametrize("name", TRUE)
+@torch.inference_mode()
+def test_true_configurations(name: str) -> None:
+    model = randomised(timm.create_model(name, dynamic_img_size=True))
+    vit = from_timm(model)
+    assert vit.config == timm_config(name)
+    for grid in ((16, 16), (9, 14)):
+        assert_same_blocks(model, vit, of_grid(vit, grid, count=1))
+
+
+class Half(Policy):
+    """Half of the tokens in each block, other ones each time and in every image; `first` is the number of the first."""
+
+    def __init__(self, first: int = 0) -> None:
+        super().__init__()
+        self.first = first
+
+    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
+        b, n = tokens.valid_or_all().shape
+        place = torch.arange(n) + (torch.arange(b) + self.first)[:, None] * 3
+        return tokens.select((place * 7 + index * 5) % 4 < 2), {}
+
+
+class All(Policy):
+    """Every token, by name."""
+
+    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
+        return tokens.select(torch.ones_like(tokens.valid_or_all())), {}
+
+
+class Blink(Policy):
+    """In block 1 the odd tokens rest; everywhere else all take part."""
+
+    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
+        even = (torch.arange(tokens.valid_or_all().shape[1]) % 2 == 0).expand(len(tokens.x), -1)
+        return tokens.select(even if index == 1 else None), {}
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def pair(request: pytest.FixtureRequest) -> tuple[Any, ViT]:
+    model = small(FAMILIES[request.param], depth=DEPTH)
+    return model, from_timm(model)
+
+
+@torch.inference_mode()
+def test_choosing_all_is_dense(pair) -> None:
+    vit = pair[1]
+    images = of_grid(vit, GRID)
+    expected, _ = vit(images, dense(vit))
+    for mode in ("packed", "padded", "masked"):
+        torch.testing.assert_close(vit(images, All(), mode=mode)[0].x, expected.x, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mode", "backend"), [("packed", "per_image"), ("packed", "padded"), ("padded", "auto"), ("masked", "auto")]
+)
+@torch.inference_mode()
+def test_half_of_a_batch_equals_image_by_image(pair, mode: Mode, backend: Backend) -> None:
+    vit = pair[1]
+    images = of_grid(vit, GRID)
+    got, trace = vit(images, Half(), mode=mode, backend=backend)
+    assert 0.4 < trace.shares().min() <= trace.shares().max() < 0.6, "the policy skips half of the tokens"
+    for i, image in enumerate(images):
+        alone, _ = vit(image[None], Half(i))
+        torch.testing.assert_close(got.x[i], alone.x[0], atol=2e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_images_of_several_sizes(pair) -> None:
+    """In a padded batch every image has its own positions, learned and rotary."""
+    vit = pair[1]
+    grids, patch, images = [(4, 6), (3, 3), (2, 5)], vit.config.patch_size, of_grid(vit, GRID)
+    got, _ = vit(images, dense(vit), [(h * patch, w * patch) for h, w in grids])
+    for i, (h, w) in enumerate(grids):
+        alone, _ = vit(images[i : i + 1, :, : h * patch, : w * patch], dense(vit))
+        torch.testing.assert_close(got.map()[i, :, :h, :w], alone.map()[0], atol=2e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_token_that_comes_back_has_its_own_position(pair) -> None:
+    """Skipped in block 1, computed in 2 and 3; the same by timm's blocks, given rows of its rotary table."""
+    model, vit = pair
+    images = of_grid(vit, GRID)
+    got, _ = vit(images, Blink())
+    x, rope = model._pos_embed(model.patch_embed(images)), None
+    if isinstance(x, tuple):
+        x, rope = x
+    x = model.norm_pre(x)
+    even = torch.arange(GRID[0] * GRID[1]) % 2 == 0
+    part = torch.cat([torch.ones(vit.num_prefix, dtype=torch.bool), even])
+    for index, block in enumerate(model.blocks):
+        seen, table = (part, even) if index == 1 else (torch.ones_like(part), torch.ones_like(even))
+        told = {} if rope is None else {"rope": rope[table]}
+        x = x.clone()
+        x[:, seen] = block(x[:, seen], **told)
+    torch.testing.assert_close(got.x, model.norm(x), atol=1e-4, rtol=1e-5)
