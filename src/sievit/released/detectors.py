@@ -12,6 +12,7 @@ from sievit.convert.pth import Checkpoint
 from sievit.data.label_files import read_text
 from sievit.detector import Detector, DetectorConfig
 from sievit.heads.config import MaskRCNNConfig
+from sievit.policies import KeepAllConfig, SViT
 from sievit.recipes import recipe
 from sievit.recipes.coco_classes import CATEGORY_IDS, CLASSES
 from sievit.released.common import Converted, described, lines, of_file
@@ -88,7 +89,7 @@ def assemble(
     config = replace(
         base,
         vit=backbone.vit.config,
-        policy=backbone.policy.config,
+        policy=backbone.policy.config if isinstance(backbone.policy, SViT) else KeepAllConfig(),
         neck=backbone.config,
         head=head.config,
         classes=classes,

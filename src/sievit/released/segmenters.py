@@ -131,7 +131,8 @@ def assemble(
     }
     if isinstance(config.policy, DToPConfig):
         facts["policy"] = f"dtop, thresholds {', '.join(map(str, config.policy.thresholds))}"
-    left_out = dropped(numbered_heads(state), (*VIT_RULES, *ATM_RULES))
+    names = dict(zip(numbered_heads(state), state, strict=True))
+    left_out = {why: [names[key] for key in keys] for why, keys in dropped(names, (*VIT_RULES, *ATM_RULES)).items()}
     return Converted(model=Segmenter(config, net).eval(), facts=facts, keys=len(state), dropped=left_out)
 
 
