@@ -13,6 +13,8 @@ from sievit.policies import PolicyConfig, SViTConfig, policies, policy_config
 
 @dataclass(frozen=True)
 class Inner:
+    kind: Literal["plain", "other"] = "plain"
+    """A word of its own, with nothing registered under it."""
     size: tuple[int, int] = (1, 2)
     rates: tuple[float, ...] = (0.5,)
 
@@ -30,7 +32,8 @@ class Outer:
 
 @pytest.mark.parametrize("kind", sorted(policies()))
 def test_round_trip_through_json_text(kind: str) -> None:
-    config = Outer(name="x", policy=policy_config(kind), folder=Path("a/b"), mode="b", table={"k": 3})
+    policy, inner = policy_config(kind), Inner(kind="other")
+    config = Outer(name="x", policy=policy, inner=inner, folder=Path("a/b"), mode="b", table={"k": 3})
     assert from_json(Outer, json.loads(json.dumps(to_json(config)))) == config
 
 
@@ -45,6 +48,7 @@ def test_round_trip_through_json_text(kind: str) -> None:
         ),
         ({"inner": {"size": [1]}}, r"config\.inner\.size: 1 values where 2 are expected"),
         ({"inner": {"size": [1, "2"]}}, r"config\.inner\.size\[1\]: '2' is not of type int"),
+        ({"inner": {"kind": "svit"}}, r"config\.inner\.kind: 'svit' is not one of 'plain', 'other'"),
         ({"inner": {"rates": 3}}, r"config\.inner\.rates: 3 is not a list"),
         ({"mode": "c"}, r"config\.mode: 'c' is not one of 'a', 'b'"),
         ({"scale": True}, r"config\.scale: True is not of type float"),

@@ -137,7 +137,7 @@ def _from_json_dataclass(cls: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: {data!r} is not an object")
     data = dict(data)
-    if "kind" in data:
+    if "kind" in data and "kind" not in (f.name for f in dataclasses.fields(cls)):
         kind, known = data.pop("kind"), variants(cls)
         if kind not in known:
             raise ConfigError(f"{where}: unknown kind {kind!r}{nearest(str(kind), known)}")
