@@ -1,5 +1,7 @@
 """`sievit bench ...`."""
 
+from dataclasses import replace
+
 from sievit.cli.command import parse, print_json
 
 
@@ -10,8 +12,26 @@ def blocks(args: list[str]) -> int:
     return 0
 
 
+def backbone(args: list[str]) -> int:
+    from sievit.bench import BackboneBench, bench_backbone
+
+    print_json(bench_backbone(parse(BackboneBench, args, "bench backbone")))
+    return 0
+
+
 def network(args: list[str]) -> int:
     from sievit.bench import NetworkBench, bench_network
+    from sievit.report.common import find_model
 
-    print_json(bench_network(parse(NetworkBench, args, "bench network")))
+    config = parse(NetworkBench, args, "bench network")
+    print_json(bench_network(replace(config, checkpoints=tuple(map(find_model, config.checkpoints)))))
+    return 0
+
+
+def heads(args: list[str]) -> int:
+    from sievit.bench import HeadsBench, bench_heads
+    from sievit.report.common import find_model
+
+    config = parse(HeadsBench, args, "bench heads")
+    print_json(bench_heads(replace(config, checkpoints=tuple(map(find_model, config.checkpoints)))))
     return 0

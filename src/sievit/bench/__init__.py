@@ -1,0 +1,21 @@
+"""Does the clock show what the FLOPs promise? Dense against sparse, alternately, on real images.
+
+Predicted is the ratio of multiply-adds: of the blocks alone, of the backbone, or of everything in a network. The time
+of the sparse side includes gates, heads, packing and unpacking, so that every overhead counts against us.
+"""
+
+from sievit.bench.backbone import BackboneBench, bench_backbone
+from sievit.bench.blocks import BlocksBench, bench_blocks
+from sievit.bench.heads import HeadsBench, bench_heads
+from sievit.bench.network import NetworkBench, bench_network
+
+__all__ = [
+    "BackboneBench",
+    "BlocksBench",
+    "HeadsBench",
+    "NetworkBench",
+    "bench_backbone",
+    "bench_blocks",
+    "bench_heads",
+    "bench_network",
+]

@@ -1,0 +1,283 @@
+"""Where the time of a whole detector goes: each part of one pass by itself, dense and sparse.
+
+The clock is read around the parts while they run, so that the parts of a pass and its rest add up to it. On CUDA that
+means waiting for the device at each of them: their sum is then more than the pass takes undisturbed, which is given
+beside it.
+"""
+
+import statistics
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from sievit.bench.backbone import ADAPTERS, random_adapter
+from sievit.bench.common import SIZES, Bench, Place, alternately, check_known, clocked, run, summary
+from sievit.bench.network import as_given, dense_policy, opened
+from sievit.config import ConfigError
+from sievit.detector import Detector, DetectorConfig, Output
+from sievit.flops import by_module
+from sievit.heads import MaskRCNN, MaskRCNNConfig
+from sievit.inputs import InputConfig, Size
+from sievit.necks.adapter import ViTAdapter
+from sievit.policies import Policy, SViTConfig
+
+CLASSES = 80
+COUNTED = {
+    "patch embedding": ("patch_embed",),
+    "blocks, gates": ("blocks", "policy"),
+    "neck": ("neck",),
+    "FPN": ("fpn",),
+    "RPN layers": ("rpn",),
+    "box layers": ("box",),
+    "mask layers": ("mask",),
+}
+"""Parts, and what `flops` calls them."""
+PARTS = ("patch embedding", "blocks, gates", "neck", "neck: spatial prior", "neck: injectors", "neck: extractors")
+PARTS += ("neck: pyramid", "neck: maps", "neck: rest", "FPN", "RPN layers", "RPN proposals")
+PARTS += ("box pooling", "box layers", "box NMS", "mask pooling", "mask layers", "mask pasting", "rest")
+"""In the order of a table; `neck` is the sum of what follows it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsBench(Bench):
+    """A whole detector by parts, dense against its policy.
+
+    Attributes:
+        checkpoints: trained detectors, each with its own policy; by default none, but `models`.
+        policy: takes the place of the checkpoints' own.
+        models: names of backbones of random ViT-Adapters with Mask R-CNN for 80 classes and SViT.
+        sizes: (height, width) of the images in pixels.
+        targets: share of tokens that a random model's gates keep; they are set to it on the images.
+        candidates: boxes of a random model's image above the least score, which go into the last NMS; the scores are
+            set to it on the images.
+    """
+
+    checkpoints: tuple[Path, ...] = ()
+    policy: str | None = None
+    models: tuple[str, ...] = ("vit_s",)
+    sizes: tuple[tuple[int, int], ...] = ((800, 1216),)
+    batches: tuple[int, ...] = (1,)
+    targets: tuple[float, ...] = (0.7, 0.49, 0.343)
+    candidates: int = 300
+
+
+@torch.inference_mode()
+def bench_heads(config: HeadsBench, console: Console | None = None) -> dict[str, Any]:
+    """Run, print a table, and return it as a dict with `rows`, each with `parts`.
+
+    Raises:
+        ConfigError: an unknown model, a folder without pictures, a checkpoint that is no detector or cannot be loaded.
+    """
+    trained = {str(path): _detector(path, config.policy) for path in config.checkpoints}
+    if not trained:
+        check_known(config.models, ADAPTERS)
+
+    def row_of(name: str, size: Size | None, batch: int, place: Place) -> dict[str, Any]:
+        assert size is not None
+        if trained:
+            model = as_given(trained[name]).to(place.device)
+        else:
+            model = random_detector(name, place.pictures(size, 1), config.targets, config.candidates)
+        return {"mode": "dynamic", **time_parts(model, place.images(size, batch), place.dtype)}
+
+    return run("heads", config, trained or config.models, config.sizes, row_of, _table, console)
+
+
+def _detector(path: Path, policy: str | None) -> Detector:
+    model = opened(path, policy, None)
+    if not isinstance(model, Detector):
+        raise ConfigError(f"{path}: is a segmenter; the parts that are timed are a detector's")
+    return model
+
+
+def random_detector(model: str, pictures: Tensor, targets: tuple[float, ...], candidates: int) -> Detector:
+    """ViT-Adapter with Mask R-CNN of random weights, as large as the papers' on COCO.
+
+    Gates keep `targets`. Fresh heads find nothing, or everything; here class scores spread, and the background's is
+    such that on average `candidates` boxes of an image are above the least score.
+    """
+    backbone, _ = random_adapter(model, pictures.float(), targets)
+    head = MaskRCNN(MaskRCNNConfig(num_classes=CLASSES), in_channels=backbone.out_channels).eval().to(pictures.device)
+    config = DetectorConfig(
+        vit=SIZES[model],
+        neck=backbone.config,
+        policy=SViTConfig(targets=targets),
+        head=head.config,
+        input=InputConfig(min_size=None, antialias=False),
+        classes=tuple(f"class {i}" for i in range(CLASSES)),
+        category_ids=tuple(range(1, CLASSES + 1)),
+    )
+    size = (pictures.shape[2], pictures.shape[3])
+    predictor = head.roi_heads.box_predictor.cls_score
+    nn.init.normal_(predictor.weight, std=0.1)
+    said = []
+    for picture in pictures[:4].float():
+        maps = head.pyramid(backbone(picture[None])[0])
+        proposals, _ = head.rpn(maps, size, [size], None)
+        said.append(head.roi_heads.box_branch(maps[:4], proposals, size)[0])
+    logits = torch.cat(said)
+    spread = 2.0 / logits[:, 1:].std()  # of the scores of classes, in logits
+    predictor.weight *= spread
+    logits = logits * spread
+    low, high = -50.0, 50.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        scores = torch.cat([logits[:, :1] + middle, logits[:, 1:]], 1).softmax(1)
+        if (scores[:, 1:] > head.config.box_min_score).sum().item() > candidates * len(said):
+            low = middle
+        else:
+            high = middle
+    predictor.bias.zero_()
+    predictor.bias[0] = high
+    return Detector(config, backbone=backbone, head=head).eval()
+
+
+def parts_of(model: Detector) -> list[tuple[object, str, str]]:
+    """Owner and name of every method that is timed, and what its part is called; where one calls another the inner one
+    counts."""
+    backbone, head = model.backbone, model.head
+    parts: list[tuple[object, str, str]] = [
+        (model, "forward", "rest"),
+        (backbone, "forward", "neck: rest"),
+        (backbone.vit, "embed", "patch embedding"),
+        (backbone.vit, "run_blocks", "blocks, gates"),
+    ]
+    if isinstance(backbone, ViTAdapter):
+        parts.append((backbone.spm, "forward", "neck: spatial prior"))
+        parts += [(injector, "forward", "neck: injectors") for injector in backbone.injectors]
+        parts += [(extractor, "forward", "neck: extractors") for extractor in backbone.extractors]
+        parts.append((backbone, "_maps", "neck: maps"))
+    else:
+        parts.append((backbone.pyramid, "forward", "neck: pyramid"))
+    roi = head.roi_heads
+    parts += [
+        (head, "pyramid", "FPN"),
+        (head.rpn.head, "forward", "RPN layers"),
+        (head.rpn, "forward", "RPN proposals"),
+        (roi, "box_branch", "box pooling"),
+        (roi.box_head, "forward", "box layers"),
+        (roi.box_predictor, "forward", "box layers"),
+        (roi, "detect", "box NMS"),
+    ]
+    if head.config.with_masks:
+        parts += [
+            (roi, "mask_branch", "mask pooling"),
+            (roi.mask_head, "forward", "mask layers"),
+            (roi.mask_predictor, "forward", "mask layers"),
+        ]
+    return [*parts, (model, "_on_image", "mask pasting")]
+
+
+@contextmanager
+def stopwatch(parts: Sequence[tuple[object, str, str]], device: torch.device) -> Generator[dict[str, float]]:
+    """Milliseconds spent in each part, itself alone, while the context lasts."""
+    spent = dict.fromkeys((name for _, _, name in parts), 0.0)
+    inside: list[float] = []  # per call that is running, what its inner calls took
+
+    def timed(call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            inside.append(0.0)
+            elapsed, result = clocked(lambda: call(*args, **kwargs), device)
+            spent[name] += elapsed - inside.pop()
+            if inside:
+                inside[-1] += elapsed
+            return result
+
+        return wrapper
+
+    try:
+        for owner, attribute, name in parts:
+            setattr(owner, attribute, timed(getattr(owner, attribute), name))
+        yield spent
+    finally:
+        for owner, attribute, _ in parts:
+            owner.__dict__.pop(attribute, None)
+
+
+def time_parts(model: Detector, batches: Sequence[list[Tensor]], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """A detector with every token computed and with its own policy, alternately: whole passes, then passes by parts.
+
+    Args:
+        batches: images (3, h, w) in 0..1.
+        dtype: of automatic mixed precision, where it is not float32.
+
+    Returns:
+        Times and ratios of whole passes; `parts` by name: milliseconds `dense_ms` and `sparse_ms` (medians over the
+        batches), and where they are counted `dense_gflops` and `sparse_gflops` per image; `detections` per image.
+    """
+    device, parts = model.device, parts_of(model)
+
+    def whole(policy: Policy | None) -> Callable[[list[Tensor]], Output]:
+        def of(images: list[Tensor]) -> Output:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32):
+                return model(images, policy=policy)
+
+        return of
+
+    def by_parts(policy: Policy | None) -> Callable[[list[Tensor]], dict[str, float]]:
+        def of(images: list[Tensor]) -> dict[str, float]:
+            with stopwatch(parts, device) as spent:
+                whole(policy)(images)
+            return spent
+
+        return of
+
+    dense = dense_policy(model)
+    pairs = alternately(whole(dense), whole(None), batches, device)
+    watched = alternately(by_parts(dense), by_parts(None), batches, device)
+    costs = [
+        {name: macs.mean().item() for name, macs in by_module(model, answer).items()}
+        for answer in (pairs[0].dense, pairs[0].sparse)
+    ]
+    rows: dict[str, dict[str, float]] = {}
+    for name in watched[0].dense:
+        rows[name] = {
+            "dense_ms": round(statistics.median(pair.dense[name] for pair in watched), 2),
+            "sparse_ms": round(statistics.median(pair.sparse[name] for pair in watched), 2),
+        }
+    for name, counted in COUNTED.items():
+        for side, cost in zip(("dense", "sparse"), costs, strict=True):
+            gflops = round(sum(cost.get(key, 0.0) for key in counted), 2)
+            rows.setdefault(name, {})[f"{side}_gflops"] = gflops
+    neck = [row for name, row in rows.items() if name.startswith("neck: ")]
+    rows["neck"] |= {key: round(sum(row[key] for row in neck), 2) for key in ("dense_ms", "sparse_ms")}
+    rows = {name: rows[name] for name in sorted(rows, key=[*PARTS, *rows].index)}
+    ratios = [_total(model, pair.dense) / _total(model, pair.sparse) for pair in pairs]
+    found = [len(detection["boxes"]) for pair in pairs for detection in pair.sparse.detections]
+    keep = torch.stack([pair.sparse.trace.shares().mean(1) for pair in pairs]).mean(0)
+    return {
+        "tokens": round(statistics.fmean(pair.dense.trace.valid.sum(1).double().mean().item() for pair in pairs)),
+        **summary(pairs, ratios),
+        "keep": [round(share, 3) for share in keep.tolist()],
+        "detections": round(statistics.fmean(found), 1),
+        "parts": rows,
+    }
+
+
+def _total(model: Detector, answer: Output) -> float:
+    return sum(macs.sum().item() for macs in by_module(model, answer).values())
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="detectors by parts, dense against sparse", box=SIMPLE, collapse_padding=True)
+    for column in ("part", "dense\nms", "sparse\nms", "share of\nsparse", "dense\nGFLOPs", "sparse\nGFLOPs"):
+        table.add_column(column, justify="left" if column == "part" else "right", no_wrap=True)
+    for row in rows:
+        size = "x".join(map(str, row["size"]))
+        figures = f"speed-up {row['speedup']}, predicted {row['predicted']}"
+        table.add_row(f"{Path(row['model']).stem} {size}, batch {row['batch']}: {figures}", style="bold")
+        table.add_row("whole pass", f"{row['dense_ms']:.1f}", f"{row['sparse_ms']:.1f}")
+        for name, part in row["parts"].items():
+            share = f"{part['sparse_ms'] / row['sparse_ms']:.0%}"
+            gflops = [f"{part[key]:.1f}" if key in part else "" for key in ("dense_gflops", "sparse_gflops")]
+            table.add_row(f"  {name}", f"{part['dense_ms']:.1f}", f"{part['sparse_ms']:.1f}", share, *gflops)
+        table.add_section()
+    return table

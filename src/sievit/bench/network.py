@@ -1,0 +1,288 @@
+"""Whole networks, dense against their policy: SegViT of random weights with DToP, or trained models.
+
+Random segmenters are timed from normalised images to scores on their pixels; trained models from images in memory to
+answers on the pixels of the images, resizing, padding and windows included.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from sievit.bench.common import SIZES, Bench, Place, alternately, check_known, peak_mb, percent, run, summary, table_of
+from sievit.config import ConfigError, kind_of
+from sievit.detector import Output
+from sievit.flops import model_gflops
+from sievit.heads import ATM, ATMConfig, SemanticHead
+from sievit.hub import Pretrained
+from sievit.inputs import InputConfig, Size
+from sievit.model import Model, load
+from sievit.policies import DToPConfig, KeepAllConfig, Policy, build_policy
+from sievit.policies.dtop import leave
+from sievit.segmenter import Segmentation, Segmenter, SegmenterConfig
+from sievit.tokens import Prediction, Trace
+from sievit.vit import ViTConfig
+
+SEGMENTERS = {
+    "vit_b": (ATMConfig(channels=384, num_heads=6), (5, 7, 11)),
+    "vit_l": (ATMConfig(channels=512, num_heads=8), (7, 15, 23)),
+}
+"""The papers' head, and the blocks behind which it stands."""
+M = TypeVar("M", bound=Pretrained)
+PAPER_SIZES = ((512, 512), (640, 640))
+CLASSES = 150
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkBench(Bench):
+    """A whole network, dense against its policy: trained models, or SegViT of random weights with DToP.
+
+    Attributes:
+        checkpoints: trained models, detectors or segmenters, each with its own policy; by default none, but `models`.
+        policy: takes the place of the checkpoints' own.
+        thresholds: of early exits, take the place of the policy of segmenters among the checkpoints.
+        models: names of backbones, random weights; with the papers' heads for 150 classes.
+        sizes: (height, width) of the images in pixels; by default 512x512 and 640x640, and for checkpoints those that
+            the model's own rule makes of the images.
+        left: share of tokens that have left a random model after each auxiliary head; the thresholds are set to it on
+            the images.
+        keep_per_class: DToP's k, for random models.
+    """
+
+    checkpoints: tuple[Path, ...] = ()
+    policy: str | None = None
+    thresholds: tuple[float, ...] | None = None
+    models: tuple[str, ...] = ("vit_b",)
+    sizes: tuple[tuple[int, int], ...] = ()
+    left: tuple[float, ...] = (0.35, 0.55)
+    keep_per_class: int = 5
+
+
+@torch.inference_mode()
+def bench_network(config: NetworkBench, console: Console | None = None) -> dict[str, Any]:
+    """Run, print a table, and return it as a dict with `rows`.
+
+    Raises:
+        ConfigError: an unknown model, a folder without pictures, shares that do not go with the heads, a checkpoint
+            that cannot be loaded, or one whose policy computes every token.
+    """
+    if config.checkpoints:
+        return _bench_checkpoints(config, console)
+    if config.policy is not None or config.thresholds is not None:
+        raise ConfigError("--policy and --thresholds are for trained models; give --checkpoints, or --left instead")
+    check_known(config.models, SEGMENTERS)
+
+    def row_of(model: str, size: Size | None, batch: int, place: Place) -> dict[str, Any]:
+        assert size is not None
+        pictures = place.pictures(size, batch)
+        segmenter = random_segmenter(SIZES[model], *SEGMENTERS[model])
+        segmenter.eval().to(pictures)
+        policy = calibrated_exits(segmenter, pictures[:12], config.left, config.keep_per_class)
+        return {"mode": "dynamic", **time_network(segmenter, policy, pictures.split(batch))}
+
+    def table(rows: list[dict[str, Any]]):
+        left = [percent(row["left"]) for row in rows]
+        return table_of("network: dense against DToP, heads included", rows, {"left": left})
+
+    return run("network", config, config.models, config.sizes or PAPER_SIZES, row_of, table, console)
+
+
+def _bench_checkpoints(config: NetworkBench, console: Console | None) -> dict[str, Any]:
+    models = {}
+    for path in config.checkpoints:
+        name = path.stem if path.suffix == ".safetensors" else path.name
+        models[str(path) if name in models else name] = opened(path, config.policy, config.thresholds)
+
+    def row_of(name: str, size: Size | None, batch: int, place: Place) -> dict[str, Any]:
+        model = models[name].to(place.device)
+        if size is not None:
+            model = as_given(model)
+        return {"mode": "dynamic", **time_model(model, place.images(size, batch), place.dtype)}
+
+    def table(rows: list[dict[str, Any]]):
+        keep = [f"{statistics.mean(row['keep']):.0%}" for row in rows]
+        return table_of("network: dense against its policy, everything included", rows, {"keep": keep})
+
+    return run("network", config, models, config.sizes or (None,), row_of, table, console)
+
+
+def opened(path: Path, policy: str | None, thresholds: tuple[float, ...] | None) -> Model:
+    """A trained model whose policy leaves tokens out.
+
+    Raises:
+        ConfigError: see `sievit.load`; thresholds for another policy than `dtop`; or a policy that computes all tokens.
+    """
+    if thresholds is not None and policy not in (None, "dtop"):
+        raise ConfigError(f"--thresholds are those of the policy 'dtop', not of {policy!r}; leave out --policy")
+    model = load(path, policy=policy if thresholds is None else DToPConfig(thresholds=thresholds))
+    if isinstance(model.config.policy, KeepAllConfig):
+        raise ConfigError(
+            f"{path}: its policy computes every token, so that there is nothing to compare; give another one by "
+            "--policy, or a segmenter --thresholds"
+        )
+    return model
+
+
+def dense_policy(model: Model) -> Policy:
+    """What computes every token of a model, and of a segmenter only the last head."""
+    if isinstance(model, Segmenter):
+        return model.net.build_policy(KeepAllConfig())
+    vit = model.vit.config
+    return build_policy(KeepAllConfig(), embed_dim=vit.embed_dim, depth=vit.depth)
+
+
+def as_given(model: M) -> M:
+    """The same model, which takes images at the size they have."""
+    config = replace(model.config, input=replace(model.config.input, min_size=None))
+    same = type(model).from_config(config).eval().to(next(model.parameters()).device)
+    same.load_state_dict(model.state_dict())
+    return same
+
+
+def time_model(model: Model, batches: Sequence[list[Tensor]], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """A trained model with every token computed and with its own policy, alternately on the same images.
+
+    Args:
+        batches: images (3, h, w) in 0..1; everything from there to the answers on their pixels is timed.
+        dtype: of automatic mixed precision, where it is not float32.
+
+    Returns:
+        Times and ratios; `tokens` per image, of all its windows (mean); `gflops` per image, dense and sparse; `keep`,
+        the share of tokens in each block; `memory_mb`, dense and sparse, the peak for the first batch, beside weights
+        and images.
+    """
+    device, dense = model.device, dense_policy(model)
+
+    def call(policy: Policy | None) -> Callable[[list[Tensor]], Output | Segmentation]:
+        def of(images: list[Tensor]) -> Output | Segmentation:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32):
+                return model(images, policy=policy)
+
+        return of
+
+    pairs = alternately(call(dense), call(None), batches, device)
+    costs = [[model_gflops(model, answer).sum().item() for answer in (pair.dense, pair.sparse)] for pair in pairs]
+    keep = torch.stack([pair.sparse.trace.shares().mean(1) for pair in pairs]).mean(0)
+    images = sum(len(batch) for batch in batches)
+    figures = {
+        "tokens": round(sum(pair.dense.trace.valid.sum().item() for pair in pairs) / images),
+        **summary(pairs, [a / b for a, b in costs]),
+        "gflops": [round(sum(column) / images, 4) for column in zip(*costs, strict=True)],
+        "keep": [round(share, 3) for share in keep.tolist()],
+        "memory_mb": [peak_mb(lambda policy=policy: call(policy)(batches[0]), device) for policy in (dense, None)],
+        "kind": kind_of(model.config),
+        "policy": kind_of(model.config.policy),
+    }
+    answers = [pair.sparse for pair in pairs]
+    found = [len(each["boxes"]) for answer in answers if isinstance(answer, Output) for each in answer.detections]
+    return {**figures, "detections": round(statistics.fmean(found), 1)} if found else figures
+
+
+def time_network(segmenter: Segmenter, policy: Policy, batches: Sequence[Tensor]) -> dict:
+    """A whole network without early exits and with those of `policy`, alternately on the same images.
+
+    Without, only the last head is computed. `predicted_with_heads` is the ratio of multiply-adds to a dense network
+    that computes the auxiliary heads too, as the released one does.
+    """
+    net = segmenter.net
+    dense = net.build_policy(KeepAllConfig())
+
+    def run(policy: Policy) -> Callable[[Tensor], Trace]:
+        return lambda images: net(images, policy=policy)[1]
+
+    pairs = alternately(run(dense), run(policy), batches, batches[0].device)
+    size = (batches[0].shape[2], batches[0].shape[3])
+    costs = [[_gflops(segmenter, trace, size) for trace in (pair.dense, pair.sparse)] for pair in pairs]
+    heads = [_unasked_heads(segmenter, pair.dense) for pair in pairs]
+    left = torch.stack([_left(pair.sparse) for pair in pairs]).mean(0)
+    with_heads = [(a + extra) / b for (a, b), extra in zip(costs, heads, strict=True)]
+    return {
+        "tokens": pairs[0].dense.valid.shape[1],
+        **summary(pairs, [a / b for a, b in costs]),
+        "predicted_with_heads": round(statistics.median(with_heads), 3),
+        "gflops": [round(statistics.fmean(column) / len(batches[0]), 2) for column in zip(*costs, strict=True)],
+        "left": [round(share, 3) for share in left.tolist()],
+    }
+
+
+def random_segmenter(vit: ViTConfig, head: ATMConfig, out_indices: tuple[int, ...]) -> Segmenter:
+    """A segmenter of random weights whose heads tell tokens apart.
+
+    Fresh heads grade all tokens and classes nearly alike. These spread as trained ones do: their maps have a standard
+    deviation of 3, and few classes are likely to be in the image.
+    """
+    torch.manual_seed(0)
+    classes = tuple(f"class {i}" for i in range(CLASSES))
+    config = SegmenterConfig(
+        vit=vit, policy=KeepAllConfig(), input=InputConfig(), classes=classes, head=head, out_indices=out_indices
+    )
+    segmenter = Segmenter.from_config(config)
+    for each in segmenter.net.heads:
+        assert isinstance(each, ATM)
+        looking = each.layers[-1].get_submodule("cross_attn")
+        spread = math.sqrt(3 * math.sqrt(head.num_heads))  # of queries and keys, whose product is maps * sqrt(heads)
+        for name in ("q.weight", "k.weight"):
+            torch.nn.init.normal_(looking.get_parameter(name), std=spread / math.sqrt(head.channels))
+        torch.nn.init.normal_(each.class_embed.weight, std=4 / math.sqrt(2 * head.channels))
+        with torch.no_grad():
+            each.class_embed.bias.copy_(torch.tensor([-3.0, 3.0]))
+    return segmenter
+
+
+def calibrated_exits(segmenter: Segmenter, pictures: Tensor, left: tuple[float, ...], keep_per_class: int) -> Policy:
+    """DToP with thresholds such that on these pictures the shares `left` of the tokens are gone after each stage.
+
+    Thresholds are found one after the other, by bisection on the share that really leaves, on average over the
+    pictures, each of which the heads judge by itself.
+
+    Raises:
+        ConfigError: not one share for each auxiliary head, or shares that fall or do not lie between 0 and 1.
+    """
+    net, thresholds = segmenter.net, ()
+    if len(left) != len(net.out_indices) - 1 or sorted(left) != list(left) or not 0 < left[0] <= left[-1] < 1:
+        raise ConfigError(f"left {left}: one rising share between 0 and 1 for each of {len(net.out_indices) - 1} heads")
+    for stage, share in enumerate(left):
+        rest = (1.0,) * (len(left) - stage - 1)
+        policy = net.build_policy(DToPConfig(thresholds=(*thresholds, 0.0, *rest), keep_per_class=keep_per_class))
+        traces = [net(picture[None], policy=policy)[1] for picture in pictures]
+        said = [trace.predictions[stage] for trace in traces]
+        prediction = Prediction(
+            torch.cat([each.maps for each in said]),
+            torch.cat([each.classes for each in said if each.classes is not None]),
+        )
+        there = torch.cat([~trace.exited[stage - 1] if stage else trace.valid for trace in traces])
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            leaving = leave(prediction, there, middle, keep_per_class=keep_per_class, grade="max")
+            if (leaving | ~there).double().mean().item() > share:
+                low = middle
+            else:
+                high = middle
+        thresholds = (*thresholds, high)
+    return net.build_policy(DToPConfig(thresholds=thresholds, keep_per_class=keep_per_class))
+
+
+def _gflops(segmenter: Segmenter, trace: Trace, size: tuple[int, int]) -> float:
+    """GFLOPs of everything in a pass of the network over images of `size`."""
+    b = len(trace.valid)
+    whole = ((0, 0, *size),) * b
+    output = Segmentation([], {}, trace, tuple(range(b)), whole, [size] * b, size)
+    return model_gflops(segmenter, output).sum().item()
+
+
+def _unasked_heads(segmenter: Segmenter, trace: Trace) -> float:
+    """GFLOPs of the auxiliary heads on all tokens of a pass that did without them."""
+    heads = [head for head in segmenter.net.heads if isinstance(head, SemanticHead)]
+    return sum(head.macs(trace.valid.sum(1), trace.grid).sum().item() for head in heads[:-1]) / 1e9
+
+
+def _left(trace: Trace) -> Tensor:
+    """(stages,) share of the tokens that have left after each auxiliary head."""
+    return torch.stack([exited.double().mean() for exited in trace.exited[:-1]])
