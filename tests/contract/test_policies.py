@@ -96,6 +96,9 @@ class Forced(Policy):
         super().__init__()
         self.policy, self.keep = policy, keep
 
+    def decides_at(self, index: int) -> bool:
+        return self.policy.decides_at(index)
+
     def before_block(self, index: int, tokens: Tokens, trace: Trace):
         tokens, aux = self.policy.before_block(index, tokens, trace)
         return tokens.select(torch.full_like(tokens.valid_or_all(), self.keep)), aux
@@ -106,6 +109,22 @@ def test_keeping_everything_is_the_dense_model(vit, policy, images) -> None:
     got, trace = vit(images, Forced(policy, keep=True))
     assert all(keep.all() for keep in trace.keep)
     torch.testing.assert_close(got.x, expected.x, atol=1e-5, rtol=1e-5)
+
+
+def test_where_it_decides_nothing_its_last_choice_stands(vit, policy, images) -> None:
+    """Blocks between two decisions run as one; asked there all the same, the policy has nothing new to say."""
+    together, _ = vit(images, policy)
+    tokens = vit.embed(images)
+    trace, asked = Trace.start(tokens), 0
+    for index in range(DEPTH):
+        chosen, aux = policy.before_block(index, tokens, trace)
+        if not policy.decides_at(index):
+            asked += 1
+            keep = [tokens.valid_or_all() if t.keep is None else t.keep for t in (tokens, chosen)]
+            assert torch.equal(*keep) and not aux and torch.equal(chosen.x, tokens.x)
+        tokens, trace = vit.run_blocks(tokens, policy, trace, start=index, stop=index + 1)
+    assert policy.decides_at(0) and (asked or policy.decides_at(1))
+    torch.testing.assert_close(vit.norm(tokens.x), together.x, atol=1e-5, rtol=1e-5)
 
 
 def test_keeping_nothing_leaves_grid_tokens_alone(vit, policy, images) -> None:

@@ -41,12 +41,16 @@ class Attention(Policy):
         self.attention = attention
         self.shares = spread(config.shares, first_block=config.first_block, depth=depth)
 
+    def decides_at(self, index: int) -> bool:
+        stage = index - self.config.first_block
+        return index == 0 or stage == 0 or (stage > 0 and self.shares[stage] != self.shares[stage - 1])
+
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
+        if not self.decides_at(index):
+            return tokens, {}  # the choice stands
         stage = index - self.config.first_block
         if stage < 0:
             return tokens.select(None), {}
-        if stage > 0 and self.shares[stage] == self.shares[stage - 1]:
-            return tokens, {}  # the choice stands
         scores = self.attention(index, tokens).detach().float()
         return tokens.select(keep_top(scores, self.shares[stage], tokens.valid_or_all())), {"scores": scores}
 

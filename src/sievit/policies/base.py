@@ -44,6 +44,13 @@ class Policy(nn.Module):
         """
         raise NotImplementedError
 
+    def decides_at(self, index: int) -> bool:
+        """Whether it has anything to say before block `index`; where not, it is not asked and its last choice stands.
+
+        It is asked before the first block of every run of the loop in any case.
+        """
+        return True
+
     def after_blocks(self, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
         """The last word, when all blocks are done; returns what `before_block` returns."""
         return tokens, {}

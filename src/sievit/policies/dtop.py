@@ -79,6 +79,9 @@ class DToP(Policy):
         self.thresholds = dict(zip(self.heads, config.per_stage(len(heads)), strict=True))
         self.depth = depth
 
+    def decides_at(self, index: int) -> bool:
+        return index == 0 or index - 1 in self.heads or (self.config.rejoin and index == self.depth - 1)
+
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
         if index == 0:
             return tokens.select(None), {}

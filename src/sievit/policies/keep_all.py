@@ -22,5 +22,8 @@ class KeepAll(Policy):
     def __init__(self, config: KeepAllConfig, *, embed_dim: int, depth: int) -> None:
         super().__init__()
 
+    def decides_at(self, index: int) -> bool:
+        return index == 0
+
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
         return tokens.select(None), {}

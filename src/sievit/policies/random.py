@@ -34,6 +34,9 @@ class Random(Policy):
         self.config = config
         self.shares = spread(config.shares, first_block=config.first_block, depth=depth)
 
+    def decides_at(self, index: int) -> bool:
+        return index == 0 or index >= self.config.first_block
+
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
         if index < self.config.first_block:
             return tokens.select(None), {}

@@ -75,6 +75,9 @@ class SViT(Policy):
         hidden_dim = int(embed_dim * config.hidden_ratio)
         self.gates = nn.ModuleList(Gate(dim=embed_dim, hidden_dim=hidden_dim) for _ in self.targets)
 
+    def decides_at(self, index: int) -> bool:
+        return index == 0 or index >= self.config.first_block
+
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
         config = self.config
         if index < config.first_block:

@@ -1,17 +1,20 @@
-"""The executor: one block, computed for the tokens that take part and for no others.
+"""The executor: blocks, computed for the tokens that take part and for no others.
 
 Letters: b images, n = h*w grid tokens, p prefix tokens, t packed tokens, c channels.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sievit.packed import (
     Backend,
     Dense,
+    Layout,
     Masked,
     Packed,
     PackedAmong,
@@ -29,9 +32,11 @@ Mode = Literal["auto", "packed", "padded", "masked"]
 
 
 def execute(
-    block: Block, tokens: Tokens, *, mode: Mode = "auto", backend: Backend = "auto", inplace: bool = False
+    blocks: Sequence[Block], tokens: Tokens, *, mode: Mode = "auto", backend: Backend = "auto", inplace: bool = False
 ) -> Tokens:
-    """Compute one block for the tokens that take part; all others stay as they are.
+    """Compute blocks, one after the other, for the tokens that take part; all others stay as they are.
+
+    Tokens are packed once for all the blocks, and come back to the canvas behind the last.
 
     Args:
         mode: `packed` computes exactly the chosen tokens; `padded` pads each image's chosen tokens to the longest
@@ -44,26 +49,42 @@ def execute(
     if mode == "auto":
         mode = "packed" if tokens.gate is None else "masked"
     if part is None and tokens.gate is None:
-        return replace(tokens, x=block(tokens.x, Dense(rope=tokens.rope), b))
+        return replace(tokens, x=_through(blocks, tokens.x, Dense(rope=tokens.rope), b))
     if mode == "masked":
-        return _execute_masked(block, tokens)
+        for block in blocks:
+            tokens = _execute_masked(block, tokens)
+        return tokens
     assert part is not None, "a gate without a choice"
     packing = Packing.of(part)
     if not sum(packing.lengths):
         return tokens
     if tokens.context is not None:
-        visible = part | F.pad(tokens.context, (tokens.num_prefix, 0), value=True)
-        among = Packing.of(visible)
-        packed = block(pack(tokens.x, among), PackedAmong(packing, among, rope=pack_table(tokens.rope, among)), b)
-        return replace(tokens, x=unpack(tokens.x, packed, packing, inplace=inplace))
+        return _execute_among(blocks, tokens, part, packing, inplace=inplace)
     packed, rope = pack(tokens.x, packing), pack_table(tokens.rope, packing)
     if mode == "padded":
-        padded_rope = None if rope is None else pad(rope, packing)
-        padded = block(pad(packed, packing), Masked(padding_mask(packing), rope=padded_rope), b)
-        packed = padded.flatten(0, 1).index_select(0, packing.slots)
+        layout = Masked(padding_mask(packing), rope=None if rope is None else pad(rope, packing))
+        packed = _through(blocks, pad(packed, packing), layout, b).flatten(0, 1).index_select(0, packing.slots)
     else:
-        packed = block(packed, Packed(packing, backend, rope=rope), b)
+        packed = _through(blocks, packed, Packed(packing, backend, rope=rope), b)
     return replace(tokens, x=unpack(tokens.x, packed, packing, inplace=inplace))
+
+
+def _through(blocks: Sequence[Block], x: Tensor, layout: Layout, num_images: int) -> Tensor:
+    for block in blocks:
+        x = block(x, layout, num_images)
+    return x
+
+
+def _execute_among(blocks: Sequence[Block], tokens: Tokens, part: Tensor, packing: Packing, *, inplace: bool) -> Tokens:
+    """Tokens that take part, computed from themselves and from the context beside them, which stays as it is."""
+    assert tokens.context is not None
+    among = Packing.of(part | F.pad(tokens.context, (tokens.num_prefix, 0), value=True))
+    layout = PackedAmong(packing, among, rope=pack_table(tokens.rope, among))
+    visible = pack(tokens.x, among)
+    for block in blocks:
+        computed = block(visible, layout, len(part))
+        visible = visible.index_copy(0, layout.places, computed.to(visible.dtype))
+    return replace(tokens, x=unpack(tokens.x, layout.queries(visible), packing, inplace=inplace))
 
 
 def _execute_masked(block: Block, tokens: Tokens) -> Tokens:

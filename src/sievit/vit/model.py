@@ -138,17 +138,18 @@ class ViT(nn.Module):
         mode: Mode = "auto",
         backend: Backend = "auto",
     ) -> tuple[Tokens, Trace]:
-        """The one loop: before each block the policy decides, then the executor computes, then the trace remembers."""
-        inplace = not torch.is_grad_enabled()
-        if inplace:
-            tokens = replace(tokens, x=tokens.x.clone(memory_format=torch.contiguous_format))
+        """The one loop: the policy decides, the executor computes blocks until its next word, the trace remembers."""
         stop = len(self.blocks) if stop is None else stop
-        for index in range(start, stop):
+        given, index = tokens.x, start
+        while index < stop:
             tokens, aux = policy.before_block(index, tokens, trace)
-            block = self.blocks[index]
-            assert isinstance(block, Block)
-            tokens = execute(block, tokens, mode=mode, backend=backend, inplace=inplace)
-            trace = trace.record(tokens, aux)
+            until = next((i for i in range(index + 1, stop) if policy.decides_at(i)), stop)
+            blocks = [block for block in self.blocks[index:until] if isinstance(block, Block)]
+            owned = tokens.x is not given and not torch.is_grad_enabled()
+            tokens = execute(blocks, tokens, mode=mode, backend=backend, inplace=owned)
+            for _ in blocks:
+                trace, aux = trace.record(tokens, aux), {}
+            index = until
         if stop == len(self.blocks):
             tokens, aux = policy.after_blocks(tokens, trace)
             trace = trace.finish(aux)
