@@ -180,7 +180,9 @@ class TrainConfig:
         if self.batch_size % self.accumulate:
             raise ConfigError(f"train.batch_size {self.batch_size} does not split into {self.accumulate} parts")
         if self.init_from is not None and self.vit_from is not None:
-            raise ConfigError("train.init_from holds the weights of the ViT too; leave out train.vit_from")
+            raise ConfigError(
+                "train.init_from holds the weights of the ViT too; leave out train.vit_from (--train.vit-from None)"
+            )
         if not 0 <= self.ema < 1:
             raise ConfigError(f"train.ema is a decay from 0 to below 1, not {self.ema}")
         if not 0 < self.layer_decay <= 1:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from sievit.config import ConfigError, nearest
 from sievit.engine.recipe import Recipe
-from sievit.recipes import ade20k, coco, coco_stuff10k, folders, nuclei, pascal_context, scenes
+from sievit.recipes import ade20k, coco, coco_stuff10k, dino, folders, nuclei, pascal_context, scenes
 
 _RECIPES: dict[str, Callable[[], Recipe]] = {
     function.__name__: function
@@ -34,6 +34,22 @@ _RECIPES: dict[str, Callable[[], Recipe]] = {
         coco_stuff10k.coco_stuff10k_segvit_l_dtop,
         folders.folders_segvit_s,
         folders.folders_segvit_s_dtop,
+        dino.coco_dinov2_s,
+        dino.coco_dinov2_s_svit,
+        dino.coco_dinov2_b,
+        dino.coco_dinov2_b_svit,
+        dino.coco_dinov3_s,
+        dino.coco_dinov3_s_svit,
+        dino.coco_dinov3_b,
+        dino.coco_dinov3_b_svit,
+        dino.boxes_dinov2_s,
+        dino.boxes_dinov2_s_svit,
+        dino.ade20k_dinov2_b,
+        dino.ade20k_dinov2_b_dtop,
+        dino.ade20k_dinov3_b,
+        dino.ade20k_dinov3_b_dtop,
+        dino.folders_dinov2_s,
+        dino.folders_dinov2_s_dtop,
     )
 }
 

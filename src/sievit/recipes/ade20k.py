@@ -8,12 +8,21 @@ from pathlib import Path
 
 from sievit.data.presets import preset
 from sievit.data.semantic import SemanticAugmentConfig
-from sievit.engine.recipe import Recipe
+from sievit.engine.recipe import Recipe, TrainConfig
 from sievit.heads import SemanticHeadConfig, SETRNaiveConfig
 from sievit.recipes.segvit import TRAIN, VIT_B, VIT_L, Backbone, atm, dtop, labels_data, segmenter
 
 
-def _recipe(backbone: Backbone, head: SemanticHeadConfig, *, crop: int, stride: int, aux_weight: float = 1.0) -> Recipe:
+def dense(
+    backbone: Backbone,
+    head: SemanticHeadConfig,
+    *,
+    crop: int,
+    stride: int,
+    aux_weight: float = 1.0,
+    train: TrainConfig = TRAIN,
+) -> Recipe:
+    """A dense segmenter; `crop` and `stride` as of `segvit.segmenter`."""
     data = preset("ade20k")
     return Recipe(
         model=segmenter(
@@ -28,13 +37,13 @@ def _recipe(backbone: Backbone, head: SemanticHeadConfig, *, crop: int, stride: 
             aux_weight=aux_weight,
         ),
         data=labels_data(data, Path("ade20k"), SemanticAugmentConfig.paper(crop)),
-        train=replace(TRAIN, val_every=3),  # 3789 iterations
+        train=replace(train, val_every=3),  # 3789 iterations
     )
 
 
 def ade20k_segvit_b() -> Recipe:
     """Dense SegViT-B on ADE20K (49.6 mIoU at 109.9 GFLOPs in the paper)."""
-    return _recipe(VIT_B, atm(384, 6), crop=512, stride=341)
+    return dense(VIT_B, atm(384, 6), crop=512, stride=341)
 
 
 def ade20k_segvit_b_dtop() -> Recipe:
@@ -44,7 +53,7 @@ def ade20k_segvit_b_dtop() -> Recipe:
 
 def ade20k_segvit_l() -> Recipe:
     """Dense SegViT-L on ADE20K (53.3 mIoU at 617.0 GFLOPs in the paper)."""
-    return _recipe(VIT_L, atm(512, 8), crop=640, stride=320)
+    return dense(VIT_L, atm(512, 8), crop=640, stride=320)
 
 
 def ade20k_segvit_l_dtop() -> Recipe:
@@ -54,7 +63,7 @@ def ade20k_segvit_l_dtop() -> Recipe:
 
 def ade20k_setr_b() -> Recipe:
     """Dense SETR-B with naive heads on ADE20K (47.0 mIoU at 107.7 GFLOPs in the paper)."""
-    return _recipe(VIT_B, SETRNaiveConfig(), crop=512, stride=341, aux_weight=0.4)
+    return dense(VIT_B, SETRNaiveConfig(), crop=512, stride=341, aux_weight=0.4)
 
 
 def ade20k_setr_b_dtop() -> Recipe:

@@ -40,7 +40,7 @@ DENSE = TrainConfig(
     workers=4,
 )
 
-SPARSE = replace(DENSE, lr=1e-5, weight_decay=1e-6)
+SPARSE_LR, SPARSE_DECAY = 1e-5, 1e-6
 
 
 def _model(embed_dim: int, num_heads: int, drop_path_rate: float) -> DetectorConfig:
@@ -67,15 +67,17 @@ def coco_vit_adapter_s() -> Recipe:
 
 def coco_svit_adapter_t() -> Recipe:
     """SViT-Adapter-T, six epochs from the dense one (45.5 box AP, 40.7 mask AP in the paper)."""
-    return _sparse(coco_vit_adapter_t(), Path("runs/coco_vit_adapter_t"), epochs=6, step_epochs=(4,))
+    return sparse(coco_vit_adapter_t(), Path("runs/coco_vit_adapter_t"), epochs=6, step_epochs=(4,))
 
 
 def coco_svit_adapter_s() -> Recipe:
     """SViT-Adapter-S, four epochs from the dense one (48.2 box AP, 42.5 mask AP in the paper)."""
-    return _sparse(coco_vit_adapter_s(), Path("runs/coco_vit_adapter_s"), epochs=4, step_epochs=(3,))
+    return sparse(coco_vit_adapter_s(), Path("runs/coco_vit_adapter_s"), epochs=4, step_epochs=(3,))
 
 
-def _sparse(dense: Recipe, start: Path, *, epochs: int, step_epochs: tuple[int, ...]) -> Recipe:
+def sparse(dense: Recipe, start: Path, *, epochs: int, step_epochs: tuple[int, ...]) -> Recipe:
+    """SViT's sparse fine-tuning from the run `start` of the dense recipe."""
     model = replace(dense.model, policy=SViTConfig())
-    train = replace(SPARSE, init_from=start, epochs=epochs, step_epochs=step_epochs)
+    schedule = {"init_from": start, "vit_from": None, "epochs": epochs, "step_epochs": step_epochs}
+    train = replace(dense.train, lr=SPARSE_LR, weight_decay=SPARSE_DECAY, **schedule)
     return replace(dense, model=model, train=train)

@@ -37,20 +37,23 @@ TRAIN = TrainConfig(
 
 @dataclass(frozen=True)
 class Backbone:
-    """A ViT of the papers, and what goes with it: `mean` and `std` of the pixels its weights were trained on."""
+    """A ViT, the blocks that heads stand behind, and `mean` and `std` of the pixels its weights were trained on."""
 
-    embed_dim: int
-    depth: int
-    num_heads: int
-    drop_path_rate: float
+    vit: ViTConfig
     out_indices: tuple[int, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
 
-VIT_S = Backbone(384, 12, 6, 0.1, (5, 7, 11), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-VIT_B = Backbone(768, 12, 12, 0.1, (5, 7, 11), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-VIT_L = Backbone(1024, 24, 16, 0.3, (7, 15, 23), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+def _vit(embed_dim: int, depth: int, num_heads: int, drop_path_rate: float) -> ViTConfig:
+    return ViTConfig(
+        embed_dim=embed_dim, depth=depth, num_heads=num_heads, drop_path_rate=drop_path_rate, pos_antialias=False
+    )
+
+
+VIT_S = Backbone(_vit(384, 12, 6, 0.1), (5, 7, 11), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+VIT_B = Backbone(_vit(768, 12, 12, 0.1), (5, 7, 11), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+VIT_L = Backbone(_vit(1024, 24, 16, 0.3), (7, 15, 23), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def segmenter(
@@ -68,18 +71,13 @@ def segmenter(
     """The dense model.
 
     Args:
-        crop: edge in pixels of the training images, and of the window of inference, which goes on by `stride`.
+        crop: edge in pixels of the training images, and of the window of inference, which goes on by `stride`; whole
+            patches. Positions are stored for it.
         short_edge, long_edge: of test images, which are fitted into them.
     """
+    patch = backbone.vit.patch_size
     return SegmenterConfig(
-        vit=ViTConfig(
-            grid=(crop // 16, crop // 16),
-            embed_dim=backbone.embed_dim,
-            depth=backbone.depth,
-            num_heads=backbone.num_heads,
-            drop_path_rate=backbone.drop_path_rate,
-            pos_antialias=False,
-        ),
+        vit=replace(backbone.vit, grid=(crop // patch, crop // patch)),
         policy=KeepAllConfig(),
         head=head,
         out_indices=backbone.out_indices,
@@ -91,7 +89,7 @@ def segmenter(
             std=backbone.std,
             min_size=short_edge,
             max_size=long_edge,
-            size_divisor=16,
+            size_divisor=patch,
             antialias=False,
         ),
         classes=classes,
@@ -127,5 +125,5 @@ def dtop(dense: Recipe, name: str, *, thresholds: tuple[float, ...], steps: int)
     return replace(
         dense,
         model=replace(dense.model, policy=DToPConfig(thresholds=thresholds)),
-        train=replace(dense.train, init_from=Path("runs") / name, steps=steps),
+        train=replace(dense.train, init_from=Path("runs") / name, vit_from=None, steps=steps),
     )
