@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sievit.config import ConfigError
 from sievit.convert import mmdet_heads, svit_backbone, vit_adapter_backbone
@@ -22,7 +22,7 @@ Kind = Literal["svit", "vit_adapter"]
 RECIPES = {192: "coco_svit_adapter_t", 384: "coco_svit_adapter_s"}
 """By width of the ViT."""
 
-LIMITS = {"rpn_min_size": 1e-6, "box_min_size": 0.0}
+LIMITS: dict[str, Any] = {"rpn_min_size": 1e-6, "box_min_size": 0.0}
 """mmdet drops proposals without any area, and detections for no size at all."""
 
 
@@ -103,6 +103,8 @@ def assemble(
         "classes": f"{len(classes)} ({'COCO' if classes == CLASSES else ', '.join(classes[:3]) + ', ...'})",
         "policy": gates if kind == "svit" else "keep_all: every token is computed",
         "unused": "the first row of backbone.pos_embed, a class token's",
+        "to train on": f"sievit train RECIPE --train.init-from ... --model.vit.norm-eps {config.vit.norm_eps} "
+        "--model.padding seen",
     }
     model = Detector(config, backbone=backbone, head=head).eval()
     return Converted(model=model, facts=facts, keys=len(state), dropped={})

@@ -1,0 +1,410 @@
+"""Released checkpoints as whole models: every key has its place, what is known of them, and that they run."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sievit import cli
+from sievit.config import ConfigError
+from sievit.convert import vit_adapter_backbone
+from sievit.convert.family import FAMILIES, family
+from sievit.convert.pth import Checkpoint
+from sievit.data.scenes import generate
+from sievit.detector import Detector, DetectorConfig
+from sievit.engine.recipe import CocoData, Recipe, TrainConfig
+from sievit.engine.train import train
+from sievit.heads import ATMConfig
+from sievit.model import load, save
+from sievit.policies import DToPConfig, KeepAllConfig, SViTConfig
+from sievit.recipes import recipe
+from sievit.recipes.coco_classes import CATEGORY_IDS, CLASSES
+from sievit.released import (
+    DetectorOptions,
+    SegmenterOptions,
+    convert_detector,
+    convert_segmenter,
+    detectors,
+    segmenters,
+)
+from sievit.segmenter import SegmenterConfig
+
+SMALL = DetectorOptions(num_heads=4)
+SEGMENTER: dict[str, Any] = {
+    "num_heads": 4,
+    "head_num_heads": 2,
+    "out_indices": (1, 3, 5),
+    "stride": 64,
+    "mean": (127.5, 127.5, 127.5),
+    "std": (127.5, 127.5, 127.5),
+}
+SEGMENTERS = {
+    "prune_segvit_ade20k": "ade20k_segvit_b",
+    "prune_segvit_ade20k_large": "ade20k_segvit_l",
+    "prune_segvit_pc": "pascal_context_segvit_l",
+    "prune_segvit_cocostuff10k": "coco_stuff10k_segvit_l",
+}
+
+
+@pytest.fixture(scope="module")
+def svit_state(golden_root: Path) -> dict[str, Tensor]:
+    backbone = load_file(golden_root / "svit" / "backbone_small.weights.safetensors")
+    heads = load_file(golden_root / "svit" / "heads_small.weights_fp16.safetensors")
+    return {**{f"backbone.{key}": value for key, value in backbone.items()}, **heads}
+
+
+@pytest.fixture(scope="module")
+def dtop_state(golden_root: Path) -> dict[str, Tensor]:
+    return load_file(golden_root / "dtop" / "small_A_state.safetensors")
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven classes."""
+    path = tmp_path_factory.mktemp("names") / "classes.txt"
+    path.write_text("".join(f"class {i}\n" for i in range(7)))
+    return path
+
+
+def written(state: dict[str, Tensor], folder: Path, **more: Any) -> Path:
+    path = folder / "released.pth"
+    torch.save({"state_dict": state, **more}, path)
+    return path
+
+
+def of_manifest(shapes: dict[str, Any]) -> Checkpoint:
+    """A state dict of these names and shapes, without memory."""
+    state = {}
+    for key, entry in shapes.items():
+        shape, dtype = (entry["shape"], entry["dtype"]) if isinstance(entry, dict) else (entry, "float32")
+        state[key] = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    return Checkpoint(state)
+
+
+@pytest.mark.parametrize("size", ["t", "s"])
+@pytest.mark.parametrize("kind", ["svit", "vit_adapter"])
+def test_every_key_of_a_released_detector_has_its_place(golden_root: Path, kind: Any, size: str):
+    manifest = json.loads(
+        (golden_root / "svit" / f"manifest_{kind}_{'adapter_' * (kind == 'svit')}{size}.json").read_text()
+    )
+    checkpoint = of_manifest(manifest["state_dict"])
+    with torch.device("meta"):
+        converted = detectors.assemble(checkpoint, kind, DetectorOptions())
+    model = converted.model
+    assert converted.keys == {"svit": 482, "vit_adapter": 428}[kind] == len(model.state_dict())
+    assert converted.dropped == {}
+    config, expected = model.config, recipe(f"coco_{kind.removesuffix('_adapter')}_adapter_{size}").model
+    assert isinstance(config, DetectorConfig) and isinstance(expected, DetectorConfig)
+    background = 4 * (config.head.box_fc + 1) + config.head.mask_deconv + 1  # torchvision's unused outputs
+    unused = config.vit.embed_dim  # the class token's position
+    assert sum(p.numel() for p in model.parameters()) == manifest["n_params"] + background - unused
+    head = replace(expected.head, **detectors.LIMITS)
+    eps = 1e-5 if kind == "svit" else 1e-6
+    assert config == replace(expected, head=head, vit=replace(expected.vit, norm_eps=eps), padding="seen")
+    assert (config.classes, config.category_ids) == (CLASSES, CATEGORY_IDS)
+
+
+def test_constants_are_the_recorded_ones(golden_root: Path):
+    recorded = json.loads((golden_root / "svit" / "settings_mask_rcnn.json").read_text())
+    checkpoint = of_manifest(
+        json.loads((golden_root / "svit" / "manifest_svit_adapter_s.json").read_text())["state_dict"]
+    )
+    with torch.device("meta"):
+        config = detectors.assemble(checkpoint, "svit", DetectorOptions()).model.config
+    assert isinstance(config, DetectorConfig)
+    head, rpn, rcnn = config.head, recorded["rpn_test"], recorded["rcnn_test"]
+    assert list(config.classes) == recorded["classes"]
+    assert head.anchor_strides == tuple(s[0] for s in recorded["anchor"]["strides"])
+    assert [sizes[0] for sizes in head.anchor_sizes] == [8 * base for base in recorded["anchor"]["base_sizes"]]
+    assert list(head.anchor_ratios) == recorded["anchor"]["ratios"]
+    assert (head.rpn_pre_nms_test, head.rpn_post_nms_test) == (rpn["nms_pre"], rpn["max_per_img"])
+    assert head.rpn_nms_iou == rpn["nms"]["iou_threshold"]
+    assert (head.box_min_score, head.box_max_detections) == (rcnn["score_thr"], rcnn["max_per_img"])
+    assert (head.box_nms_iou, head.mask_threshold) == (rcnn["nms"]["iou_threshold"], rcnn["mask_thr_binary"])
+    assert head.box_weights == tuple(1 / std for std in recorded["bbox_head"]["bbox_coder"]["stds"])
+    assert [255 * x for x in config.input.mean] == pytest.approx(recorded["img_norm"]["mean"])
+    assert [255 * x for x in config.input.std] == pytest.approx(recorded["img_norm"]["std"])
+    scale = recorded["test_pipeline"][1]["img_scale"]
+    assert [config.input.max_size, config.input.min_size] == scale
+    assert config.policy == SViTConfig()
+    with torch.device("meta"):
+        sampled = detectors.assemble(checkpoint, "svit", DetectorOptions(), sample=True).model.config.policy
+    assert sampled == SViTConfig(sample=True)
+
+
+@pytest.mark.parametrize("kind", ["dtop", "segvit"])
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_every_key_of_a_released_segmenter_has_its_place(golden_root: Path, name: str, kind: Any):
+    manifest = json.loads((golden_root / "dtop" / "key_manifest.json").read_text())[name]
+    settings = json.loads((golden_root / "dtop" / "settings.json").read_text())
+    own = settings[name if kind == "dtop" else name.replace("prune", "BASE")]
+    with torch.device("meta"):
+        converted = segmenters.assemble(of_manifest(manifest["keys"]), kind, SegmenterOptions())
+    config, expected = converted.model.config, recipe(SEGMENTERS[name] + "_dtop" * (kind == "dtop")).model
+    assert isinstance(config, SegmenterConfig)
+    assert config == expected
+    assert isinstance(config.head, ATMConfig)
+    assert config.head.num_heads == own["effective_head_num_heads"][0]
+    assert list(config.out_indices) == own["out_indices"]
+    assert config.crop is not None and config.stride is not None
+    assert [list(config.crop), list(config.stride)] == [own["test_cfg"]["crop_size"], own["test_cfg"]["stride"]]
+    preprocessor = own["data_preprocessor"]
+    for given, recorded in ((config.input.mean, preprocessor["mean"]), (config.input.std, preprocessor["std"])):
+        assert [255 * x for x in given] == pytest.approx(recorded, abs=0.01)
+    long, short = own["test_dataloader"]["dataset"]["pipeline"][1]["scale"]
+    assert (config.input.min_size, config.input.max_size) == (short, long)
+    dropped = [key for keys in converted.dropped.values() for key in keys]
+    idle = [key for key in manifest["keys"] if key.endswith("empty_weight")]
+    assert sorted(dropped) == sorted(["backbone.cls_token", *idle])
+    assert len(converted.model.state_dict()) == manifest["n_keys"] - len(dropped)
+
+
+def test_a_segvit_without_auxiliary_heads(golden_root: Path):
+    manifest = json.loads((golden_root / "dtop" / "key_manifest.json").read_text())["prune_segvit_ade20k"]
+    checkpoint = of_manifest({k: v for k, v in manifest["keys"].items() if not k.startswith("auxiliary_head.")})
+    with torch.device("meta"):
+        config = segmenters.assemble(checkpoint, "segvit", SegmenterOptions()).model.config
+        assert isinstance(config, SegmenterConfig)
+        assert config.out_indices == (11,)
+        with pytest.raises(ConfigError, match=r"no auxiliary heads.*convert segvit"):
+            segmenters.assemble(checkpoint, "dtop", SegmenterOptions())
+
+
+def test_pascal_context_with_its_background(golden_root: Path):
+    manifest = json.loads((golden_root / "dtop" / "key_manifest.json").read_text())["prune_segvit_pc"]["keys"]
+    shapes = {key: [60 if n == 59 else n for n in shape] for key, shape in manifest.items()}
+    with torch.device("meta"):
+        config = segmenters.assemble(of_manifest(shapes), "dtop", SegmenterOptions()).model.config
+    assert isinstance(config, SegmenterConfig)
+    assert (len(config.classes), config.classes[0], len(config.palette)) == (60, "background", 60)
+    assert config.crop == (480, 480)
+
+
+def test_the_dense_backbone_equals_the_release(golden_root: Path):
+    weights = load_file(golden_root / "svit" / "dense_small.weights_fp16.safetensors")
+    cases = load_file(golden_root / "svit" / "dense_small_eval.safetensors")
+    backbone = vit_adapter_backbone(weights, num_heads=4)
+    assert backbone.config.deform_num_heads == 4
+    recorded = load_file(golden_root / "svit" / "backbone_small_eval.safetensors")
+    for case in ("a", "b", "c"):
+        images = cases.get(f"{case}/input", recorded[f"{case}/input"])
+        with torch.inference_mode():
+            features, _ = backbone(images)
+        for i in range(4):
+            torch.testing.assert_close(features[str(i)], cases[f"{case}/feat{i}"], atol=1e-4, rtol=0)
+
+
+def test_a_small_dtop(dtop_state: dict[str, Tensor], names: Path, tmp_path: Path):
+    path = written(dtop_state, tmp_path)
+    options = SegmenterOptions(classes=names, **SEGMENTER)
+    converted = convert_segmenter(path, "dtop", options, thresholds=(0.5, 0.6))
+    config = converted.model.config
+    assert isinstance(config, SegmenterConfig)
+    assert config.policy == DToPConfig(thresholds=(0.5, 0.6))
+    assert (config.crop, config.stride, config.vit.grid) == ((96, 96), (64, 64), (6, 6))
+    assert (config.input.min_size, config.input.max_size, config.input.mean) == (96, 384, (0.5, 0.5, 0.5))
+    assert config.classes[6] == "class 6"
+    dense = convert_segmenter(path, "segvit", options).model
+    assert dense.config.policy == KeepAllConfig()
+    save(dense, tmp_path / "dense.safetensors")
+    pruned = load(tmp_path / "dense.safetensors", policy=DToPConfig(thresholds=(0.5, 0.6)))
+    image = torch.rand(3, 80, 130)
+    with torch.inference_mode():
+        assert torch.equal(pruned([image]).labels[0], converted.model([image]).labels[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "thresholds", "words"),
+    [
+        ({"classes": None}, (0.9,), "has 7 classes.*--classes FILE.*--palette FILE"),
+        ({"stride": None, "head_num_heads": None}, (0.9,), "also give --stride, --head-num-heads$"),
+        ({"mean": None}, (0.9,), "also give --mean and --std$"),
+        ({}, None, "also give --thresholds"),
+        ({"head_num_heads": 3}, (0.9,), "multiple of num_heads"),
+        ({"out_indices": (3, 5)}, (0.9,), "it has 3 heads"),
+    ],
+)
+def test_what_no_recipe_knows_has_to_be_given(
+    dtop_state: dict[str, Tensor], names: Path, tmp_path: Path, changes: Any, thresholds: Any, words: str
+):
+    options = replace(SegmenterOptions(classes=names, **SEGMENTER), **changes)
+    with pytest.raises(ConfigError, match=words) as error:
+        convert_segmenter(written(dtop_state, tmp_path), "dtop", options, thresholds=thresholds)
+    assert "released.pth: " in str(error.value)
+
+
+def test_classes_of_a_detector(svit_state: dict[str, Tensor], names: Path, tmp_path: Path):
+    path = written(svit_state, tmp_path)
+    with pytest.raises(ConfigError, match=r"released\.pth: has 5 classes.*COCO's 80.*--annotations.*--classes"):
+        convert_detector(path, "svit", SMALL)
+    with pytest.raises(ConfigError, match=r"has 5 classes, but .*classes\.txt names 7"):
+        convert_detector(path, "svit", replace(SMALL, classes=names))
+    coco = tmp_path / "instances.json"
+    entries = [{"id": 2 * i + 1, "name": f"thing {i}"} for i in range(5)]
+    coco.write_text(json.dumps({"images": [], "annotations": [], "categories": entries}))
+    config = convert_detector(path, "svit", replace(SMALL, annotations=coco)).model.config
+    assert isinstance(config, DetectorConfig)
+    assert (config.classes[4], config.category_ids) == ("thing 4", (1, 3, 5, 7, 9))
+    with pytest.raises(ConfigError, match="give one of them"):
+        convert_detector(path, "svit", replace(SMALL, annotations=coco, classes=names))
+    coco.write_text(json.dumps({"categories": entries[::-1]}))
+    with pytest.raises(ConfigError, match="do not rise"):
+        convert_detector(path, "svit", replace(SMALL, annotations=coco))
+    coco.write_text("[]")
+    with pytest.raises(ConfigError, match="no COCO file with categories"):
+        convert_detector(path, "svit", replace(SMALL, annotations=coco))
+
+
+Edit = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def without(key: str) -> Edit:
+    return lambda state: {name: value for name, value in state.items() if name != key}
+
+
+def with_key(key: str, *shape: int) -> Edit:
+    return lambda state: {**state, key: torch.zeros(*shape)}
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (without("backbone.blocks.3.TransformerEncoderLayer.norm1.weight"), r"missing: vit\.blocks\.3\.norm1\.weight"),
+        (without("roi_head.mask_head.upsample.bias"), r"missing: roi_heads\.mask_predictor\.conv5_mask\.bias"),
+        (without("backbone.pos_embed"), "pos_embed"),
+        (with_key("backbone.blob", 1), "blob"),
+        (with_key("roi_head.blob", 1), "blob"),
+        (with_key("ema_backbone.up.bias", 1), r"ema_backbone\.up\.bias, which no released detector has"),
+        (with_key("backbone.up.bias", 3), r"up\.bias \(3,\) instead of \(64,\)"),
+        (with_key("rpn_head.rpn_cls.bias", 9), r"cls_logits\.bias \(9,\) instead of \(3,\)"),
+        (with_key("backbone.pos_embed", 1, 200, 64), "no square grid"),
+    ],
+)
+def test_a_detector_that_does_not_fit(svit_state: dict[str, Tensor], tmp_path: Path, edit: Edit, words: str):
+    with pytest.raises(ConfigError, match=rf"released\.pth: .*{words}"):
+        convert_detector(written(edit(svit_state), tmp_path, meta={"CLASSES": tuple("abcde")}), "svit", SMALL)
+
+
+@pytest.mark.parametrize("heads", [{"num_heads": 3}, {"num_heads": 4, "deform_num_heads": 5}])
+def test_heads_that_do_not_divide(svit_state: dict[str, Tensor], tmp_path: Path, heads: Any):
+    with pytest.raises(ConfigError, match=r"released\.pth: .*num_heads"):
+        convert_detector(written(svit_state, tmp_path), "svit", DetectorOptions(**heads))
+
+
+KEYS = {
+    "svit": "backbone.selective_modules.0.mlp.fc1.weight",
+    "vit_adapter": "backbone.interactions.0.injector.gamma",
+    "segvit": "decode_head.q.weight",
+    "timm": "patch_embed.proj.weight",
+    "transformers": "embeddings.patch_embeddings.projection.weight",
+    "sievit": "backbone.vit.patch_embed.proj.weight",
+    "mmdet": "backbone.layer1.0.conv1.weight",
+}
+
+
+@pytest.mark.parametrize("kind", ["svit", "vit_adapter", "dtop", "segvit"])
+@pytest.mark.parametrize("found", [*KEYS, None])
+def test_weights_of_another_family_are_refused_by_name(tmp_path: Path, kind: Any, found: str | None):
+    assert KEYS.keys() == FAMILIES.keys()
+    state = {KEYS[found] if found else "something.else": torch.zeros(1)}
+    assert family(state) == found
+    if found == {"dtop": "segvit"}.get(kind, kind):
+        return
+    path = written(state, tmp_path)
+    words = FAMILIES[found][1:] if found else ("is not ", "its keys are like something.else")
+    options = DetectorOptions() if kind in ("svit", "vit_adapter") else SegmenterOptions()
+    convert: Any = convert_detector if isinstance(options, DetectorOptions) else convert_segmenter
+    with pytest.raises(ConfigError) as error:
+        convert(path, kind, options)
+    assert str(error.value).startswith(f"{path}: ")
+    assert all(word in str(error.value) for word in words)
+
+
+def test_from_a_released_file_to_results(
+    svit_state: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The converted file runs in every command."""
+    generate(tmp_path / "scenes", num_images=1, size=(64, 96), seed=3)
+    images, annotations = tmp_path / "scenes" / "images", tmp_path / "scenes" / "annotations.json"
+    content = json.loads(annotations.read_text())
+    content["categories"] += [{"id": 90 + i, "name": f"more {i}"} for i in range(5)]
+    content["categories"] = content["categories"][:5]
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] <= 5]
+    annotations.write_text(json.dumps(content))
+    released, out = written(svit_state, tmp_path), tmp_path / "new" / "model.safetensors"
+    command = ["convert", "svit", str(released), "--out", str(out), "--num-heads", "4"]
+    command += ["--annotations", str(annotations)]
+
+    assert cli.main(command) == 0
+    figures = last_line(capsys)
+    assert (figures["keys"], figures["used"], figures["dropped"]) == (482, 482, {})
+    assert cli.main(command) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert cli.main([*command, "--force", "True", "--sample", "True"]) == 0
+    assert load(out).config.policy == SViTConfig(sample=True)
+    capsys.readouterr()
+
+    model = load(out)
+    assert isinstance(model, Detector)
+    quick = replace(model.config.head, rpn_post_nms_test=60, box_max_detections=6)
+    small = replace(model.config.input, min_size=96, max_size=160)
+    config = replace(model.config, head=quick, input=small, policy=SViTConfig())
+    model.config = config
+    save(model, out)
+    assert cli.main(["eval", str(out), "--images", str(images), "--annotations", str(annotations)]) == 0
+    assert last_line(capsys)["images"] == 1
+    assert cli.main(["predict", str(out), str(images), "--out", str(tmp_path / "predicted")]) == 0
+    assert json.loads((tmp_path / "predicted" / "results.json").read_text())
+    capsys.readouterr()
+    assert cli.main(["flops", str(out), "--images", str(images)]) == 0
+    assert last_line(capsys)["per_image"]["mean"] > 0
+
+    data = CocoData(
+        train_images=images,
+        train_annotations=annotations,
+        val_images=images,
+        val_annotations=annotations,
+        root=tmp_path,
+    )
+    options = TrainConfig(steps=1, batch_size=1, init_from=out, workers=0, lr=1e-5)
+    train(Recipe(model=config, data=data, train=options), out=tmp_path / "run")
+    trained = load(tmp_path / "run")
+    assert trained.config == config
+    gates = "backbone.policy.gates.0.fc1.weight"
+    torch.testing.assert_close(trained.state_dict()[gates], model.state_dict()[gates], atol=1e-3, rtol=0)
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_folder_is_no_file_to_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["convert", "dtop", "x.pth", "--out", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+    assert cli.main(["convert", "dtop", str(tmp_path / "x.pth"), "--out", str(tmp_path / "y.safetensors")]) == 2
+    assert "x.pth: no such file" in capsys.readouterr().err
+
+
+def test_init_writes_a_recipe_s_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "new" / "model.safetensors"
+    assert cli.main(["init", "scenes_svit", "--out", str(out), "--seed", "3"]) == 0
+    figures = last_line(capsys)
+    model = load(out)
+    assert model.config == recipe("scenes_svit").model
+    assert figures["parameters"] == sum(p.numel() for p in model.parameters())
+    assert cli.main(["init", "scenes_svit", "--out", str(out)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    other, same = tmp_path / "other.safetensors", tmp_path / "same.safetensors"
+    assert cli.main(["init", "scenes_svit", "--out", str(other)]) == 0
+    assert cli.main(["init", "scenes_svit", "--out", str(same), "--seed", "3"]) == 0
+    gates = [load(path).state_dict()["backbone.policy.gates.0.fc1.weight"] for path in (out, same, other)]
+    assert torch.equal(gates[0], gates[1])
+    assert not torch.equal(gates[0], gates[2])
+    assert cli.main(["init", "scenes_svti", "--out", str(out)]) == 2
+    assert "did you mean 'scenes_svit'?" in capsys.readouterr().err
