@@ -223,6 +223,7 @@ def test_what_the_hub_is_asked(detector, tmp_path, monkeypatch, capsys) -> None:
     assert repo_id == "user/balls" and options.items() <= given.items()
     assert given["allow_patterns"] == ["model.safetensors", "config.json"]
     assert_same_weights(sievit.load("hf:user/balls@v2"), detector)
+    assert_same_weights(Detector.from_pretrained("hf:user/balls@v2"), detector)
     assert cli.main(["flops", "hf:user/balls@v2"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["policy"] == "svit"
     assert {(repo_id, given["revision"]) for repo_id, given in asked} == {("user/balls", "v2")}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sievit.bench.backbone import ADAPTERS, random_adapter
 from sievit.bench.common import SIZES, Bench, Place, alternately, check_known, clocked, run, summary
-from sievit.bench.network import as_given, dense_policy, opened
+from sievit.bench.network import as_given, dense_policy, named, opened
 from sievit.config import ConfigError
 from sievit.detector import Detector, DetectorConfig, Output
 from sievit.flops import by_module
@@ -76,7 +76,7 @@ def bench_heads(config: HeadsBench, console: Console | None = None) -> dict[str,
     Raises:
         ConfigError: an unknown model, a folder without pictures, a checkpoint that is no detector or cannot be loaded.
     """
-    trained = {str(path): _detector(path, config.policy) for path in config.checkpoints}
+    trained = {name: _detector(path, config.policy) for name, path in named(config.checkpoints).items()}
     if not trained:
         check_known(config.models, ADAPTERS)
 
@@ -273,7 +273,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         size = "x".join(map(str, row["size"]))
         figures = f"speed-up {row['speedup']}, predicted {row['predicted']}"
-        table.add_row(f"{Path(row['model']).stem} {size}, batch {row['batch']}: {figures}", style="bold")
+        table.add_row(f"{row['model']} {size}, batch {row['batch']}: {figures}", style="bold")
         table.add_row("whole pass", f"{row['dense_ms']:.1f}", f"{row['sparse_ms']:.1f}")
         for name, part in row["parts"].items():
             share = f"{part['sparse_ms'] / row['sparse_ms']:.0%}"

@@ -21,6 +21,7 @@ from sievit.detector import Output
 from sievit.flops import model_gflops
 from sievit.heads import ATM, ATMConfig, SemanticHead
 from sievit.hub import Pretrained
+from sievit.hub.fetch import HUB
 from sievit.inputs import InputConfig, Size
 from sievit.model import Model, load
 from sievit.policies import DToPConfig, KeepAllConfig, Policy, build_policy
@@ -94,10 +95,7 @@ def bench_network(config: NetworkBench, console: Console | None = None) -> dict[
 
 
 def _bench_checkpoints(config: NetworkBench, console: Console | None) -> dict[str, Any]:
-    models = {}
-    for path in config.checkpoints:
-        name = path.stem if path.suffix == ".safetensors" else path.name
-        models[str(path) if name in models else name] = opened(path, config.policy, config.thresholds)
+    models = {name: opened(path, config.policy, config.thresholds) for name, path in named(config.checkpoints).items()}
 
     def row_of(name: str, size: Size | None, batch: int, place: Place) -> dict[str, Any]:
         model = models[name].to(place.device)
@@ -110,6 +108,15 @@ def _bench_checkpoints(config: NetworkBench, console: Console | None) -> dict[st
         return table_of("network: dense against its policy, everything included", rows, {"keep": keep})
 
     return run("network", config, models, config.sizes or (None,), row_of, table, console)
+
+
+def named(paths: Sequence[Path]) -> dict[str, Path]:
+    """Checkpoints by the names that rows call them: the file's or folder's, or the whole path where two share one."""
+    names: dict[str, Path] = {}
+    for path in paths:
+        name = str(path) if str(path).startswith(HUB) else path.stem if path.suffix == ".safetensors" else path.name
+        names[str(path) if name in names else name] = path
+    return names
 
 
 def opened(path: Path, policy: str | None, thresholds: tuple[float, ...] | None) -> Model:

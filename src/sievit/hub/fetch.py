@@ -19,10 +19,8 @@ def model_file(path: Path | str) -> Path:
     Raises:
         ConfigError: a folder without a model, or a model on the hub that cannot be had.
     """
-    name = str(path)
-    if name.startswith(HUB):
-        repo_id, _, revision = name.removeprefix(HUB).partition("@")
-        return fetched(repo_id, revision=revision or None)
+    if str(path).startswith(HUB):
+        return fetched(str(path))
     path = Path(path)
     if not path.is_dir():
         return path
@@ -44,11 +42,18 @@ def fetched(
     local_files_only: bool = False,
     token: str | bool | None = None,
 ) -> Path:
-    """The model file of a repository on the hub, in the local cache; arguments as huggingface_hub's.
+    """The model file of a repository on the hub, in the local cache.
+
+    Args:
+        repo_id: user/name, hf:user/name or hf:user/name@revision.
+        revision, cache_dir, force_download, local_files_only, token: as huggingface_hub's.
 
     Raises:
         ConfigError: no such repository or revision, no access, no connection, or no model of sievit in it.
     """
+    if repo_id.startswith(HUB):
+        repo_id, _, named = repo_id.removeprefix(HUB).partition("@")
+        revision = revision or named or None
     try:
         folder = snapshot_download(
             repo_id,

@@ -11,7 +11,7 @@ from torch import nn
 from sievit.config import ConfigError, to_json
 from sievit.files import write_atomically
 from sievit.hub.card import Card, model_card
-from sievit.hub.fetch import HUB, fetched, model_file
+from sievit.hub.fetch import fetched, model_file
 from sievit.hub.file import CONFIG_FILE, MODEL_FILE, restored, write
 from sievit.policies import PolicyConfig
 
@@ -53,7 +53,7 @@ class Pretrained(nn.Module, ModelHubMixin):
 
         Args:
             pretrained_model_name_or_path: a folder (of `save_pretrained`, or of a training run) or a model file, else
-                the id of a model on the hub, user/name.
+                the id of a model on the hub, user/name (or hf:user/name@revision).
             policy: takes the place of the model's own, see `sievit.load`.
             force_download, token, cache_dir, local_files_only, revision: for the hub, as huggingface_hub's.
 
@@ -71,7 +71,7 @@ class Pretrained(nn.Module, ModelHubMixin):
             path = model_file(name)
         else:
             path = fetched(
-                name.removeprefix(HUB),
+                name,
                 revision=revision,
                 cache_dir=cache_dir,
                 force_download=force_download,
