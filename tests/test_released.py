@@ -291,6 +291,19 @@ def test_a_detector_that_does_not_fit(svit_state: dict[str, Tensor], tmp_path: P
         convert_detector(written(edit(svit_state), tmp_path, meta={"CLASSES": tuple("abcde")}), "svit", SMALL)
 
 
+@pytest.mark.parametrize("key", ["config", "cfg"])
+def test_attention_inside_windows_is_refused(svit_state: dict[str, Tensor], tmp_path: Path, key: str):
+    """The ViT-Adapter of other papers has it, and no key tells."""
+    text = "model = dict(backbone=dict(window_attn=[\n    False, {}, False]))"
+    for windows, refused in (("True", True), ("False", False)):
+        path = written(svit_state, tmp_path, meta={key: text.format(windows), "CLASSES": tuple("abcde")})
+        if refused:
+            with pytest.raises(ConfigError, match="attention inside windows"):
+                convert_detector(path, "svit", SMALL)
+        else:
+            convert_detector(path, "svit", SMALL)
+
+
 @pytest.mark.parametrize("heads", [{"num_heads": 3}, {"num_heads": 4, "deform_num_heads": 5}])
 def test_heads_that_do_not_divide(svit_state: dict[str, Tensor], tmp_path: Path, heads: Any):
     with pytest.raises(ConfigError, match=r"released\.pth: .*num_heads"):

@@ -33,10 +33,12 @@ class Checkpoint:
     Attributes:
         state: tensors by name, on the CPU.
         classes: names that mmcv or mmengine wrote into the file, in the order of the outputs; empty without them.
+        config: the configuration of the training that they wrote into it, as text; empty without one.
     """
 
     state: dict[str, Tensor]
     classes: tuple[str, ...] = ()
+    config: str = ""
 
 
 class _Inert:
@@ -104,7 +106,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
-    return Checkpoint(_checked(content, path), _classes(meta))
+    return Checkpoint(_checked(content, path), _classes(meta), _config(meta))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -157,3 +159,9 @@ def _classes(meta: Any) -> tuple[str, ...]:
     if isinstance(found, list | tuple) and all(isinstance(name, str) for name in found):
         return tuple(found)
     return ()
+
+
+def _config(meta: Any) -> str:
+    """mmcv's meta["config"], mmengine's meta["cfg"]."""
+    found = meta.get("config", meta.get("cfg")) if isinstance(meta, dict) else None
+    return found if isinstance(found, str) else ""

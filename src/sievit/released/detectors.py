@@ -1,6 +1,7 @@
 """The released SViT-Adapter and ViT-Adapter detectors."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,15 +13,16 @@ from sievit.convert.pth import Checkpoint
 from sievit.data.label_files import read_text
 from sievit.detector import Detector, DetectorConfig
 from sievit.heads.config import MaskRCNNConfig
-from sievit.policies import KeepAllConfig, SViT
+from sievit.necks.adapter import ViTAdapter
+from sievit.policies import KeepAllConfig, SViT, SViTConfig
 from sievit.recipes import recipe
 from sievit.recipes.coco_classes import CATEGORY_IDS, CLASSES
 from sievit.released.common import Converted, described, lines, of_file
 
 Kind = Literal["svit", "vit_adapter"]
 
-RECIPES = {192: "coco_svit_adapter_t", 384: "coco_svit_adapter_s"}
-"""By width of the ViT."""
+RECIPES = {192: "coco_{}_adapter_t", 384: "coco_{}_adapter_s"}
+"""By width of the ViT; the braces are `svit` or `vit`."""
 
 LIMITS: dict[str, Any] = {"rpn_min_size": 1e-6, "box_min_size": 0.0}
 """mmdet drops proposals without any area, and detections for no size at all."""
@@ -66,24 +68,20 @@ def assemble(
 ) -> Converted:
     """The detector in a checkpoint; `constants` of Mask R-CNN, None: the release's."""
     state = checkpoint.state
-    unknown = sorted(key for key in state if not key.startswith(("backbone.", *HEAD_PREFIXES)))
-    if unknown:
-        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-        raise ConfigError(f"has {', '.join(unknown[:8])}{more}, which no released detector has")
+    _refuse(checkpoint)
     levels = state.get("backbone.level_embed")
     width = 0 if levels is None else levels.shape[-1]
-    base = recipe(RECIPES.get(width, RECIPES[384])).model
+    base = recipe(RECIPES.get(width, RECIPES[384]).format("svit")).model
     assert isinstance(base, DetectorConfig)
-    drop_path_rate = base.vit.drop_path_rate if width in RECIPES else 0.0
-    heads, deform_heads = options.num_heads, options.deform_num_heads
+    attention: dict[str, Any] = {
+        "num_heads": options.num_heads,
+        "deform_num_heads": options.deform_num_heads,
+        "drop_path_rate": base.vit.drop_path_rate if width in RECIPES else 0.0,
+    }
     if kind == "svit":
-        backbone = svit_backbone(
-            state, num_heads=heads, deform_num_heads=deform_heads, sample=sample, drop_path_rate=drop_path_rate
-        )
+        backbone = svit_backbone(state, sample=sample, **attention)
     else:
-        backbone = vit_adapter_backbone(
-            state, num_heads=heads, deform_num_heads=deform_heads, drop_path_rate=drop_path_rate
-        )
+        backbone = vit_adapter_backbone(state, **attention)
     head = mmdet_heads(state, constants=replace(base.head, **LIMITS) if constants is None else constants)
     classes, ids = _classes(head.config.num_classes, checkpoint, options)
     config = replace(
@@ -96,18 +94,39 @@ def assemble(
         category_ids=ids,
         padding="seen",
     )
-    gates = "svit, gates drawn as the released test scripts do" if sample else "svit, gates by arg-max"
+    model = Detector(config, backbone=backbone, head=head).eval()
+    return Converted(model=model, facts=_facts(model, kind), keys=len(state), dropped={})
+
+
+def _refuse(checkpoint: Checkpoint) -> None:
+    """Raise if the checkpoint holds what none of the released detectors has."""
+    unknown = sorted(key for key in checkpoint.state if not key.startswith(("backbone.", *HEAD_PREFIXES)))
+    if unknown:
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        raise ConfigError(f"has {', '.join(unknown[:8])}{more}, which no released detector has")
+    if re.search(r"window_attn\s*=\s*\[[^\]]*True", checkpoint.config):
+        raise ConfigError("was trained with attention inside windows (window_attn), which sievit does not have")
+
+
+def _facts(model: Detector, kind: Kind) -> dict[str, str]:
+    """What there is to tell."""
+    config, backbone = model.config, model.backbone
+    assert isinstance(backbone, ViTAdapter)
+    policy = "keep_all: every token is computed"
+    if isinstance(config.policy, SViTConfig):
+        policy = f"svit, gates {'drawn as the released test scripts do' if config.policy.sample else 'by arg-max'}"
     facts = {
         "model": f"{'SViT' if kind == 'svit' else 'dense ViT'}-Adapter with Mask R-CNN",
         "backbone": f"{described(backbone.vit)}; {backbone.config.deform_num_heads} heads of deformable attention",
-        "classes": f"{len(classes)} ({'COCO' if classes == CLASSES else ', '.join(classes[:3]) + ', ...'})",
-        "policy": gates if kind == "svit" else "keep_all: every token is computed",
+        "classes": f"{len(config.classes)} ({config.classes[0]}, ..., {config.classes[-1]})",
+        "policy": policy,
         "unused": "the first row of backbone.pos_embed, a class token's",
-        "to train on": f"sievit train RECIPE --train.init-from ... --model.vit.norm-eps {config.vit.norm_eps} "
-        "--model.padding seen",
     }
-    model = Detector(config, backbone=backbone, head=head).eval()
-    return Converted(model=model, facts=facts, keys=len(state), dropped={})
+    if config.vit.embed_dim in RECIPES:
+        name = RECIPES[config.vit.embed_dim].format("svit" if kind == "svit" else "vit")
+        as_it_is = f"--model.vit.norm-eps {config.vit.norm_eps} --model.padding seen"
+        facts["to train on"] = f"sievit train {name} --train.init-from FILE {as_it_is}"
+    return facts
 
 
 def _classes(count: int, checkpoint: Checkpoint, options: DetectorOptions) -> tuple[tuple[str, ...], tuple[int, ...]]:
