@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sievit.heads.config import MaskRCNNConfig
     from sievit.hub import Card
     from sievit.inputs import InputConfig, ModelConfig
+    from sievit.memory import keep_memory
     from sievit.model import build, load, save
     from sievit.policies import policy_config
     from sievit.segmenter import Segmentation, Segmenter, SegmenterConfig
@@ -47,6 +48,7 @@ __all__ = [
     "build",
     "convert",
     "from_timm",
+    "keep_memory",
     "load",
     "policy_config",
     "save",
@@ -73,6 +75,7 @@ _HOMES = {
     "ViTConfig": "sievit.vit",
     "build": "sievit.model",
     "from_timm": "sievit.convert",
+    "keep_memory": "sievit.memory",
     "load": "sievit.model",
     "policy_config": "sievit.policies",
     "save": "sievit.model",

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from sievit.cli import bench, card, convert, data, demo, eval, flops, init, lists, predict, sweep, train
 from sievit.cli.command import Command
 from sievit.config import ConfigError, nearest
+from sievit.memory import keep_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; `--help` and mistyped options leave by SystemExit instead."""
+    if argv is None:  # the process is ours
+        keep_memory()
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(args)

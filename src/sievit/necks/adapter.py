@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sievit.config import ConfigError, variant
 from sievit.necks import NeckConfig
 from sievit.necks.deform_attn import DeformAttn, Shapes, reference_points
-from sievit.necks.norm import BatchNorm2d
+from sievit.necks.norm import BatchNorm2d, conv_norm_relu
 from sievit.packed import Backend
 from sievit.policies.base import Policy
 from sievit.tokens import Tokens, Trace
@@ -93,13 +93,13 @@ class SpatialPrior(nn.Module):
         self.fc4 = nn.Conv2d(4 * inplane, embed_dim, 1)
 
     def forward(self, images: Tensor, masks: Masks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x = images
+        x = images.contiguous(memory_format=torch.channels_last)
         for first in (0, 3, 6):
-            x = masks.apply(self.stem[first : first + 3](x), 2)
+            x = masks.apply(_conv_norm_relu(self.stem[first : first + 3], x), 2)
         c1 = F.max_pool2d(x, 3, stride=2, padding=1)  # all values are >= 0, so zero padding is neutral
-        c2 = masks.apply(self.conv2(masks.apply(c1, 4)), 8)
-        c3 = masks.apply(self.conv3(c2), 16)
-        c4 = masks.apply(self.conv4(c3), 32)
+        c2 = masks.apply(_conv_norm_relu(self.conv2, masks.apply(c1, 4)), 8)
+        c3 = masks.apply(_conv_norm_relu(self.conv3, c2), 16)
+        c4 = masks.apply(_conv_norm_relu(self.conv4, c3), 32)
         return self.fc1(c1), self.fc2(c2), self.fc3(c3), self.fc4(c4)
 
 
@@ -229,13 +229,21 @@ class ViTAdapter(nn.Module):
         """Branch features plus the tokens resized to each stride, normalised."""
         levels = c.split([h * w for h, w in shapes], dim=1)
         c2, c3, c4 = (_to_map(level, shape) for level, shape in zip(levels, shapes, strict=True))
-        c1 = self.up(c2) + c1
+        c1 = _sum(self._up(c2), c1)
         x = masks.apply(tokens.map(), 16)
         maps = {}
         for i, (level, scale) in enumerate(((c1, 4.0), (c2, 2.0), (c3, 1.0), (c4, 0.5))):
             resized = x if scale == 1.0 else F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
-            maps[str(i)] = masks.apply(self.norms[i](level + resized), 4 * 2**i)
+            maps[str(i)] = masks.apply(self.norms[i](_sum(level, resized)), 4 * 2**i)
         return maps
+
+    def _up(self, x: Tensor) -> Tensor:
+        """`self.up`, (b, c, h, w) to (b, c, 2h, 2w), as one product per token, channels last."""
+        weight, bias = self.up.weight, self.up.bias
+        assert bias is not None
+        rows = weight.permute(2, 3, 1, 0).flatten(0, 2)  # (2 * 2 * c, c)
+        y = F.linear(x.permute(0, 2, 3, 1), rows, bias.repeat(4)).unflatten(3, (2, 2, -1))  # (b, h, w, 2, 2, c)
+        return y.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 def _deform_attn(config: AdapterConfig, *, dim: int, num_levels: int) -> DeformAttn:
@@ -251,6 +259,18 @@ def _deform_attn(config: AdapterConfig, *, dim: int, num_levels: int) -> DeformA
 def _conv_bn(in_channels: int, out_channels: int, stride: int) -> tuple[nn.Module, ...]:
     conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
     return conv, BatchNorm2d(out_channels), nn.ReLU()
+
+
+def _conv_norm_relu(layers: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(layers, nn.Sequential)
+    conv, norm = layers[0], layers[1]
+    assert isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNorm2d)
+    return conv_norm_relu(conv, norm, x)
+
+
+def _sum(a: Tensor, b: Tensor) -> Tensor:
+    """a + b; in inference in a's memory, which nobody else needs: fresh memory costs more than the sum."""
+    return a + b if torch.is_grad_enabled() else a.add_(b)
 
 
 def _to_tokens(x: Tensor) -> Tensor:

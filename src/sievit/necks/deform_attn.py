@@ -66,14 +66,21 @@ class DeformAttn(nn.Module):
         values = self.value_proj(features)
         if valid is not None:
             values = values * valid[..., None].to(values.dtype)
-        offsets = self.sampling_offsets(queries).float()
+        offsets, logits = self._asked(queries)
         offsets = offsets.unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
-        weights = self.attention_weights(queries).float().unflatten(-1, (self.num_heads, -1)).softmax(-1)
+        weights = logits.unflatten(-1, (self.num_heads, -1)).softmax(-1)
         weights = weights.unflatten(-1, (self.num_levels, self.num_points))
         extent = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=queries.device)  # (l, 2)
         places = points[:, None, None, None] * extent[:, None] + offsets - 0.5  # (b, q, h, l, p, 2) in pixels
         out = deform_sample(values.unflatten(-1, (self.num_heads, -1)), shapes, places, weights)
         return self.output_proj(out.to(queries.dtype))
+
+    def _asked(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Offsets and logits of the weights, float32, as one product: alone each of them is a narrow one."""
+        first, second = self.sampling_offsets, self.attention_weights
+        weight, bias = torch.cat([first.weight, second.weight]), torch.cat([first.bias, second.bias])
+        offsets, logits = F.linear(queries, weight, bias).float().split([len(first.bias), len(second.bias)], dim=-1)
+        return offsets, logits
 
 
 def deform_sample(values: Tensor, shapes: Shapes, places: Tensor, weights: Tensor, method: Method = "auto") -> Tensor:

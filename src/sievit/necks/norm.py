@@ -30,6 +30,17 @@ class BatchNorm2d(nn.BatchNorm2d):
         return (x * scale[:, None, None] + shift[:, None, None]).to(input.dtype)
 
 
+def conv_norm_relu(conv: nn.Conv2d, norm: BatchNorm2d, x: Tensor) -> Tensor:
+    """relu(norm(conv(x))); in inference as one convolution, the norm being an affine map of what comes out."""
+    if norm.training or torch.is_grad_enabled():
+        return F.relu(norm(conv(x)))
+    assert norm.running_mean is not None and norm.running_var is not None and conv.bias is None
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight = (conv.weight * scale[:, None, None, None]).contiguous(memory_format=torch.channels_last)
+    shift = norm.bias - norm.running_mean * scale
+    return F.relu_(F.conv2d(x, weight, shift, conv.stride, conv.padding))
+
+
 class LayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of a map (b, c, h, w)."""
 
