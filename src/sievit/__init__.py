@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sievit import convert
     from sievit.config import ConfigError
-    from sievit.convert import from_timm
+    from sievit.convert import from_timm, from_transformers
     from sievit.detector import Detector, DetectorConfig, Output
     from sievit.features import Features, SievedViT, sieve
     from sievit.heads.config import MaskRCNNConfig
@@ -48,6 +48,7 @@ __all__ = [
     "build",
     "convert",
     "from_timm",
+    "from_transformers",
     "keep_memory",
     "load",
     "policy_config",
@@ -75,6 +76,7 @@ _HOMES = {
     "ViTConfig": "sievit.vit",
     "build": "sievit.model",
     "from_timm": "sievit.convert",
+    "from_transformers": "sievit.convert",
     "keep_memory": "sievit.memory",
     "load": "sievit.model",
     "policy_config": "sievit.policies",

@@ -5,10 +5,12 @@ from sievit.convert.mmdet_heads import mmdet_heads
 from sievit.convert.pth import read_checkpoint
 from sievit.convert.svit import svit_backbone, vit_adapter_backbone
 from sievit.convert.timm import from_timm, timm_config
+from sievit.convert.transformers import from_transformers
 
 __all__ = [
     "dtop_segmenter",
     "from_timm",
+    "from_transformers",
     "mmdet_heads",
     "read_checkpoint",
     "segvit_segmenter",
