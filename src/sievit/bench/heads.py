@@ -29,7 +29,8 @@ from sievit.inputs import InputConfig, Size
 from sievit.necks.adapter import ViTAdapter
 from sievit.policies import Policy, SViTConfig
 
-CLASSES = 80
+HEAD = MaskRCNNConfig(num_classes=80)
+"""The papers' on COCO."""
 COUNTED = {
     "patch embedding": ("patch_embed",),
     "blocks, gates": ("blocks", "policy"),
@@ -105,15 +106,15 @@ def random_detector(model: str, pictures: Tensor, targets: tuple[float, ...], ca
     such that on average `candidates` boxes of an image are above the least score.
     """
     backbone, _ = random_adapter(model, pictures.float(), targets)
-    head = MaskRCNN(MaskRCNNConfig(num_classes=CLASSES), in_channels=backbone.out_channels).eval().to(pictures.device)
+    head = MaskRCNN(HEAD, in_channels=backbone.out_channels).eval().to(pictures.device)
     config = DetectorConfig(
         vit=SIZES[model],
         neck=backbone.config,
         policy=SViTConfig(targets=targets),
         head=head.config,
         input=InputConfig(min_size=None, antialias=False),
-        classes=tuple(f"class {i}" for i in range(CLASSES)),
-        category_ids=tuple(range(1, CLASSES + 1)),
+        classes=tuple(f"class {i}" for i in range(HEAD.num_classes)),
+        category_ids=tuple(range(1, HEAD.num_classes + 1)),
     )
     size = (pictures.shape[2], pictures.shape[3])
     predictor = head.roi_heads.box_predictor.cls_score
@@ -245,7 +246,7 @@ def time_parts(model: Detector, batches: Sequence[list[Tensor]], dtype: torch.dt
         }
     for name, counted in COUNTED.items():
         for side, cost in zip(("dense", "sparse"), costs, strict=True):
-            gflops = round(sum(cost.get(key, 0.0) for key in counted), 2)
+            gflops = round(sum(cost.get(key, 0.0) for key in counted), 4)
             rows.setdefault(name, {})[f"{side}_gflops"] = gflops
     neck = [row for name, row in rows.items() if name.startswith("neck: ")]
     rows["neck"] |= {key: round(sum(row[key] for row in neck), 2) for key in ("dense_ms", "sparse_ms")}
