@@ -43,6 +43,21 @@ def test_every_parameter_is_in_one_group_and_norms_biases_and_positions_are_not_
     assert {"backbone.vit.patch_embed.proj.weight", "backbone.policy.gates.0.fc1.weight"} <= decayed
 
 
+def test_registers_and_layer_scales_are_not_decayed():
+    config = recipe("coco_dinov3_s_svit").model
+    with torch.device("meta"):
+        model = build(config)
+    groups = parameter_groups(model, replace(CONFIG, layer_decay=0.8))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {names[id(p)] for group in groups for p in group["params"] if group["weight_decay"]}
+    scales = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    of_vit = {name.removeprefix("backbone.vit.") for name in decayed if name.startswith("backbone.vit.")}
+    layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert of_vit == {"patch_embed.proj.weight", *(f"blocks.{i}.{name}.weight" for i in range(12) for name in layers)}
+    assert scales["backbone.vit.reg_token"] == scales["backbone.vit.cls_token"] == pytest.approx(0.8**13)
+    assert scales["backbone.vit.blocks.11.ls1.gamma"] == pytest.approx(0.8)
+
+
 def test_the_policy_has_its_own_rate():
     model = build(recipe("scenes_svit").model)
     optimizer = build_optimizer(model, CONFIG)
