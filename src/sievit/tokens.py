@@ -23,6 +23,9 @@ class Tokens:
         keep: (b, n) bool, the tokens that take part in the next block; None when all valid ones do.
         gate: (b, n) float, the value of `keep` with the straight-through gradient of whatever decided; training only.
         context: (b, n) bool, tokens that do not take part but are seen by those that do; None for none.
+        order: (b, k) int64, rising: places of tokens, equally many in every image, the ones of `keep` among them. Where
+            a policy gives it, no shape depends on what is in the images.
+        real: (b, k) bool, which of `order` take part; None for all of them.
         rope: (b or 1, p+n, 2d), sines and cosines of each token's rotary position, which goes wherever the token goes;
             None in families without.
     """
@@ -34,6 +37,8 @@ class Tokens:
     keep: Tensor | None = None
     gate: Tensor | None = None
     context: Tensor | None = None
+    order: Tensor | None = None
+    real: Tensor | None = None
     rope: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -64,7 +69,20 @@ class Tokens:
         """The canvas with another choice for the next block: (b, n) bool, None for all; padding never takes part."""
         if keep is not None and self.valid is not None:
             keep = keep & self.valid
-        return replace(self, keep=keep, gate=gate, context=context)
+        return replace(self, keep=keep, gate=gate, context=context, order=None, real=None)
+
+    def select_order(self, order: Tensor, keep: Tensor | None = None) -> "Tokens":
+        """The canvas with another choice: equally many places in every image, (b, k), rising.
+
+        Args:
+            keep: (b, n) bool, those of `order` that take part; None for all, where no image has padding.
+        """
+        if keep is None:
+            assert self.valid is None, "on padding nothing takes part"
+            return replace(self.select(torch.zeros_like(self.valid_or_all()).scatter(1, order, True)), order=order)
+        chosen = self.select(keep)
+        assert chosen.keep is not None
+        return replace(chosen, order=order, real=chosen.keep.gather(1, order))
 
     def taking_part(self) -> Tensor | None:
         """(b, p+n) bool: what the next block computes, prefix included; None when it is everything."""

@@ -20,6 +20,9 @@ DEPTH = 6
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "svit static": {"static_shares": (0.6, 0.3, 1.0, 0.5), "multiple": 4},
+    "svit dense blocks": {"dense_blocks": (3, 5)},
+    "svit threshold": {"threshold": 0.1},
     "dtop preserve": {"preserve": True},
     "dtop rejoin": {"rejoin": True},
     "dtop entropy": {"grade": "entropy", "thresholds": (0.2,)},

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sievit.config import variant
-from sievit.policies.base import PAPER_SCHEDULE, Attend, Policy, PolicyConfig, keep_top, register, spread
+from sievit.policies.base import PAPER_SCHEDULE, Attend, Policy, PolicyConfig, register, select_top, spread
 from sievit.tokens import Tokens, Trace
 
 
@@ -52,7 +52,7 @@ class Attention(Policy):
         if stage < 0:
             return tokens.select(None), {}
         scores = self.attention(index, tokens).detach().float()
-        return tokens.select(keep_top(scores, self.shares[stage], tokens.valid_or_all())), {"scores": scores}
+        return select_top(tokens, scores, self.shares[stage]), {"scores": scores}
 
     def macs(self, trace: Trace) -> Tensor:
         """Keys of every token of the canvas, n c^2, and their products with the query, n c, where it chose."""

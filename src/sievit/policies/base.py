@@ -145,11 +145,26 @@ def spread(shares: tuple[float, ...], *, first_block: int, depth: int) -> tuple[
     return tuple(shares[i * len(shares) // blocks] for i in range(blocks))
 
 
-def keep_top(scores: Tensor, share: float, valid: Tensor) -> Tensor:
-    """(b, n) bool: of each image's valid tokens the `share` with the highest scores (b, n), rounded up."""
-    order = scores.double().masked_fill(~valid, -math.inf).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
-    count = (valid.sum(1, keepdim=True) * share).ceil()
-    return valid & (rank < count)
+ROUNDING = 1e-6
+"""Of shares, so that 0.7 of ten tokens are seven."""
+
+
+def select_top(tokens: Tokens, scores: Tensor, share: float, *, multiple: int = 1, static: bool = False) -> Tokens:
+    """The canvas with a choice: of each image's tokens the `share` with the highest scores (b, n), rounded up.
+
+    Args:
+        multiple: counts are rounded up to a multiple of it.
+        static: no shape may depend on the sizes of the images either.
+    """
+    valid, scores = tokens.valid, scores.double()
+    if valid is not None:
+        scores = scores.masked_fill(~valid, -math.inf)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    n = order.shape[1]
+    most = min(n, -(-math.ceil(share * n - ROUNDING) // multiple) * multiple)
+    if valid is None:
+        return tokens.select_order(order[:, :most].sort(dim=1).values)
+    count = ((valid.sum(1, keepdim=True).double() * share - ROUNDING).ceil() / multiple).ceil() * multiple
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(n, device=order.device).expand_as(order))
+    keep = valid & (rank < count)
+    return tokens.select_order(order[:, :most].sort(dim=1).values, keep) if static else tokens.select(keep)

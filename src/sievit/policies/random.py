@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sievit.config import variant
-from sievit.policies.base import PAPER_SCHEDULE, Policy, PolicyConfig, keep_top, register, spread
+from sievit.policies.base import PAPER_SCHEDULE, Policy, PolicyConfig, register, select_top, spread
 from sievit.tokens import Tokens, Trace
 
 
@@ -40,10 +40,9 @@ class Random(Policy):
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
         if index < self.config.first_block:
             return tokens.select(None), {}
-        valid = tokens.valid_or_all()
         scores = draw(tokens.grid, seed=self.config.seed * 1000 + index, device=tokens.x.device)
         share = self.shares[index - self.config.first_block]
-        return tokens.select(keep_top(scores.expand(valid.shape), share, valid)), {}
+        return select_top(tokens, scores.expand(len(tokens.x), -1), share), {}
 
 
 def draw(grid: tuple[int, int], *, seed: int, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sievit.config import ConfigError, variant
 from sievit.distributed import global_sum
-from sievit.policies.base import PAPER_SCHEDULE, Policy, PolicyConfig, register, spread
+from sievit.policies.base import PAPER_SCHEDULE, Policy, PolicyConfig, register, select_top, spread
 from sievit.tokens import Tokens, Trace
 
 
@@ -29,6 +29,12 @@ class SViTConfig(PolicyConfig):
         preserve: a token that is left out keeps its features on the canvas; otherwise they become zero.
         sample: draw Gumbel noise at inference too, as the released test scripts do, instead of taking the arg-max.
         hidden_ratio: hidden width of a gate, relative to the embedding.
+        threshold: a token takes part where its logit is so much above the other one's.
+        static_shares: static counts: these shares of an image's tokens, one per gated block, those with the highest
+            logits; the threshold then says nothing, and no shape depends on what is in the image. 1 does without the
+            gate.
+        multiple: static counts are rounded up to a multiple of it.
+        dense_blocks: blocks whose gate is not asked, where leaving tokens out costs more than it saves.
     """
 
     first_block: int = 3
@@ -41,6 +47,10 @@ class SViTConfig(PolicyConfig):
     preserve: bool = True
     sample: bool = False
     hidden_ratio: float = 0.25
+    threshold: float = 0.0
+    static_shares: tuple[float, ...] | None = None
+    multiple: int = 1
+    dense_blocks: tuple[int, ...] = ()
 
 
 class Gate(nn.Module):
@@ -71,6 +81,17 @@ class SViT(Policy):
         if config.temperature <= 0 or config.noise < 0:
             raise ConfigError(f"svit: temperature must be positive and noise not negative, got {config}")
         self.config = config
+        gated = depth - config.first_block
+        if config.static_shares is not None and (
+            len(config.static_shares) != gated or not all(0 < s <= 1 for s in config.static_shares)
+        ):
+            raise ConfigError(
+                f"svit: static_shares are {gated}, one per gated block, above 0 and up to 1, not {config.static_shares}"
+            )
+        if config.static_shares is not None and (config.sample or not config.reactivate):
+            raise ConfigError("svit: static_shares go with the arg-max and with reactivation")
+        if config.multiple < 1:
+            raise ConfigError(f"svit: multiple is at least 1, not {config.multiple}")
         self.targets = spread(config.targets, first_block=config.first_block, depth=depth)
         hidden_dim = int(embed_dim * config.hidden_ratio)
         self.gates = nn.ModuleList(Gate(dim=embed_dim, hidden_dim=hidden_dim) for _ in self.targets)
@@ -78,9 +99,16 @@ class SViT(Policy):
     def decides_at(self, index: int) -> bool:
         return index == 0 or index >= self.config.first_block
 
+    def _is_dense(self, index: int) -> bool:
+        """Whether the gate of a gated block is not asked in inference."""
+        shares = self.config.static_shares
+        return index in self.config.dense_blocks or (
+            shares is not None and shares[index - self.config.first_block] == 1
+        )
+
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
         config = self.config
-        if index < config.first_block:
+        if index < config.first_block or (not self.training and self._is_dense(index)):
             return tokens.select(None), {}
         logits = self.gates[index - config.first_block](tokens.patches).float()  # (b, n, 2)
         aux = {"logits": logits}
@@ -94,8 +122,12 @@ class SViT(Policy):
             keep, aux["gate"] = gate.detach() > 0.5, gate
         else:
             gate = None
+            if config.static_shares is not None:
+                share = config.static_shares[index - config.first_block]
+                margin = logits[..., 0] - logits[..., 1]
+                return select_top(tokens, margin, share, multiple=config.multiple, static=True), aux
             noisy = logits.log_softmax(-1) + config.noise * gumbel_noise(logits) if config.sample else logits
-            keep = noisy[..., 0] > noisy[..., 1]
+            keep = noisy[..., 0] - noisy[..., 1] > config.threshold
             if earlier is not None:
                 keep = keep & trace.keep[-1]
         if not config.preserve:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sievit.config import variant
-from sievit.policies.base import PAPER_SCHEDULE, Policy, PolicyConfig, keep_top, register, spread
+from sievit.policies.base import PAPER_SCHEDULE, Policy, PolicyConfig, register, select_top, spread
 from sievit.tokens import Tokens, Trace
 
 
@@ -39,4 +39,4 @@ class TopNorm(Policy):
             return tokens.select(None), {}
         scores = tokens.patches.detach().float().norm(dim=2)  # (b, n)
         share = self.shares[index - self.config.first_block]
-        return tokens.select(keep_top(scores, share, tokens.valid_or_all())), {"scores": scores}
+        return select_top(tokens, scores, share), {"scores": scores}

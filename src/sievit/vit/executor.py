@@ -28,7 +28,7 @@ from sievit.packed import (
 from sievit.tokens import Tokens
 from sievit.vit.block import Block
 
-Mode = Literal["auto", "packed", "padded", "masked"]
+Mode = Literal["auto", "packed", "padded", "masked", "selected"]
 
 
 def execute(
@@ -39,22 +39,26 @@ def execute(
     Tokens are packed once for all the blocks, and come back to the canvas behind the last.
 
     Args:
-        mode: `packed` computes exactly the chosen tokens; `padded` pads each image's chosen tokens to the longest
-            image; `masked` computes everything and hides the others, which is what straight-through gates need.
-            `auto` is `masked` where the canvas carries a gate and `packed` elsewhere.
+        mode: `packed` computes exactly the chosen tokens, or where the policy gives places for equally many in every
+            image (`Tokens.order`) those, so that no shape depends on the choice; `padded` pads each image's chosen
+            tokens to the longest image; `masked` computes everything and hides the others, which is what
+            straight-through gates need; `selected` computes the chosen tokens alone and gives gates their gradient from
+            those. `auto` is `masked` where the canvas carries a gate and `packed` elsewhere.
         backend: attention of the packed mode, see `Packed`.
         inplace: write results into the canvas that came in; for a caller that owns it and needs no gradient.
     """
     part, b = tokens.taking_part(), tokens.x.shape[0]
     if mode == "auto":
         mode = "packed" if tokens.gate is None else "masked"
-    if part is None and tokens.gate is None:
+    if part is None and (tokens.gate is None or mode == "selected"):
         return replace(tokens, x=_through(blocks, tokens.x, Dense(rope=tokens.rope), b))
     if mode == "masked":
         for block in blocks:
             tokens = _execute_masked(block, tokens)
         return tokens
     assert part is not None, "a gate without a choice"
+    if tokens.order is not None and mode == "packed":
+        return _execute_fixed(blocks, tokens, tokens.order, inplace=inplace)
     packing = Packing.of(part)
     if not sum(packing.lengths):
         return tokens
@@ -65,7 +69,10 @@ def execute(
         layout = Masked(padding_mask(packing), rope=None if rope is None else pad(rope, packing))
         packed = _through(blocks, pad(packed, packing), layout, b).flatten(0, 1).index_select(0, packing.slots)
     else:
-        packed = _through(blocks, packed, Packed(packing, backend, rope=rope), b)
+        before, packed = packed, _through(blocks, packed, Packed(packing, backend, rope=rope), b)
+        if mode == "selected" and tokens.gate is not None:
+            gate = pack(F.pad(tokens.gate, (tokens.num_prefix, 0), value=1.0)[..., None], packing).to(packed.dtype)
+            packed = gate * packed + (1 - gate) * before
     return replace(tokens, x=unpack(tokens.x, packed, packing, inplace=inplace))
 
 
@@ -73,6 +80,25 @@ def _through(blocks: Sequence[Block], x: Tensor, layout: Layout, num_images: int
     for block in blocks:
         x = block(x, layout, num_images)
     return x
+
+
+def _execute_fixed(blocks: Sequence[Block], tokens: Tokens, order: Tensor, *, inplace: bool) -> Tokens:
+    """Equally many tokens of every image, as (b, p+k, c); of those that are not real nobody sees or keeps anything."""
+    b, total = tokens.x.shape[:2]
+    prefix = torch.arange(tokens.num_prefix, device=order.device).expand(b, -1)
+    places = torch.cat([prefix, order + tokens.num_prefix], dim=1)
+    rows = (places + total * torch.arange(b, device=order.device)[:, None]).flatten()
+    before = tokens.x.flatten(0, 1).index_select(0, rows).unflatten(0, places.shape)
+    rope = tokens.rope
+    if rope is not None:
+        rope = rope[0].index_select(0, places.flatten()) if len(rope) == 1 else rope.flatten(0, 1).index_select(0, rows)
+        rope = rope.unflatten(0, places.shape)
+    if tokens.real is None:
+        after = _through(blocks, before, Dense(rope=rope), b)
+    else:
+        real = F.pad(tokens.real, (tokens.num_prefix, 0), value=True)
+        after = torch.where(real[..., None], _through(blocks, before, Masked(real, rope=rope), b), before)
+    return replace(tokens, x=unpack(tokens.x, after.flatten(0, 1), Packing(rows, ()), inplace=inplace))
 
 
 def _execute_among(blocks: Sequence[Block], tokens: Tokens, part: Tensor, packing: Packing, *, inplace: bool) -> Tokens:

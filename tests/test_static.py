@@ -1,0 +1,121 @@
+"""Static counts: the same numbers, and no shape, branch or synchronisation that depends on the image."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sievit.config import ConfigError
+from sievit.policies import Policy, SViTConfig, TopNormConfig, build_policy
+from sievit.tokens import Tokens
+from sievit.vit import RopeConfig, ViT, ViTConfig, execute
+
+DEPTH = 6
+
+
+def backbone(**options: Any) -> ViT:
+    torch.manual_seed(0)
+    config = ViTConfig(grid=(6, 8), patch_size=4, embed_dim=32, num_heads=2, depth=DEPTH, class_token=True, **options)
+    vit = ViT(config)
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return vit.eval()
+
+
+def gates(**options: Any) -> Policy:
+    torch.manual_seed(1)
+    config = SViTConfig(first_block=2, **options)
+    return build_policy(config, embed_dim=32, depth=DEPTH).eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"rope": RopeConfig(kind="centred", temperature=100.0), "pos_embed": "none"}])
+@torch.no_grad()
+def test_the_whole_backbone_is_one_graph(options: dict[str, Any]) -> None:
+    """`fullgraph=True` refuses any branch on data; the numbers are the eager ones."""
+    vit, policy = backbone(**options), gates(static_shares=(0.7, 0.5, 1.0, 0.3), multiple=8)
+
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, trace = vit(images, policy)
+        return tokens.x, trace.counts()
+
+    images = torch.randn(2, 3, 24, 32)
+    got, counts = torch.compile(run, fullgraph=True, backend="eager")(images)
+    expected, _ = run(images)
+    torch.testing.assert_close(got, expected)
+    assert counts[:, 0].tolist() == [49, 49, 41, 25, 49, 17], "rounded up to multiples of 8, and the class token"
+
+
+@torch.no_grad()
+def test_the_highest_logits_are_chosen() -> None:
+    vit = backbone()
+    _, trace = vit(torch.randn(3, 3, 24, 32), gates(static_shares=(0.5,) * 4))
+    for keep, aux in zip(trace.keep[2:], trace.aux[2:DEPTH], strict=True):
+        margin = aux["logits"][..., 0] - aux["logits"][..., 1]
+        assert keep.sum(1).eq(24).all()
+        assert (margin.masked_fill(~keep, 1e9).amin(1) >= margin.masked_fill(keep, -1e9).amax(1)).all()
+
+
+@torch.no_grad()
+def test_a_small_image_of_a_padded_batch_keeps_its_own_share() -> None:
+    vit, policy = backbone(), gates(static_shares=(0.5,) * 4)
+    images, sizes = torch.randn(2, 3, 24, 32), [(24, 32), (12, 20)]
+    images[1, :, 12:] = images[1, :, :, 20:] = 0
+    got, trace = vit(images, policy, sizes)
+    alone, alone_trace = vit(images[1:, :, :12, :20], policy)
+    assert trace.counts()[:, 1].tolist() == alone_trace.counts()[:, 0].tolist() == [16, 16, 9, 9, 9, 9]
+    torch.testing.assert_close(got.map()[1, :, :3, :5], alone.map()[0], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_equal_counts_need_no_synchronisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice by places never asks how many tokens there are: neither `nonzero` nor `tolist` is called."""
+    vit, images = backbone(), torch.randn(2, 3, 24, 32)
+
+    def asked(self: Tensor, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a synchronisation")
+
+    policy = build_policy(TopNormConfig(first_block=2, shares=(0.5,)), embed_dim=32, depth=DEPTH)
+    with monkeypatch.context() as patch:
+        for name in ("nonzero", "tolist", "item", "__bool__"):
+            patch.setattr(Tensor, name, asked)
+        vit(images, gates(static_shares=(0.5,) * 4))
+        vit(images, policy)
+        with pytest.raises(AssertionError, match="a synchronisation"):
+            vit(images, gates())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"static_shares": (0.5,)}, "4, one per gated block"),
+        ({"static_shares": (0.5, 0.5, 0.0, 0.5)}, "above 0"),
+        ({"static_shares": (0.5,) * 4, "sample": True}, "go with the arg-max"),
+        ({"multiple": 0}, "multiple is at least 1"),
+    ],
+)
+def test_what_makes_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        gates(**options)
+
+
+def test_gradients_of_selected_tokens_equal_those_of_masking_where_nothing_is_skipped() -> None:
+    """With every gate open, `selected` is `masked`, gradients of the gates included; and with some closed the chosen
+    tokens have the values of masking, and closed gates no gradient."""
+    vit = backbone().requires_grad_(False)
+    x = vit.embed(torch.randn(2, 3, 24, 32))
+    block: Any = vit.blocks[0]
+    for share in (0.0, 0.5):
+        keep = torch.rand(2, 48, generator=torch.Generator().manual_seed(5)) >= share
+        found = []
+        for mode in ("masked", "selected"):
+            gate = keep.float().requires_grad_()
+            tokens: Tokens = x.select(keep, gate)
+            out = execute([block], tokens, mode=mode).x
+            out.square().sum().backward()
+            assert gate.grad is not None
+            found.append((out.detach(), gate.grad))
+        (masked, of_masked), (selected, of_selected) = found
+        torch.testing.assert_close(selected, masked, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(of_selected[keep], of_masked[keep], atol=1e-3, rtol=1e-3)
+        assert of_selected[~keep].eq(0).all() and (share == 0 or of_masked[~keep].ne(0).any())
