@@ -273,9 +273,9 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(column, justify="left" if column == "part" else "right", no_wrap=True)
     for row in rows:
         size = "x".join(map(str, row["size"]))
-        figures = f"speed-up {row['speedup']}, predicted {row['predicted']}"
-        table.add_row(f"{row['model']} {size}, batch {row['batch']}: {figures}", style="bold")
+        table.add_row(f"{row['model']} {size}, batch {row['batch']}", style="bold")
         table.add_row("whole pass", f"{row['dense_ms']:.1f}", f"{row['sparse_ms']:.1f}")
+        table.add_row("speed-up (predicted)", "", f"{row['speedup']:.2f}", f"({row['predicted']:.2f})")
         for name, part in row["parts"].items():
             share = f"{part['sparse_ms'] / row['sparse_ms']:.0%}"
             gflops = [f"{part[key]:.1f}" if key in part else "" for key in ("dense_gflops", "sparse_gflops")]
