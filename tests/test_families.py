@@ -192,7 +192,8 @@ def test_choosing_all_is_dense(pair) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "backend"), [("packed", "per_image"), ("packed", "padded"), ("padded", "auto"), ("masked", "auto")]
+    ("mode", "backend"),
+    [("packed", "per_image"), ("packed", "padded"), ("padded", "auto"), ("bucketed", "auto"), ("masked", "auto")],
 )
 @torch.inference_mode()
 def test_half_of_a_batch_equals_image_by_image(pair, mode: Mode, backend: Backend) -> None:

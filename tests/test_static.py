@@ -85,6 +85,27 @@ def test_equal_counts_need_no_synchronisation(monkeypatch: pytest.MonkeyPatch) -
             vit(images, gates())
 
 
+@torch.no_grad()
+def test_buckets_are_few_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    vit, seen = backbone(), []
+    block: Any = vit.blocks[0]
+    images = torch.randn(2, 3, 24, 32)
+    for count in range(49):
+        tokens = vit.embed(images)
+        keep = torch.arange(48)[None] * torch.tensor([[5], [7]]) % 48 < count
+        chosen = tokens.select(keep & (torch.arange(2)[:, None] * 3 + count > 3))
+        expected = execute([block], chosen, mode="packed")
+
+        def noted(x: Tensor, *rest: Any) -> Tensor:
+            seen.append(x.shape[1])
+            return block(x, *rest)
+
+        monkeypatch.setattr("sievit.vit.executor._through", lambda blocks, x, layout, b: noted(x, layout, b))
+        torch.testing.assert_close(execute([block], chosen, mode="bucketed").x, expected.x, atol=1e-5, rtol=1e-4)
+        monkeypatch.undo()
+    assert set(seen) == {1 + 6 * i for i in range(9)}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -139,7 +139,7 @@ def test_keeping_nothing_leaves_grid_tokens_alone(vit, policy, images) -> None:
     assert not torch.equal(got.x[:, :1], before.x[:, :1]), "prefix tokens always take part"
 
 
-@pytest.mark.parametrize("mode", ["packed", "padded", "masked"])
+@pytest.mark.parametrize("mode", ["packed", "padded", "bucketed", "masked"])
 @pytest.mark.parametrize("backend", ["per_image", "padded"])
 def test_alone_equals_in_a_batch_in_every_mode(vit, policy, images, mode, backend) -> None:
     reference, trace = vit(images, policy, mode="masked")

@@ -28,7 +28,10 @@ from sievit.packed import (
 from sievit.tokens import Tokens
 from sievit.vit.block import Block
 
-Mode = Literal["auto", "packed", "padded", "masked", "selected"]
+Mode = Literal["auto", "packed", "padded", "bucketed", "masked", "selected"]
+
+BUCKETS = 8
+"""Counts per canvas that the bucketed mode knows."""
 
 
 def execute(
@@ -39,11 +42,13 @@ def execute(
     Tokens are packed once for all the blocks, and come back to the canvas behind the last.
 
     Args:
-        mode: `packed` computes exactly the chosen tokens, or where the policy gives places for equally many in every
-            image (`Tokens.order`) those, so that no shape depends on the choice; `padded` pads each image's chosen
-            tokens to the longest image; `masked` computes everything and hides the others, which is what
-            straight-through gates need; `selected` computes the chosen tokens alone and gives gates their gradient from
-            those. `auto` is `masked` where the canvas carries a gate and `packed` elsewhere.
+        mode: how. `auto` is `masked` where the canvas carries a gate and `packed` elsewhere.
+            `packed` computes exactly the chosen tokens, or where the policy gives places for equally many in every
+            image (`Tokens.order`) those, so that no shape depends on the choice;
+            `padded` pads each image's chosen tokens to the longest image;
+            `bucketed` pads further, to one of eight counts per canvas: few shapes, few graphs;
+            `masked` computes everything and hides the others, which is what straight-through gates need;
+            `selected` computes the chosen tokens alone and gives gates their gradient from those.
         backend: attention of the packed mode, see `Packed`.
         inplace: write results into the canvas that came in; for a caller that owns it and needs no gradient.
     """
@@ -57,7 +62,9 @@ def execute(
             tokens = _execute_masked(block, tokens)
         return tokens
     assert part is not None, "a gate without a choice"
-    if tokens.order is not None and mode == "packed":
+    if mode == "bucketed" and tokens.context is None and tokens.order is None:
+        tokens, mode = _bucketed(tokens, part[:, tokens.num_prefix :]), "packed"
+    if tokens.order is not None and mode in ("packed", "bucketed"):
         return _execute_fixed(blocks, tokens, tokens.order, inplace=inplace)
     packing = Packing.of(part)
     if not sum(packing.lengths):
@@ -80,6 +87,15 @@ def _through(blocks: Sequence[Block], x: Tensor, layout: Layout, num_images: int
     for block in blocks:
         x = block(x, layout, num_images)
     return x
+
+
+def _bucketed(tokens: Tokens, keep: Tensor) -> Tokens:
+    """The same choice by places, as many as the next bucket holds. Asking for the largest count synchronises once."""
+    n = keep.shape[1]
+    step = -(-n // BUCKETS)
+    size = min(n, -(-int(keep.sum(1).max()) // step) * step)
+    order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :size]  # the chosen ones first
+    return tokens.select_order(order.sort(dim=1).values, keep)
 
 
 def _execute_fixed(blocks: Sequence[Block], tokens: Tokens, order: Tensor, *, inplace: bool) -> Tokens:
