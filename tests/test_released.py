@@ -291,6 +291,37 @@ def test_a_detector_that_does_not_fit(svit_state: dict[str, Tensor], tmp_path: P
         convert_detector(written(edit(svit_state), tmp_path, meta={"CLASSES": tuple("abcde")}), "svit", SMALL)
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (0,), (2, 0, 2, 2)])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(
+            "backbone.pos_embed",
+            "backbone.patch_embed.proj.weight",
+            "backbone.level_embed",
+            "backbone.spm.stem.0.weight",
+        ),
+        *("backbone.selective_modules.0.mlp.fc1.weight", "backbone.interactions.0.extractor.ffn.fc1.weight"),
+        *("neck.lateral_convs.0.conv.weight", "roi_head.bbox_head.fc_cls.weight", "roi_head.bbox_head.fc_cls.bias"),
+        *("roi_head.mask_head.convs.0.conv.weight", "backbone.blocks.0.TransformerEncoderLayer.linear1.weight"),
+    ],
+)
+def test_odd_shapes_of_what_sizes_are_read_from(svit_state: dict[str, Tensor], key: str, shape: tuple[int, ...]):
+    checkpoint = Checkpoint({**svit_state, key: torch.zeros(shape)}, tuple("abcde"))
+    with pytest.raises(ConfigError):
+        detectors.assemble(checkpoint, "svit", SMALL)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0,), (2, 0, 2, 2)])
+@pytest.mark.parametrize(
+    "key", ["decode_head.q.weight", "backbone.pos_embed", "backbone.patch_embed.projection.weight"]
+)
+def test_odd_shapes_of_a_segmenter(dtop_state: dict[str, Tensor], names: Path, key: str, shape: tuple[int, ...]):
+    options = SegmenterOptions(classes=names, **SEGMENTER)
+    with pytest.raises(ConfigError):
+        segmenters.assemble(Checkpoint({**dtop_state, key: torch.zeros(shape)}), "segvit", options)
+
+
 @pytest.mark.parametrize("key", ["config", "cfg"])
 def test_attention_inside_windows_is_refused(svit_state: dict[str, Tensor], tmp_path: Path, key: str):
     """The ViT-Adapter of other papers has it, and no key tells."""

@@ -103,14 +103,14 @@ def _net(
 ) -> SegmentationNet:
     state = rename(numbered_heads(state_dict), (*VIT_RULES, *ATM_RULES), source=source)
     state = {key: value.float() for key, value in state.items()}
-    positions = need(state, "vit.pos_embed", source=source)[:, 1:]  # the class token's row is not used
+    positions = need(state, "vit.pos_embed", source=source, ndim=3)[:, 1:]  # the class token's row is not used
     state["vit.pos_embed"] = positions
     found = num_stages(state_dict)
     if found != len(out_indices):
         raise ConfigError(f"not {source} with heads behind the blocks {out_indices}: it has {found} heads")
     vit = _vit_config(state, num_heads=num_heads, drop_path_rate=drop_path_rate, source=source)
-    queries = need(state, "heads.0.queries", source=source)
-    hidden = need(state, "heads.0.layers.0.fc1.weight", source=source).shape[0]
+    queries = need(state, "heads.0.queries", source=source, ndim=2)
+    hidden = need(state, "heads.0.layers.0.fc1.weight", source=source, ndim=2).shape[0]
     head = ATMConfig(
         channels=queries.shape[1],
         num_heads=head_num_heads,
@@ -142,7 +142,7 @@ def numbered_heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _vit_config(state: dict[str, Tensor], *, num_heads: int | None, drop_path_rate: float, source: str) -> ViTConfig:
-    patches, positions = need(state, "vit.patch_embed.proj.weight", source=source), state["vit.pos_embed"]
+    patches, positions = need(state, "vit.patch_embed.proj.weight", source=source, ndim=4), state["vit.pos_embed"]
     embed_dim, side = patches.shape[0], math.isqrt(positions.shape[1])  # the release stores a square of positions
     if side**2 != positions.shape[1]:
         raise ConfigError(f"not {source}: {positions.shape[1]} positions are no square grid")
@@ -152,7 +152,7 @@ def _vit_config(state: dict[str, Tensor], *, num_heads: int | None, drop_path_ra
         embed_dim=embed_dim,
         depth=1 + max((int(key.split(".")[2]) for key in state if key.startswith("vit.blocks.")), default=0),
         num_heads=heads_of(embed_dim) if num_heads is None else num_heads,
-        mlp_ratio=need(state, "vit.blocks.0.mlp.fc1.weight", source=source).shape[0] / embed_dim,
+        mlp_ratio=need(state, "vit.blocks.0.mlp.fc1.weight", source=source, ndim=2).shape[0] / embed_dim,
         norm_eps=1e-6,
         drop_path_rate=drop_path_rate,
         pos_antialias=False,

@@ -77,10 +77,17 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], *, source: str) -
     module.load_state_dict(state)
 
 
-def need(state: dict[str, Tensor], key: str, *, source: str) -> Tensor:
-    """One tensor that sizes are read from."""
+def need(state: dict[str, Tensor], key: str, *, source: str, ndim: int | None = None) -> Tensor:
+    """One tensor that sizes are read from.
+
+    Raises:
+        ConfigError: it is not there, or has not so many dimensions, or one that is empty.
+    """
     if key not in state:
         raise ConfigError(f"not {source}: it has no {key!r}")
+    shape = state[key].shape
+    if ndim is not None and (len(shape) != ndim or 0 in shape):
+        raise ConfigError(f"not {source}: {key} is {tuple(shape)}, where {ndim} sizes are expected")
     return state[key]
 
 

@@ -50,8 +50,8 @@ def mmdet_heads(state_dict: dict[str, Tensor], *, constants: MaskRCNNConfig | No
     """
     source = "an mmdet Mask R-CNN head"
     state = rename({k: v.float() for k, v in state_dict.items() if k.startswith(HEAD_PREFIXES)}, RULES, source=source)
-    lateral = need(state, "fpn.inner_blocks.0.0.weight", source=source)
-    scores = need(state, "roi_heads.box_predictor.cls_score.weight", source=source)
+    lateral = need(state, "fpn.inner_blocks.0.0.weight", source=source, ndim=4)
+    scores = need(state, "roi_heads.box_predictor.cls_score.weight", source=source, ndim=2)
     masks = [k for k in state if k.startswith("roi_heads.mask_head.") and k.endswith("weight")]
     num_classes = scores.shape[0] - 1
     values: dict[str, object] = {
@@ -61,8 +61,11 @@ def mmdet_heads(state_dict: dict[str, Tensor], *, constants: MaskRCNNConfig | No
         "box_fc": scores.shape[1],
     }
     if masks:
-        deconv = need(state, "roi_heads.mask_predictor.conv5_mask.weight", source=source)
-        values |= {"mask_convs": tuple(state[k].shape[0] for k in sorted(masks)), "mask_deconv": deconv.shape[1]}
+        deconv = need(state, "roi_heads.mask_predictor.conv5_mask.weight", source=source, ndim=4)
+        values |= {
+            "mask_convs": tuple(need(state, k, source=source, ndim=4).shape[0] for k in sorted(masks)),
+            "mask_deconv": deconv.shape[1],
+        }
     base = MaskRCNNConfig(num_classes=num_classes) if constants is None else constants
     head = MaskRCNN(replace(base, **values), in_channels=lateral.shape[1])
     load_strictly(head, background_first(state, num_classes), source=source)
@@ -77,6 +80,8 @@ def background_first(state: dict[str, Tensor], num_classes: int) -> dict[str, Te
     """
     moved = dict(state)
     for key, value in state.items():
+        if not value.ndim:
+            raise ConfigError(f"{key}: a number where a tensor is expected")
         if key.startswith(BACKGROUND_LAST):
             moved[key] = value.roll(1, dims=0)
         for prefix, outputs in NO_BACKGROUND.items():

@@ -1,6 +1,7 @@
 """The released backbones: ViT-Adapter, and SViT, whose blocks are gated."""
 
 import math
+import re
 
 from torch import Tensor
 
@@ -76,7 +77,7 @@ def svit_backbone(
     state = _renamed(state_dict, SPARSE_RULES, source)
     vit = _vit_config(state, num_heads=num_heads, norm_eps=1e-5, drop_path_rate=drop_path_rate, source=source)
     num_gates = len({key.split(".")[2] for key in state if key.startswith("policy.gates.")})
-    hidden = need(state, "policy.gates.0.fc1.weight", source=source).shape[0]
+    hidden = need(state, "policy.gates.0.fc1.weight", source=source, ndim=2).shape[0]
     policy = SViTConfig(
         first_block=vit.depth - num_gates,
         targets=PAPER_SCHEDULE if targets is None else targets,
@@ -110,7 +111,9 @@ def _renamed(state_dict: dict[str, Tensor], blocks: Rules, source: str) -> dict[
         state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
     state_dict = {k: v.float() if v.is_floating_point() else v for k, v in state_dict.items()}
     state = rename(_number_extra_extractors(state_dict), (*blocks, *ADAPTER_RULES), source=source)
-    state["vit.pos_embed"] = need(state, "vit.pos_embed", source=source)[:, 1:]  # the class token's row is not used
+    state["vit.pos_embed"] = need(state, "vit.pos_embed", source=source, ndim=3)[
+        :, 1:
+    ]  # the class token's row is not used
     return state
 
 
@@ -126,8 +129,8 @@ def _backbone(
 
 def _number_extra_extractors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Extra extractors of the last interaction as extractors behind the interactions' own."""
-    groups = [int(key.split(".")[1]) for key in state if key.startswith("interactions.")]
-    last = max(groups, default=0)
+    groups = [re.match(r"interactions\.(\d+)\.", key) for key in state]
+    last = max((int(group[1]) for group in groups if group), default=0)
     numbered = {}
     for key, value in state.items():
         prefix = f"interactions.{last}.extra_extractors."
@@ -141,7 +144,7 @@ def _number_extra_extractors(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _vit_config(
     state: dict[str, Tensor], *, num_heads: int | None, norm_eps: float, drop_path_rate: float, source: str
 ) -> ViTConfig:
-    patches = need(state, "vit.patch_embed.proj.weight", source=source)
+    patches = need(state, "vit.patch_embed.proj.weight", source=source, ndim=4)
     embed_dim = patches.shape[0]
     side = math.isqrt(state["vit.pos_embed"].shape[1])  # the release stores a square of positions
     if side**2 != state["vit.pos_embed"].shape[1]:
@@ -152,7 +155,7 @@ def _vit_config(
         embed_dim=embed_dim,
         depth=1 + max((int(key.split(".")[2]) for key in state if key.startswith("vit.blocks.")), default=0),
         num_heads=heads_of(embed_dim) if num_heads is None else num_heads,
-        mlp_ratio=need(state, "vit.blocks.0.mlp.fc1.weight", source=source).shape[0] / embed_dim,
+        mlp_ratio=need(state, "vit.blocks.0.mlp.fc1.weight", source=source, ndim=2).shape[0] / embed_dim,
         norm_eps=norm_eps,
         drop_path_rate=drop_path_rate,
         pos_antialias=False,
@@ -162,16 +165,16 @@ def _vit_config(
 def _adapter_config(state: dict[str, Tensor], *, vit: ViTConfig, num_heads: int | None, source: str) -> AdapterConfig:
     interactions = len({key.split(".")[1] for key in state if key.startswith("injectors.")})
     extractors = len({key.split(".")[1] for key in state if key.startswith("extractors.")})
-    points = need(state, "extractors.0.attn.attention_weights.weight", source=source).shape[0]  # of all heads
+    points = need(state, "extractors.0.attn.attention_weights.weight", source=source, ndim=2).shape[0]  # of all heads
     num_heads = max(points // POINTS, 1) if num_heads is None else num_heads
     if num_heads < 1 or points % num_heads:
         raise ConfigError(f"{points} points of deformable attention do not go to {num_heads} heads (deform_num_heads)")
     return AdapterConfig(
-        conv_inplane=need(state, "spm.stem.0.weight", source=source).shape[0],
+        conv_inplane=need(state, "spm.stem.0.weight", source=source, ndim=4).shape[0],
         deform_num_heads=num_heads,
         num_points=points // num_heads,
-        deform_ratio=need(state, "extractors.0.attn.value_proj.weight", source=source).shape[0] / vit.embed_dim,
-        cffn_ratio=need(state, "extractors.0.ffn.fc1.weight", source=source).shape[0] / vit.embed_dim,
+        deform_ratio=need(state, "extractors.0.attn.value_proj.weight", source=source, ndim=2).shape[0] / vit.embed_dim,
+        cffn_ratio=need(state, "extractors.0.ffn.fc1.weight", source=source, ndim=2).shape[0] / vit.embed_dim,
         num_interactions=interactions,
         num_extra_extractors=extractors - interactions,
         drop_path_rate=vit.drop_path_rate,

@@ -42,6 +42,8 @@ def of_file(path: Path, kind: str, assemble: Callable[[Checkpoint], Converted]) 
         return assemble(checkpoint)
     except ValueError as error:  # a ConfigError is one too
         raise ConfigError(f"{path}: {error}") from error
+    except (IndexError, ZeroDivisionError) as error:
+        raise ConfigError(f"{path}: its tensors do not fit each other ({error})") from error
 
 
 def lines(path: Path) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ def assemble(
     state = checkpoint.state
     _refuse(checkpoint)
     levels = state.get("backbone.level_embed")
-    width = 0 if levels is None else levels.shape[-1]
+    width = 0 if levels is None or not levels.ndim else levels.shape[-1]
     base = recipe(RECIPES.get(width, RECIPES[384]).format("svit")).model
     assert isinstance(base, DetectorConfig)
     attention: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """The released SegViT and DToP segmenters."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -7,7 +8,7 @@ from typing import Literal
 from sievit.config import ConfigError
 from sievit.convert import dtop_segmenter, segvit_segmenter
 from sievit.convert.dtop import ATM_RULES, VIT_RULES, num_stages, numbered_heads
-from sievit.convert.keys import dropped, heads_of
+from sievit.convert.keys import dropped, heads_of, need
 from sievit.convert.pth import Checkpoint
 from sievit.data.label_files import read_palette
 from sievit.data.presets import preset
@@ -191,14 +192,12 @@ def _base(checkpoint: Checkpoint, options: SegmenterOptions, stages: int) -> Seg
 
 def _shapes(checkpoint: Checkpoint, options: SegmenterOptions) -> tuple[int, ViTConfig]:
     """The number of classes, and what is needed of the ViT."""
-    state = checkpoint.state
-    names = ("decode_head.q.weight", "backbone.pos_embed", "backbone.patch_embed.projection.weight")
-    missing = [name for name in names if name not in state]
-    if missing:
-        raise ConfigError(f"is not a released SegViT or DToP segmenter: it has no {', '.join(missing)}")
-    queries, positions, patches = (state[name] for name in names)
+    state, source = checkpoint.state, "a released SegViT or DToP segmenter"
+    queries = need(state, "decode_head.q.weight", source=source, ndim=2)
+    positions = need(state, "backbone.pos_embed", source=source, ndim=3)
+    patches = need(state, "backbone.patch_embed.projection.weight", source=source, ndim=4)
     edge = round((positions.shape[1] - 1) ** 0.5)  # a class token and a square
-    blocks = [int(key.split(".")[2]) for key in state if key.startswith("backbone.layers.")]
+    blocks = [int(number[1]) for number in (re.match(r"backbone\.layers\.(\d+)\.", key) for key in state) if number]
     vit = ViTConfig(
         grid=(edge, edge),
         patch_size=patches.shape[-1],
