@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import timm
 
 from sievit import cli
 
@@ -29,6 +30,8 @@ def test_the_python_of_the_readme_runs(
     (tmp_path / "src").symlink_to(ROOT / "src")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["data", "scenes", "--out", "scenes", "--num-images", "1"]) == 0
+    made = timm.create_model  # the weights of the example are not downloaded here
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: made(name, pretrained=False))
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
         assert "torch.Size" in capsys.readouterr().out
