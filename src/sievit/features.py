@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sievit.config import ConfigError
-from sievit.convert import from_timm
+from sievit.convert import from_timm, from_transformers
 from sievit.policies import Policy, PolicyConfig, build_policy, policy_config
 from sievit.tokens import Trace
 from sievit.vit import Mode, Sizes, ViT
@@ -96,8 +96,6 @@ def as_vit(source: ViT | nn.Module | str) -> ViT:
     if library == "timm":
         return from_timm(source)
     if library == "transformers":
-        from sievit.convert.transformers import from_transformers
-
         return from_transformers(source)
     raise ConfigError(
         f"a {type(source).__name__} of {library!r} is no ViT that is known here; give one of timm or transformers"
