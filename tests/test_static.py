@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from sievit.config import ConfigError
-from sievit.policies import Policy, SViTConfig, TopNormConfig, build_policy
+from sievit.heads import ATMConfig, build_head
+from sievit.necks.adapter import AdapterConfig
+from sievit.necks.build import build_backbone
+from sievit.policies import DToPConfig, Policy, SViTConfig, TopNormConfig, build_policy
+from sievit.segmenter import SegmentationNet
 from sievit.tokens import Tokens
 from sievit.vit import RopeConfig, ViT, ViTConfig, execute
 
@@ -44,6 +48,94 @@ def test_the_whole_backbone_is_one_graph(options: dict[str, Any]) -> None:
     expected, _ = run(images)
     torch.testing.assert_close(got, expected)
     assert counts[:, 0].tolist() == [49, 49, 41, 25, 49, 17], "rounded up to multiples of 8, and the class token"
+
+
+def a_segmenter(policy: DToPConfig) -> SegmentationNet:
+    torch.manual_seed(0)
+    vit = ViT(ViTConfig(grid=(6, 8), patch_size=4, embed_dim=32, num_heads=2, depth=DEPTH))
+    head = ATMConfig(channels=16, num_heads=2, num_layers=2)
+    heads = [build_head(head, embed_dim=32, num_classes=4) for _ in range(3)]
+    net = SegmentationNet(vit=vit, policy=policy, heads=heads, out_indices=(1, 3, DEPTH - 1))
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return net.eval()
+
+
+@torch.no_grad()
+def test_a_segmenter_with_static_exits_is_one_graph() -> None:
+    net = a_segmenter(DToPConfig(static_left=(0.35, 0.6), multiple=4, keep_per_class=1))
+
+    def run(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores, trace = net(images)
+        return scores, trace.counts(), torch.stack(trace.exited).sum(2)
+
+    images = torch.randn(2, 3, 24, 32)
+    got, counts, gone = torch.compile(run, fullgraph=True, backend="eager")(images)
+    torch.testing.assert_close(got, run(images)[0])
+    assert counts[:, 0].tolist() == counts[:, 1].tolist() == [48, 48, 32, 32, 20, 20]
+    assert gone[:, 0].tolist() == [16, 28, 28]
+
+
+@torch.no_grad()
+def test_those_with_the_highest_grades_leave_and_each_class_is_represented() -> None:
+    net = a_segmenter(DToPConfig(static_left=(0.35, 0.6), keep_per_class=2))
+    _, trace = net(torch.randn(3, 3, 24, 32))
+    grades, cls = trace.predictions[0].scores().max(1)
+    for i, gone in enumerate(trace.exited[0]):
+        of_class = [
+            sorted((t for t in range(48) if cls[i, t] == c), key=lambda t: -float(grades[i, t])) for c in range(4)
+        ]
+        ordinary = [t for tokens in of_class for t in tokens[2:]]
+        expected = sorted(ordinary, key=lambda t: -float(grades[i, t]))[: int(gone.sum())]
+        assert set(gone.nonzero().flatten().tolist()) == set(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"static_left": (0.5,)}, "1 shares for 2 auxiliary heads"),
+        ({"static_left": (0.5, 0.4)}, "rising shares"),
+        ({"static_left": (0.5, 1.0)}, "rising shares"),
+        ({"static_left": (0.5, 0.6), "preserve": True}, "preserve"),
+        ({"multiple": 0}, "multiple is at least 1"),
+    ],
+)
+def test_exits_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        a_segmenter(DToPConfig(**options))
+
+
+@torch.no_grad()
+def test_what_left_keeps_what_was_said_of_it() -> None:
+    net = a_segmenter(DToPConfig(static_left=(0.35, 0.6)))
+    _, trace = net(torch.randn(2, 3, 24, 32))
+    first, second, last = trace.predictions
+    for gone, earlier in ((trace.exited[0], first), (trace.exited[1] & ~trace.exited[0], second)):
+        where = gone[:, None].expand_as(last.maps)
+        torch.testing.assert_close(last.maps[where], earlier.maps[where])
+    stayed = ~trace.exited[1][:, None].expand_as(last.maps)
+    assert (last.maps[stayed] != second.maps[stayed]).all()
+
+
+@torch.no_grad()
+def test_a_backbone_with_static_counts_exports() -> None:
+    torch.manual_seed(0)
+    config = ViTConfig(embed_dim=32, num_heads=2, depth=8)
+    policy = SViTConfig(static_shares=(0.7, 0.7, 0.5, 0.5, 0.3))
+    backbone = build_backbone(AdapterConfig(conv_inplane=16, deform_num_heads=2), config, policy).eval()
+
+    class Maps(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = backbone
+
+        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+            return tuple(self.backbone(images)[0].values())
+
+    images = torch.randn(2, 3, 64, 96)
+    exported = torch.export.export(Maps(), (images,)).module()
+    for got, expected in zip(exported(images), Maps()(images), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @torch.no_grad()

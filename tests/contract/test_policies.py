@@ -23,6 +23,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "svit static": {"static_shares": (0.6, 0.3, 1.0, 0.5), "multiple": 4},
     "svit dense blocks": {"dense_blocks": (3, 5)},
     "svit threshold": {"threshold": 0.1},
+    "dtop static": {"static_left": (0.4, 0.6), "multiple": 2},
+    "dtop static rejoin": {"static_left": (0.0, 0.5), "rejoin": True},
     "dtop preserve": {"preserve": True},
     "dtop rejoin": {"rejoin": True},
     "dtop entropy": {"grade": "entropy", "thresholds": (0.2,)},

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sievit.config import ConfigError, variant
-from sievit.policies.base import Head, Policy, PolicyConfig, register
+from sievit.policies.base import Head, Policy, PolicyConfig, register, select_top
 from sievit.tokens import Prediction, Tokens, Trace
 
 
@@ -27,6 +27,10 @@ class DToPConfig(PolicyConfig):
         preserve: tokens that left stay visible to the others, as keys and values, with the features they left with.
         rejoin: before the last block all tokens come back, and the last head judges all of them (Token Cropr's
             last-layer fusion).
+        static_left: static counts: after each auxiliary head this share of an image's tokens is gone, those with the
+            highest grades, the `keep_per_class` best of each class last; the thresholds then say nothing in inference,
+            and no shape depends on what is in the image. A head at which nobody more leaves is not asked.
+        multiple: the counts of those that are left are rounded up to a multiple of it.
     """
 
     thresholds: tuple[float, ...] = (0.9,)
@@ -34,8 +38,17 @@ class DToPConfig(PolicyConfig):
     grade: Literal["max", "margin", "entropy"] = "max"
     preserve: bool = False
     rejoin: bool = False
+    static_left: tuple[float, ...] | None = None
+    multiple: int = 1
 
     def __post_init__(self) -> None:
+        left = self.static_left
+        if left is not None and (list(left) != sorted(left) or not all(0 <= share < 1 for share in left)):
+            raise ConfigError(f"dtop: static_left are rising shares from 0 to below 1, not {left}")
+        if left is not None and self.preserve:
+            raise ConfigError("dtop: static_left does not go with preserve")
+        if self.multiple < 1:
+            raise ConfigError(f"dtop: multiple is at least 1, not {self.multiple}")
         if not self.thresholds or any(not 0.0 <= t <= 1.0 for t in self.thresholds):
             raise ConfigError(f"dtop: thresholds are from 0 to 1, at least one, not {self.thresholds}")
         if self.keep_per_class < 0:
@@ -77,6 +90,10 @@ class DToP(Policy):
         self.config = config
         self.heads = dict(sorted(heads.items()))
         self.thresholds = dict(zip(self.heads, config.per_stage(len(heads)), strict=True))
+        if config.static_left is not None and len(config.static_left) != len(heads) - 1:
+            raise ConfigError(
+                f"dtop: static_left has {len(config.static_left)} shares for {len(heads) - 1} auxiliary heads; one each"
+            )
         self.depth = depth
 
     def decides_at(self, index: int) -> bool:
@@ -86,6 +103,8 @@ class DToP(Policy):
         if index == 0:
             return tokens.select(None), {}
         exited, aux = _exited(trace), {}
+        if self.config.static_left is not None and not self.training:
+            return self._static(index, tokens, trace)
         if index - 1 in self.heads:
             aux = self._stage(index - 1, tokens, trace, exited)
             exited = aux["exited"]
@@ -100,7 +119,51 @@ class DToP(Policy):
         return tokens.select(~exited, context=context), aux
 
     def after_blocks(self, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
-        return tokens, self._stage(self.depth - 1, tokens, trace, _exited(trace))
+        exited = _exited(trace)
+        if self.config.static_left is not None and not self.training:
+            exited = torch.zeros_like(tokens.valid_or_all()) if exited is None else exited
+            return tokens, {"exited": exited, **self._ask(self.depth - 1, tokens, trace).tensors}
+        return tokens, self._stage(self.depth - 1, tokens, trace, exited)
+
+    def _static(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
+        """As many leave as `static_left` says."""
+        aux: dict[str, Tensor] = {}
+        if index - 1 in self.heads:
+            tokens, aux = self._static_stage(index - 1, tokens, trace)
+        if self.config.rejoin and index == self.depth - 1:
+            return tokens.select(None), aux
+        return tokens, aux
+
+    def _static_stage(self, block: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
+        assert self.config.static_left is not None
+        shares, stage = (0.0, *self.config.static_left), list(self.heads).index(block) + 1
+        valid, exited = tokens.valid_or_all(), _exited(trace)
+        exited = torch.zeros_like(valid) if exited is None else exited
+        if shares[stage] == shares[stage - 1]:
+            return tokens, {"exited": exited}
+        prediction, left = self._ask(block, tokens, trace), valid & ~exited
+        scores = prediction.scores().detach()
+        cls, grades = scores.argmax(1), graded(scores, self.config.grade)
+        represents = _rank_in_class(grades, cls, left, num_classes=scores.shape[1]) < self.config.keep_per_class
+        stays = (torch.where(represents, 2.0, 0.0) - grades).masked_fill(exited, -math.inf)
+        share, multiple = 1 - shares[stage], self.config.multiple
+        tokens = select_top(tokens, stays, share, multiple=multiple, static=True)
+        assert tokens.keep is not None
+        return tokens, {"exited": valid & ~tokens.keep, **prediction.tensors}
+
+    def _ask(self, block: int, tokens: Tokens, trace: Trace) -> Prediction:
+        """What the head behind `block` says of the tokens that take part; elsewhere what the last one said stands."""
+        if tokens.order is None:
+            return self.heads[block](tokens, tokens.valid, None)
+        order, earlier = tokens.order[:, None], trace.predictions[-1]
+        rows = tokens.order[..., None].expand(-1, -1, tokens.x.shape[2])
+        some = Tokens(x=tokens.patches.gather(1, rows), grid=(1, order.shape[2]))
+        prediction = self.heads[block](some, tokens.real, None)
+        order = order.expand(-1, prediction.maps.shape[1], -1)
+        maps = prediction.maps
+        if tokens.real is not None:
+            maps = torch.where(tokens.real[:, None], maps, earlier.maps.gather(2, order))
+        return replace(prediction, maps=earlier.maps.scatter(2, order, maps.to(earlier.maps.dtype)))
 
     def _stage(self, block: int, tokens: Tokens, trace: Trace, exited: Tensor | None) -> dict[str, Tensor]:
         """Ask the head behind `block`, and let tokens go."""
@@ -132,12 +195,18 @@ def leave(prediction: Prediction, left: Tensor, threshold: float, *, keep_per_cl
     if threshold >= 1:
         return torch.zeros_like(left)
     scores = prediction.scores().detach()
-    best, cls = scores.max(1)
-    grades = best if grade == "max" else _margin(scores) if grade == "margin" else _certainty(scores)
+    cls, grades = scores.argmax(1), graded(scores, grade)
     candidates = left & (grades > threshold)
     if keep_per_class == 0:
         return candidates
     return candidates & (_rank_in_class(grades, cls, candidates, num_classes=scores.shape[1]) >= keep_per_class)
+
+
+def graded(scores: Tensor, grade: str) -> Tensor:
+    """(b, n): the grade of each token, of the scores (b, k, n) of its classes."""
+    if grade == "max":
+        return scores.amax(1)
+    return _margin(scores) if grade == "margin" else _certainty(scores)
 
 
 def _margin(scores: Tensor) -> Tensor:
