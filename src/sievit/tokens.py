@@ -56,8 +56,8 @@ class Tokens:
         return self.x[:, self.num_prefix :]
 
     def map(self) -> Tensor:
-        """(b, c, h, w): the grid tokens as a feature map."""
-        return self.patches.transpose(1, 2).unflatten(2, self.grid)
+        """(b, c, h, w): the grid tokens as a feature map, channels last."""
+        return self.patches.unflatten(1, self.grid).permute(0, 3, 1, 2)
 
     def replace_patches(self, patches: Tensor) -> "Tokens":
         """The same canvas with other values (b, n, c) of its grid tokens."""

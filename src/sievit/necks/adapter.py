@@ -100,7 +100,9 @@ class SpatialPrior(nn.Module):
         c2 = masks.apply(_conv_norm_relu(self.conv2, masks.apply(c1, 4)), 8)
         c3 = masks.apply(_conv_norm_relu(self.conv3, c2), 16)
         c4 = masks.apply(_conv_norm_relu(self.conv4, c3), 32)
-        return self.fc1(c1), self.fc2(c2), self.fc3(c3), self.fc4(c4)
+        pairs = ((self.fc1, c1), (self.fc2, c2), (self.fc3, c3), (self.fc4, c4))
+        f1, f2, f3, f4 = (_pixelwise(conv, x) for conv, x in pairs)
+        return f1, f2, f3, f4
 
 
 class Injector(nn.Module):
@@ -268,6 +270,11 @@ def _conv_norm_relu(layers: nn.Module, x: Tensor) -> Tensor:
     return conv_norm_relu(conv, norm, x)
 
 
+def _pixelwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution of one pixel, as a product that leaves the channels last."""
+    return F.linear(x.permute(0, 2, 3, 1), conv.weight[:, :, 0, 0], conv.bias).permute(0, 3, 1, 2)
+
+
 def _sum(a: Tensor, b: Tensor) -> Tensor:
     """a + b; in inference in a's memory, which nobody else needs: fresh memory costs more than the sum."""
     return a + b if torch.is_grad_enabled() else a.add_(b)
@@ -279,5 +286,5 @@ def _to_tokens(x: Tensor) -> Tensor:
 
 
 def _to_map(x: Tensor, shape: tuple[int, int]) -> Tensor:
-    """(b, h*w, c) to (b, c, h, w)."""
-    return x.transpose(1, 2).unflatten(2, shape)
+    """(b, h*w, c) to (b, c, h, w), channels last."""
+    return x.unflatten(1, shape).permute(0, 3, 1, 2)
