@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sievit.packed import Backend, Masked, Packed, Packing, pack, pad, padding_mask, unpack
+from sievit.packed import Backend, Masked, Packed, Packing, pack, pad, padding_mask, places, unpack
 
 masks = st.integers(1, 4).flatmap(
     lambda b: st.integers(1, 12).flatmap(
@@ -21,6 +21,7 @@ def test_pack_and_unpack_are_inverse(rows: list[list[bool]]) -> None:
     part = torch.tensor(rows)
     canvas = torch.randn(*part.shape, 3)
     packing = Packing.of(part)
+    assert torch.equal(packing.index, places(part.flatten(), int(part.sum())))
     packed = pack(canvas, packing)
     torch.testing.assert_close(packed, canvas[part], atol=0, rtol=0)
     assert packing.lengths == tuple(part.sum(1).tolist())

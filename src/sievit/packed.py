@@ -59,7 +59,10 @@ class Packing:
     @classmethod
     def of(cls, part: Tensor) -> "Packing":
         """The packing of a choice (b, n) bool."""
-        return cls(index=part.flatten().nonzero().squeeze(1), lengths=tuple(part.sum(1).tolist()))
+        lengths = tuple(part.sum(1).tolist())
+        flat = part.flatten()
+        index = places(flat, sum(lengths)) if part.is_cuda else flat.nonzero().squeeze(1)
+        return cls(index=index, lengths=lengths)
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
@@ -72,6 +75,14 @@ class Packing:
         """(t,) int64: positions of the packed tokens in a flattened (b, max(lengths)) padding."""
         longest = max(self.lengths)
         return torch.cat([torch.arange(n) + i * longest for i, n in enumerate(self.lengths)]).to(self.index.device)
+
+
+def places(chosen: Tensor, count: int) -> Tensor:
+    """(count,) int64: where `chosen` (n,) is True, `count` times; unlike `nonzero` it does not wait for the device."""
+    rank = chosen.cumsum(0) - 1
+    slots = torch.where(chosen, rank, count)  # one more slot takes all the others
+    index = torch.empty(count + 1, dtype=torch.int64, device=chosen.device)
+    return index.scatter_(0, slots, torch.arange(len(chosen), device=chosen.device))[:count]
 
 
 def pack(x: Tensor, packing: Packing) -> Tensor:
