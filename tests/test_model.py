@@ -219,7 +219,7 @@ def test_another_policy(model, tmp_path) -> None:
     for policy in ("keep_all", RandomConfig(first_block=1, shares=(0.5,))):
         other = load(path, policy=policy)
         assert not list(other.policy.parameters())
-        assert torch.equal(other.vit.pos_embed, model.vit.pos_embed)
+        assert torch.equal(other.vit.get_parameter("pos_embed"), model.vit.get_parameter("pos_embed"))
     assert load(path, policy="keep_all").config.policy == KeepAllConfig()
     with pytest.raises(ConfigError, match="'sviit'; did you mean 'svit'"):
         load(path, policy="sviit")
@@ -235,10 +235,10 @@ def test_a_run_folder(model, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"neither model\.safetensors nor best\.safetensors nor last"):
         load(tmp_path)
     save(model, tmp_path / "last.safetensors")
-    assert torch.equal(load(tmp_path).vit.pos_embed, model.vit.pos_embed)
+    assert torch.equal(load(tmp_path).vit.get_parameter("pos_embed"), model.vit.get_parameter("pos_embed"))
     best = build(tiny_config())
     save(best, tmp_path / "best.safetensors")
-    assert torch.equal(load(tmp_path).vit.pos_embed, best.vit.pos_embed)
+    assert torch.equal(load(tmp_path).vit.get_parameter("pos_embed"), best.vit.get_parameter("pos_embed"))
 
 
 def stored(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -35,7 +35,7 @@ def built(config: DToPConfig | KeepAllConfig, *, head: Any = ATM_HEAD, vit: ViTC
     for module in net.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
-    torch.nn.init.normal_(net.vit.pos_embed)
+    torch.nn.init.normal_(net.vit.get_parameter("pos_embed"))
     for own in net.heads:
         if isinstance(own, ATM):
             last = own.layers[-1]
