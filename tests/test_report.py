@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from sievit.data.scenes import CLASSES, generate
 from sievit.detector import DetectorConfig
 from sievit.heads import ATMConfig, MaskRCNNConfig
 from sievit.inputs import InputConfig
-from sievit.model import build, save
+from sievit.model import build, read, save
 from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import DToPConfig, KeepAllConfig, PolicyConfig, SViTConfig
 from sievit.segmenter import SegmenterConfig
@@ -209,3 +210,25 @@ def test_eval_ends_with_every_figure(checkpoint: Path, tmp_path: Path, capsys: p
     assert figures["keep"] == [1.0] * 4
     assert cli.main([*args, str(tmp_path / "scenes" / "annotations.json")]) == 2
     assert "category ids" in capsys.readouterr().err
+
+
+def test_budget_is_the_point_of_a_model_for_a_range_of_them(
+    checkpoint: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config, tensors = read(checkpoint)
+    policy = SViTConfig(first_block=1, budgets=(0.5, 1.5))
+    config, path = replace(config, policy=policy), tmp_path / "range.safetensors"
+    model = build(config)
+    model.load_state_dict(model.state_dict() | tensors)
+    save(model, path)
+    for budget in (0.5, 1.5):
+        assert report.open_model(path, budget=budget).config.policy == replace(policy, budget=budget)
+    args = ["predict", str(path), str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert cli.main([*args, "--budget", "0.5"]) == 0
+    for file, more in ((checkpoint, []), (path, ["--policy", "random"]), (path, ["--thresholds", "0.5"])):
+        args[1] = str(file)
+        assert cli.main([*args, "--budget", "0.5", *more]) == 2
+        assert "--budget is for gates that were trained for a range" in capsys.readouterr().err.replace("\n", " ")
+    args[1] = str(path)
+    assert cli.main([*args, "--budget", "3"]) == 2
+    assert "not in the range of budgets" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from sievit.data.labels import LabelDataset
 from sievit.data.scenes import CLASSES, generate
 from sievit.data.semantic import SemanticAugmentConfig
 from sievit.detector import DetectorConfig
+from sievit.engine.batches import Batch, Losses
 from sievit.engine.checkpoint import RunFolder, read_log
 from sievit.engine.evaluate import compare, evaluate
 from sievit.engine.initial import start_from
@@ -327,3 +329,22 @@ def test_small_recipes_build_and_are_small(name: str):
     assert isinstance(model, Segmenter)
     assert sum(p.numel() for p in model.parameters()) < 3.3e6
     json.dumps(to_json(recipe))
+
+
+def test_selected_tokens_alone_are_for_gates_and_early_exits_train_as_ever(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+):
+    model, modes = build(recipe.model).train(), []
+    original = Segmenter.forward
+
+    def spied(self: Segmenter, images: list, targets: Any = None, **options: Any) -> Any:
+        modes.append(options["mode"])
+        return original(self, images, targets, **options)
+
+    monkeypatch.setattr(Segmenter, "forward", spied)
+    batch = Batch([torch.rand(3, 48, 48)], [{"labels": torch.zeros(48, 48, dtype=torch.int64)}], torch.device("cpu"))
+    found = []
+    for selected in (False, True):
+        torch.manual_seed(0)
+        found.append(Losses(model)(batch, selected=selected)[0])
+    assert modes == ["auto", "auto"] and found[0] == found[1]

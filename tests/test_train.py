@@ -20,9 +20,9 @@ from torch import Tensor
 from sievit.config import ConfigError
 from sievit.data.scenes import CLASSES
 from sievit.data.transforms import AugmentConfig
-from sievit.detector import DetectorConfig
+from sievit.detector import Detector, DetectorConfig
 from sievit.engine import train as engine
-from sievit.engine.batches import EpochBatches, loading
+from sievit.engine.batches import Batch, EpochBatches, Losses, loading
 from sievit.engine.checkpoint import RunFolder, read_log
 from sievit.engine.initial import start_from, start_vit_from
 from sievit.engine.recipe import CocoData, Recipe, ScenesConfig, TrainConfig
@@ -148,7 +148,7 @@ def test_a_run_leaves_a_model_a_log_and_figures(recipe: Recipe, whole: RunFolder
     assert {"box_ap", "mask_ap_small", "keep", "tokens", "gflops", "gflops_std", "ms_per_image"} <= figures.keys()
     rows = read_log(whole.log_file)
     assert [int(row["step"]) for row in rows] == [2, 3, 4, 6]
-    names = {"epoch", "lr", "loss", "loss_mask", "ratio", "keep_0", "keep_3", "grad_norm", "images_per_s"}
+    names = {"epoch", "lr", "loss", "loss_mask", "ratio", "keep_0", "keep_3", "grad_norm", "images_per_s", "s_per_step"}
     assert names <= rows[0].keys()
     assert float(rows[0]["keep_0"]) == 1
     assert [row["epoch"] for row in read_log(whole.val_file)] == ["0", "1"]
@@ -174,8 +174,97 @@ def test_a_killed_run_goes_on_exactly(
     same(whole.load_state(), killed.load_state())
     for file in ("best.safetensors", "last.safetensors"):
         same(*(dict(load(run.path / file).state_dict()) for run in (whole, killed)))
-    logs = [[{**row, "images_per_s": ""} for row in read_log(run.log_file)] for run in (whole, killed)]
+    timeless = {"images_per_s": "", "s_per_step": ""}
+    logs = [[{**row, **timeless} for row in read_log(run.log_file)] for run in (whole, killed)]
     assert logs[0] == logs[1]
+
+
+@pytest.fixture
+def cheap(recipe: Recipe) -> Recipe:
+    """From the third step on it computes the selected tokens alone; its gates are trained for a range of budgets."""
+    policy = SViTConfig(first_block=1, targets=(0.7, 0.5, 0.3), budgets=(0.5, 1.2))
+    model = replace(recipe.model, policy=policy)
+    return replace(recipe, model=model, train=replace(recipe.train, selected_after=2, save_every=0.0))
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_selected_tokens_alone_after_so_many_steps_and_a_killed_run_goes_on_exactly(
+    step: int, cheap: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def die() -> None:
+        raise SystemExit
+
+    modes = []
+    original = Detector.forward
+
+    def spied(self: Detector, images: list, targets: Any = None, **options: Any) -> Any:
+        if targets is not None:
+            modes.append(options["mode"])
+        return original(self, images, targets, **options)
+
+    monkeypatch.setattr(Detector, "forward", spied)
+    train(cheap, out=tmp_path / "whole")
+    assert modes == ["auto"] * 4 + ["selected"] * 8, "two parts per step"
+    modes.clear()
+    with monkeypatch.context() as patched:
+        stop_at(patched, step, die)
+        with pytest.raises(SystemExit):
+            train(cheap, out=tmp_path / "killed")
+    torch.rand(7)
+    train(None, out=tmp_path / "killed", resume=True)
+    states = [RunFolder(tmp_path / name).load_state() for name in ("whole", "killed")]
+    same(*states)
+    masked = replace(cheap, train=replace(cheap.train, selected_after=None))
+    train(masked, out=tmp_path / "masked")
+    other = RunFolder(tmp_path / "masked").load_state()
+    assert states[0] is not None and other is not None
+    assert not all(torch.equal(states[0]["model"][name], value) for name, value in other["model"].items())
+
+
+def test_gradients_of_selected_tokens_reach_gates_and_backbone_even_where_nothing_is_selected(cheap: Recipe):
+    torch.manual_seed(0)
+    steady = replace(cheap.model.vit, drop_path_rate=0.0)
+    model = build(replace(cheap.model, vit=steady, neck=AdapterConfig(conv_inplane=4, deform_num_heads=2))).train()
+    gate = model.policy.get_submodule("gates.1")
+    torch.nn.init.zeros_(gate.get_parameter("fc2.weight"))
+    gate.get_parameter("fc2.bias").data = torch.tensor([-50.0, 50.0])  # nobody in block 2
+    for name, parameter in model.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.constant_(parameter, 0.1)
+    boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0]])
+    target = {"boxes": boxes, "labels": torch.ones(1, dtype=torch.int64), "masks": torch.ones(1, 64, 64).byte()}
+    losses, shares = Losses(model)(Batch([torch.rand(3, 64, 64)], [target], torch.device("cpu")), selected=True)
+    assert shares[2] == 0 and shares[1] > 0 and shares[3] > 0
+    torch.stack(list(losses.values())).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name}: processes would wait for it"
+    for block in range(4):
+        moved = model.vit.blocks[block].get_parameter("mlp.fc1.weight").grad
+        assert moved is not None and bool(moved.any()) == (block != 2)
+    for i in (0, 2):
+        gradient = model.policy.get_parameter(f"gates.{i}.fc1.weight").grad
+        assert gradient is not None and gradient.any()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(-1, r"train\.selected_after is at least 0, not -1"), (6, r"selected_after 6: the run has 6 steps; give fewer")],
+)
+def test_a_run_switches_to_selected_tokens_between_its_steps(value: int, words: str, recipe: Recipe, tmp_path: Path):
+    with pytest.raises(ConfigError, match=words):
+        train(replace(recipe, train=replace(recipe.train, selected_after=value)), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_gates_for_a_range_of_budgets_start_from_gates_without(cheap: Recipe, recipe: Recipe, tmp_path: Path):
+    torch.manual_seed(3)
+    plain, ranged = build(recipe.model), build(cheap.model)
+    save(plain, tmp_path / "plain.safetensors")
+    new = start_from(ranged, tmp_path / "plain.safetensors")
+    assert new == tuple(f"backbone.policy.gates.{i}.budget" for i in range(3))
+    same(dict(plain.state_dict()), {n: v for n, v in ranged.state_dict().items() if n not in new})
+    save(ranged, tmp_path / "ranged.safetensors")
+    assert start_from(plain, tmp_path / "ranged.safetensors") == ()
 
 
 @pytest.fixture

@@ -22,6 +22,15 @@ def global_sum(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _GlobalSum.apply(x)
 
 
+def from_first(x: Tensor) -> Tensor:
+    """`x` of the first process, on all of them; without a gradient."""
+    if world_size() == 1:
+        return x
+    x = x.detach().clone()
+    dist.broadcast(x, src=0)
+    return x
+
+
 class _GlobalSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

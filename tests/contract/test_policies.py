@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "svit static": {"static_shares": (0.6, 0.3, 1.0, 0.5), "multiple": 4},
     "svit dense blocks": {"dense_blocks": (3, 5)},
     "svit threshold": {"threshold": 0.1},
+    "svit budgets": {"budgets": (0.5, 1.5), "budget": 0.7},
     "dtop static": {"static_left": (0.4, 0.6), "multiple": 2},
     "dtop static rejoin": {"static_left": (0.0, 0.5), "rejoin": True},
     "dtop preserve": {"preserve": True},

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from sievit.config import ConfigError
 from sievit.policies import SViTConfig, build_policy
 from sievit.policies.svit import SViT, gumbel_gate
 from sievit.tokens import Trace
@@ -103,3 +104,75 @@ def test_gumbel_gate_is_hard_with_a_soft_gradient() -> None:
     assert logits.grad is not None
     torch.testing.assert_close(logits.grad.sum(-1), torch.zeros(2, 50), atol=1e-6, rtol=0)
     assert (logits.grad[..., 0] > 0).all()
+
+
+RANGE = dataclasses.replace(CONFIG, budgets=(0.5, 2.0))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize(("factor", "targets"), [(0.5, (0.3, 0.3, 0.2, 0.2)), (2.0, (1.0, 1.0, 0.8, 0.8))])
+def test_the_drawn_budget_scales_the_targets_up_to_all_tokens(per_sample: bool, factor: float, targets: tuple) -> None:
+    trace = trace_of(torch.full((4, 2, 10), 0.25))
+    trace = dataclasses.replace(trace, aux=({"budget": torch.tensor([factor] * 2), **trace.aux[0]}, *trace.aux[1:]))
+    got = built(dataclasses.replace(RANGE, per_sample=per_sample)).loss(trace)["ratio"]
+    torch.testing.assert_close(got, 4 * (0.25 - torch.tensor(targets)).square().mean())
+
+
+def test_a_pass_draws_one_budget_for_all_images_and_gates() -> None:
+    vit, policy = ViT(VIT), built(RANGE).train()
+    traces = [vit(torch.randn(3, 3, 64, 96), policy)[1] for _ in range(20)]
+    assert all(["budget" in aux for aux in t.aux] == [False, True, False, False, False, False] for t in traces)
+    drawn = torch.stack([trace.aux[1]["budget"] for trace in traces])  # (20, b)
+    assert drawn.shape == (20, 3) and drawn.eq(drawn[:, :1]).all()
+    assert 0.5 <= drawn.min() < 0.9 and 1.6 < drawn.max() <= 2
+    assert not any("budget" in aux for aux in vit(torch.randn(1, 3, 64, 96), policy.eval())[1].aux)
+
+
+def test_gates_without_a_budget_are_the_same_with_one_at_the_start() -> None:
+    vit, plain = ViT(VIT), built().eval()
+    for gate in plain.gates:
+        torch.nn.init.normal_(gate.get_parameter("fc2.weight"), std=2.0)
+    images = torch.randn(2, 3, 64, 96)
+    for budget in (0.5, 1.0, 2.0):
+        policy = SViT(dataclasses.replace(RANGE, budget=budget), embed_dim=24, depth=5).eval()
+        missing, unexpected = policy.load_state_dict(plain.state_dict(), strict=False)
+        assert set(missing) == {f"gates.{i}.budget" for i in range(4)} and not unexpected
+        assert torch.equal(vit(images, policy)[0].x, vit(images, plain)[0].x)
+    assert not any("budget" in name for name, _ in plain.named_parameters())
+
+
+def test_gates_learn_to_keep_as_many_tokens_as_the_budget_says() -> None:
+    vit = ViT(VIT)
+    for parameter in vit.parameters():
+        parameter.requires_grad_(False)
+    config = SViTConfig(first_block=1, targets=(0.5,), noise=0.0, budgets=(0.4, 1.6))
+    policy = built(config).train()
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.03)
+    images = torch.randn(4, 3, 64, 96)
+    for _ in range(60):
+        optimizer.zero_grad()
+        policy.loss(vit(images, policy)[1])["ratio"].backward()
+        optimizer.step()
+    shares = []
+    for budget in (0.4, 1.0, 1.6):
+        point = SViT(dataclasses.replace(config, budget=budget), embed_dim=24, depth=5).eval()
+        point.load_state_dict(policy.state_dict())
+        shares.append(vit(images, point)[1].shares()[1:].mean().item())
+    assert shares[0] < shares[1] - 0.1 and shares[1] < shares[2] - 0.1, shares
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budgets": (1.2, 0.5)}, r"two rising factors above 0.*not \(1\.2, 0\.5\)"),
+        ({"budgets": (0.0, 1.0)}, "two rising factors"),
+        ({"budgets": (1.0, 1.0)}, "two rising factors"),
+        ({"budgets": (0.5, float("inf"))}, "two rising factors"),
+        ({"budgets": (0.3, 0.8)}, r"budget 1\.0 is not in the range of budgets, 0\.3 to 0\.8"),
+        ({"budgets": (0.5, 1.2), "budget": 1.3}, "not in the range"),
+        ({"budget": 0.7}, "needs gates that were trained for a range"),
+    ],
+)
+def test_budgets_that_there_cannot_be(changes: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        built(dataclasses.replace(CONFIG, **changes))

@@ -22,6 +22,7 @@ def evaluate(args: list[str]) -> int:
         label_files: OmitArgPrefixes[LabelFiles] = LabelFiles(),  # noqa: B008
         policy: str | None = None,
         thresholds: tuple[float, ...] | None = None,
+        budget: float | None = None,
         batch_size: int = 1,
         limit: int | None = None,
         max_detections: int = 100,
@@ -39,6 +40,7 @@ def evaluate(args: list[str]) -> int:
             labels: folder of label images: grey or palette images whose values are classes.
             policy: takes the place of the model's own, e.g. keep_all for dense.
             thresholds: of the early exits of a segmenter, takes the place of its policy.
+            budget: of a model whose gates were trained for a range of budgets: a factor on the tokens to keep.
             batch_size: images that go through the network together.
             limit: only the first so many images.
             max_detections: the best so many of an image and class are judged; COCO's is 100.
@@ -54,6 +56,7 @@ def evaluate(args: list[str]) -> int:
             label_files=label_files,
             policy=policy,
             thresholds=thresholds,
+            budget=budget,
             batch_size=batch_size,
             limit=limit,
             max_detections=max_detections,

@@ -17,6 +17,7 @@ def predict(args: list[str]) -> int:
         out: Path,
         policy: str | None = None,
         thresholds: tuple[float, ...] | None = None,
+        budget: float | None = None,
         score_threshold: float = 0.5,
         ids: Path | None = None,
         device: str = "auto",
@@ -32,6 +33,7 @@ def predict(args: list[str]) -> int:
             out: folder for the results.
             policy: takes the place of the model's own, e.g. keep_all for dense.
             thresholds: of the early exits of a segmenter, takes the place of its policy.
+            budget: of a model whose gates were trained for a range of budgets: a factor on the tokens to keep.
             score_threshold: pictures show objects of at least this score; results.json holds all.
             ids: COCO annotation file whose image ids results.json shall use; by default 1, 2, ... by file name.
             device: cpu, cuda, cuda:1, or auto.
@@ -44,6 +46,7 @@ def predict(args: list[str]) -> int:
             out,
             policy=policy,
             thresholds=thresholds,
+            budget=budget,
             score_threshold=score_threshold,
             ids=ids,
             device=device,

@@ -36,9 +36,18 @@ class Losses(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        output = self.model(batch.images, batch.targets)
-        return output.losses, output.trace.shares().mean(1)
+    def forward(self, batch: Batch, *, selected: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+        """`selected`: of a policy with gates, blocks compute the chosen tokens alone."""
+        selected = selected and self.model.policy.gates_in_training
+        output = self.model(batch.images, batch.targets, mode="selected" if selected else "auto")
+        losses, trace = dict(output.losses), output.trace
+        if selected:
+            # blocks without a token get gradients of zero, not none: those of another process may have some
+            idle = [b for b, n in zip(self.model.vit.blocks, trace.counts().sum(1).tolist(), strict=True) if not n]
+            name = next(iter(losses))
+            for parameter in (p for block in idle for p in block.parameters()):
+                losses[name] = losses[name] + 0 * parameter.sum()
+        return losses, trace.shares().mean(1)
 
 
 class EpochBatches(Sampler[list[int]]):

@@ -119,6 +119,9 @@ class TrainConfig:
             from the end of the warm-up on.
         clip_norm: largest norm of the gradients.
         ema: decay of the averaged weights that are validated and saved; 0 for none.
+        selected_after: steps in which blocks compute every token and mask those that the gates leave out; from then on
+            they compute the selected tokens alone, and gates learn from those. None: mask to the end. For policies
+            with gates (SViT); others are trained as ever.
         precision: Lightning Fabric's; `loss_scale` is the first factor on the loss with 16-mixed.
         channels_last: memory format of the convolutions.
         val_every: epochs between validations; the last one is always validated.
@@ -152,6 +155,7 @@ class TrainConfig:
     """Weight decay on norms, biases and positions too."""
     clip_norm: float | None = None
     ema: float = 0.0
+    selected_after: int | None = None
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     loss_scale: float = 512.0
     channels_last: bool = True
@@ -173,7 +177,14 @@ class TrainConfig:
             "val_images": 1,
             "log_every": 1,
         }
-        for name, limit in {**least, "threads": 1, "workers": 0, "warmup_steps": 0, "save_every": 0}.items():
+        for name, limit in {
+            **least,
+            "threads": 1,
+            "workers": 0,
+            "warmup_steps": 0,
+            "save_every": 0,
+            "selected_after": 0,
+        }.items():
             value = getattr(self, name)
             if value is not None and value < limit:
                 raise ConfigError(f"train.{name} is at least {limit}, not {value}")

@@ -150,6 +150,11 @@ class _Run:
         self.batches = EpochBatches(len(train_set), config, rank=fabric.global_rank, processes=fabric.world_size)
         self.loader = training_loader(train_set, self.batches)
         self.total = total_steps(config, self.batches.steps)
+        if config.selected_after is not None and config.selected_after >= self.total:
+            raise ConfigError(
+                f"train.selected_after {config.selected_after}: the run has {self.total} steps; give fewer, or leave "
+                "it out to mask to the end"
+            )
         self.step = self.validated = self.logged = 0
         self.sums: dict[str, float] = {}
         self.best, self.figures = -math.inf, {}
@@ -201,8 +206,9 @@ class _Run:
                 self.sums[name] = self.sums.get(name, 0.0) + value
             self.step += 1
             if self.step % config.log_every == 0 or self.step % steps == 0 or self.step == self.total:
-                rate = (self.step - timed_from) * config.batch_size / (time.monotonic() - clock)
-                row = {"step": self.step, "epoch": epoch, "images_per_s": rate}
+                seconds = (time.monotonic() - clock) / (self.step - timed_from)
+                rate = config.batch_size / seconds
+                row = {"step": self.step, "epoch": epoch, "images_per_s": rate, "s_per_step": seconds}
                 row |= {name: value / (self.step - self.logged) for name, value in self.sums.items()}
                 if self.log is not None:
                     self.log.write(row)
@@ -222,10 +228,11 @@ class _Run:
         config = self.recipe.train
         rate = learning_rate(config, self.step, self.batches.steps)
         set_learning_rate(self.optimizer, rate)
+        selected = config.selected_after is not None and self.step >= config.selected_after
         figures: dict[str, float] = {}
         for i, (images, targets) in enumerate(parts):
             with self.fabric.no_backward_sync(self.losses, enabled=i + 1 < len(parts)):
-                losses, shares = self.losses(Batch(images, targets, self.fabric.device))
+                losses, shares = self.losses(Batch(images, targets, self.fabric.device), selected=selected)
                 loss = torch.stack(list(losses.values())).sum() / len(parts)
                 self.fabric.backward(loss)
             for name, value in losses.items():

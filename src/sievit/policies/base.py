@@ -35,6 +35,8 @@ class Policy(nn.Module):
     """Whether it asks the heads that stand behind some of the blocks; they are given to it and stay the model's."""
     needs_attention: ClassVar[bool] = False
     """Whether it asks the blocks whom they attend to."""
+    gates_in_training: ClassVar[bool] = False
+    """Whether its choices in training are gates (`Tokens.gate`), which can be computed masked or selected."""
 
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
         """Choose for block `index` (0-based).

@@ -1,5 +1,6 @@
 """SViT: dynamic token selection with preserved and reactivated tokens (WACV 2024, arXiv 2306.07050)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sievit.config import ConfigError, variant
-from sievit.distributed import global_sum
+from sievit.distributed import from_first, global_sum
 from sievit.policies.base import PAPER_SCHEDULE, Policy, PolicyConfig, register, select_top, spread
 from sievit.tokens import Tokens, Trace
 
@@ -35,6 +36,9 @@ class SViTConfig(PolicyConfig):
             gate.
         multiple: static counts are rounded up to a multiple of it.
         dense_blocks: blocks whose gate is not asked, where leaving tokens out costs more than it saves.
+        budgets: one model for a range of budgets: (least, most), factors on the targets. In training each step draws
+            one, and the gates are told; None: the targets alone.
+        budget: the factor at inference, within the range.
     """
 
     first_block: int = 3
@@ -51,19 +55,29 @@ class SViTConfig(PolicyConfig):
     static_shares: tuple[float, ...] | None = None
     multiple: int = 1
     dense_blocks: tuple[int, ...] = ()
+    budgets: tuple[float, float] | None = None
+    budget: float = 1.0
 
 
 class Gate(nn.Module):
-    """LayerNorm, linear, GELU, linear: (b, n, c) to logits (b, n, 2); index 0 means "take part"."""
+    """LayerNorm, linear, GELU, linear: (b, n, c) to logits (b, n, 2); index 0 means "take part".
 
-    def __init__(self, *, dim: int, hidden_dim: int) -> None:
+    A gate `with_budget` moves its hidden layer by a multiple of a learned vector, which is zero at first.
+    """
+
+    def __init__(self, *, dim: int, hidden_dim: int, with_budget: bool = False) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-5)
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, 2)
+        self.budget = nn.Parameter(torch.zeros(hidden_dim)) if with_budget else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+    def forward(self, x: Tensor, budget: Tensor | float = 0.0) -> Tensor:
+        """`budget`, a number or (b, 1, 1), is where the budget lies in its range, from -1 to 1."""
+        hidden = self.fc1(self.norm(x))
+        if self.budget is not None:
+            hidden = hidden + (budget * self.budget).to(hidden.dtype)
+        return self.fc2(F.gelu(hidden))
 
 
 @register(SViTConfig)
@@ -71,8 +85,11 @@ class SViT(Policy):
     """A two-layer gate per block picks the tokens that the block computes (SViT, sections 3.2 and 3.3).
 
     Training draws hard Gumbel-softmax samples with straight-through gradients; inference takes the arg-max, and a tie
-    leaves the token out. The trace holds `logits` (b, n, 2) and, in training, `gate` (b, n).
+    leaves the token out. The trace holds `logits` (b, n, 2) and, in training, `gate` (b, n), and with `budgets` at the
+    first gated block the factor that was drawn, `budget` (b,). Budgets are not the paper's.
     """
+
+    gates_in_training = True
 
     def __init__(self, config: SViTConfig, *, embed_dim: int, depth: int) -> None:
         super().__init__()
@@ -92,9 +109,13 @@ class SViT(Policy):
             raise ConfigError("svit: static_shares go with the arg-max and with reactivation")
         if config.multiple < 1:
             raise ConfigError(f"svit: multiple is at least 1, not {config.multiple}")
+        _check_budgets(config)
         self.targets = spread(config.targets, first_block=config.first_block, depth=depth)
         hidden_dim = int(embed_dim * config.hidden_ratio)
-        self.gates = nn.ModuleList(Gate(dim=embed_dim, hidden_dim=hidden_dim) for _ in self.targets)
+        budgets = config.budgets is not None
+        self.gates = nn.ModuleList(
+            Gate(dim=embed_dim, hidden_dim=hidden_dim, with_budget=budgets) for _ in self.targets
+        )
 
     def decides_at(self, index: int) -> bool:
         return index == 0 or index >= self.config.first_block
@@ -106,12 +127,23 @@ class SViT(Policy):
             shares is not None and shares[index - self.config.first_block] == 1
         )
 
+    def _budget(self, drawn: dict[str, Tensor]) -> Tensor | float:
+        """Where the budget, in training the one that was drawn, lies in its range, from -1 to 1: for `Gate`."""
+        if self.config.budgets is None:
+            return 0.0
+        budget = drawn["budget"][:, None, None] if self.training else self.config.budget
+        least, most = self.config.budgets
+        return (2 * budget - least - most) / (most - least)
+
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
         config = self.config
         if index < config.first_block or (not self.training and self._is_dense(index)):
             return tokens.select(None), {}
-        logits = self.gates[index - config.first_block](tokens.patches).float()  # (b, n, 2)
-        aux = {"logits": logits}
+        aux: dict[str, Tensor] = {}
+        if self.training and config.budgets is not None and index == config.first_block:
+            aux["budget"] = _drawn(config.budgets, tokens.x)
+        budget = self._budget(aux if index == config.first_block else trace.aux[config.first_block])
+        aux["logits"] = logits = self.gates[index - config.first_block](tokens.patches, budget).float()  # (b, n, 2)
         earlier = None if config.reactivate or index == config.first_block else trace.aux[-1]
         if self.training:
             gate = gumbel_gate(logits, temperature=config.temperature, noise=config.noise)
@@ -138,19 +170,23 @@ class SViT(Policy):
     def loss(self, trace: Trace) -> dict[str, Tensor]:
         """The ratio loss: squared distance of the kept share from its target, mean over gated blocks, weighted.
 
-        The share is that of the whole batch, over all processes, or of each image with `per_sample`.
+        The share is that of the whole batch, over all processes, or of each image with `per_sample`. With `budgets` the
+        targets are multiplied by the factor that was drawn, and at most 1.
         """
         gates = [aux["gate"] for aux in trace.aux if "gate" in aux]
         if not gates:
             return {}
         kept = torch.stack([gate.sum(1) for gate in gates])  # (gates, b)
         total = trace.valid.sum(1).to(kept.dtype)  # (b,)
-        targets = kept.new_tensor(self.targets)
+        targets = kept.new_tensor(self.targets)[:, None]
+        if self.config.budgets is not None:
+            factor = next(aux["budget"] for aux in trace.aux if "budget" in aux)  # (b,)
+            targets = (targets * factor).clamp(max=1.0)
         if self.config.per_sample:
             images = global_sum(torch.ones_like(total).sum())
-            error = global_sum((kept / total - targets[:, None]).square().sum(1)) / images
+            error = global_sum((kept / total - targets).square().sum(1)) / images
         else:
-            error = (global_sum(kept.sum(1)) / global_sum(total.sum()) - targets).square()
+            error = (global_sum(kept.sum(1)) / global_sum(total.sum()) - targets[:, 0]).square()
         return {"ratio": self.config.loss_weight * error.mean()}
 
     def macs(self, trace: Trace) -> Tensor:
@@ -158,6 +194,28 @@ class SViT(Policy):
         per_token = sum(p.numel() for p in self.gates.parameters() if p.ndim == 2) / len(self.gates)
         n, asked = trace.grid[0] * trace.grid[1], sum("logits" in aux for aux in trace.aux)
         return torch.full((len(trace.valid),), float(asked * n * per_token), device=trace.valid.device)
+
+
+def _check_budgets(config: SViTConfig) -> None:
+    """Raise a ConfigError about a range or a budget that there cannot be."""
+    if config.budgets is None:
+        if config.budget != 1:
+            raise ConfigError(
+                f"svit: budget {config.budget} needs gates that were trained for a range of budgets; train with "
+                "budgets, such as (0.5, 1.2), or set threshold, which every gate has"
+            )
+        return
+    least, most = config.budgets
+    if not 0 < least < most < math.inf:
+        raise ConfigError(f"svit: budgets are two rising factors above 0, such as (0.5, 1.2), not {config.budgets}")
+    if not least <= config.budget <= most:
+        raise ConfigError(f"svit: budget {config.budget} is not in the range of budgets, {least} to {most}")
+
+
+def _drawn(budgets: tuple[float, float], like: Tensor) -> Tensor:
+    """(b,): a budget, uniform in the range, the same for every image of every process."""
+    drawn = torch.empty((), device=like.device).uniform_(*budgets)
+    return from_first(drawn).expand(len(like))
 
 
 def gumbel_noise(like: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What a person gets to see of a model: its answers for his own images, its figures, and the demonstration."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import evaluate as run_evaluation
 from sievit.engine.recipe import default_data_root
 from sievit.files import write_atomically
-from sievit.model import Model, load
-from sievit.policies import DToPConfig
+from sievit.model import Model, load, model_file, read
+from sievit.policies import DToPConfig, SViTConfig
 from sievit.report import common, detection, semantic
 from sievit.segmenter import Segmenter
 
@@ -25,18 +26,33 @@ DEMO_SIZE = (512, 512)
 
 
 def open_model(
-    path: Path, *, policy: str | None = None, thresholds: tuple[float, ...] | None = None, device: str = "auto"
+    path: Path,
+    *,
+    policy: str | None = None,
+    thresholds: tuple[float, ...] | None = None,
+    budget: float | None = None,
+    device: str = "auto",
 ) -> Model:
     """A checkpoint, the folder of a run, or a model that comes with the package.
 
     Args:
         policy: takes the place of the model's own.
         thresholds: of early exits; the policy is `dtop` then.
+        budget: of gates that were trained for a range of budgets.
 
     Raises:
-        ConfigError: see `sievit.load`; or thresholds for another policy than `dtop`.
+        ConfigError: see `sievit.load`; thresholds for another policy than `dtop`; or a budget that the model was not
+            trained for.
     """
     path, where = common.find_model(path), pick_device(device)
+    if budget is not None:
+        own = read(model_file(path))[0].policy
+        if not isinstance(own, SViTConfig) or own.budgets is None or policy not in (None, "svit") or thresholds:
+            raise ConfigError(
+                f"{path}: --budget is for gates that were trained for a range of them (--model.policy.budgets in "
+                "training), without --policy or --thresholds"
+            )
+        return load(path, policy=replace(own, budget=budget), device=where)
     if thresholds is None:
         return load(path, policy=policy, device=where)
     if policy not in (None, "dtop"):
@@ -51,6 +67,7 @@ def predict(
     *,
     policy: str | None = None,
     thresholds: tuple[float, ...] | None = None,
+    budget: float | None = None,
     score_threshold: float = 0.5,
     ids: Path | None = None,
     device: str = "auto",
@@ -60,7 +77,7 @@ def predict(
     Returns:
         The exit status: 1 when an image could not be read (the others are done all the same), else 0.
     """
-    model = open_model(model_path, policy=policy, thresholds=thresholds, device=device)
+    model = open_model(model_path, policy=policy, thresholds=thresholds, budget=budget, device=device)
     if isinstance(model, Segmenter):
         if ids is not None:
             raise ConfigError(f"--ids {ids}: a segmenter labels pixels and writes no COCO results; leave it out")
@@ -77,6 +94,7 @@ def evaluate(
     label_files: semantic.LabelFiles = semantic.LabelFiles(),  # noqa: B008
     policy: str | None = None,
     thresholds: tuple[float, ...] | None = None,
+    budget: float | None = None,
     batch_size: int = 1,
     limit: int | None = None,
     max_detections: int = 100,
@@ -87,7 +105,7 @@ def evaluate(
     Detectors are judged by COCO `annotations`, segmenters by a folder of `labels`. Images that cannot be
     used are left out, and listed in `failures`.
     """
-    model = open_model(model_path, policy=policy, thresholds=thresholds, device=device)
+    model = open_model(model_path, policy=policy, thresholds=thresholds, budget=budget, device=device)
     dataset: CocoDetection | LabelDataset
     if isinstance(model, Detector):
         if annotations is None or labels is not None:
