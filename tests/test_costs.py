@@ -165,7 +165,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_counted(
         (["CHECKPOINT", "--images", "EMPTY"], "holds no images"),
         (["CHECKPOINT", "--images", "gone"], "no such folder"),
         (["CHECKPOINT", "--images", "IMAGES", "--batch-size", "0"], "at least 1"),
-        (["EMPTY"], "is it the folder of a training run?"),
+        (["EMPTY"], "has neither model.safetensors"),
     ],
 )
 def test_what_cannot_be_done(
