@@ -205,7 +205,7 @@ def test_only_segmenters_with_auxiliary_heads(data: Labelled, checkpoint: Path, 
 @pytest.fixture
 def detector(tmp_path: Path) -> Path:
     config = DetectorConfig(
-        vit=CONFIG.vit,
+        vit=replace(CONFIG.vit, token_stride=16),
         policy=KeepAllConfig(),
         input=CONFIG.input,
         classes=("thing",),
