@@ -41,15 +41,19 @@ CASES: dict[str, tuple[NeckConfig, bool, Literal["none", "vit"] | int]] = {
     "batch norm": (ADAPTER, False, "none"),
     "frozen": (ADAPTER, False, "vit"),
     "frozen blocks": (PyramidConfig(out_channels=16), False, 2),
+    "budgets": (PyramidConfig(out_channels=16), False, "none"),
+    "selected": (PyramidConfig(out_channels=16), False, "none"),
 }
 
 
-def tiny_model(*, neck: NeckConfig = ADAPTER, per_sample: bool = False) -> DetectorConfig:
+def tiny_model(
+    *, neck: NeckConfig = ADAPTER, per_sample: bool = False, budgets: tuple[float, float] | None = None
+) -> DetectorConfig:
     """A detector whose samplers take everything there is, so that nothing is left to chance."""
     return DetectorConfig(
         vit=ViTConfig(grid=(4, 4), embed_dim=16, depth=4, num_heads=2),
         neck=neck,
-        policy=SViTConfig(first_block=1, targets=(0.7, 0.5, 0.3), per_sample=per_sample),
+        policy=SViTConfig(first_block=1, targets=(0.7, 0.5, 0.3), per_sample=per_sample, budgets=budgets),
         head=MaskRCNNConfig(
             num_classes=len(CLASSES),
             fpn_channels=8,
@@ -87,14 +91,16 @@ def gradients(rows: slice, case: str) -> dict[str, Tensor]:
     """Of the sum of losses on some images, averaged over processes; and the running statistics afterwards."""
     torch.manual_seed(0)
     neck, per_sample, frozen = CASES[case]
-    model = build(tiny_model(neck=neck, per_sample=per_sample)).train()
+    budgets = (0.5, 1.2) if case == "budgets" else None
+    model = build(tiny_model(neck=neck, per_sample=per_sample, budgets=budgets)).train()
     freeze(model.vit, frozen)
     for name, parameter in model.named_parameters():
         if name.endswith("gamma"):
             torch.nn.init.constant_(parameter, 0.1)  # at zero the injectors have no gradient
     losses = Losses(model)
     wrapped = DistributedDataParallel(losses) if dist.is_initialized() else losses
-    values, _ = wrapped(batch(rows))
+    torch.manual_seed(rows.start)  # the second process draws something else than the first
+    values, _ = wrapped(batch(rows), selected=case == "selected")
     torch.stack(list(values.values())).sum().backward()
     result = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert result.keys() == {name for name, p in model.named_parameters() if p.requires_grad}

@@ -168,23 +168,9 @@ class TrainConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        least = {
-            "epochs": 1,
-            "steps": 1,
-            "batch_size": 1,
-            "accumulate": 1,
-            "val_every": 1,
-            "val_images": 1,
-            "log_every": 1,
-        }
-        for name, limit in {
-            **least,
-            "threads": 1,
-            "workers": 0,
-            "warmup_steps": 0,
-            "save_every": 0,
-            "selected_after": 0,
-        }.items():
+        ones = ("epochs", "steps", "batch_size", "accumulate", "val_every", "val_images", "log_every", "threads")
+        least = dict.fromkeys(ones, 1) | dict.fromkeys(("workers", "warmup_steps", "save_every", "selected_after"), 0)
+        for name, limit in least.items():
             value = getattr(self, name)
             if value is not None and value < limit:
                 raise ConfigError(f"train.{name} is at least {limit}, not {value}")
