@@ -44,6 +44,7 @@ LEVELS = {
     "sievit.report": 8,
     "sievit.recipes": 8,
     "sievit.released": 9,
+    "sievit.tune": 9,
     "sievit.cli": 10,
     "sievit.__main__": 11,
 }

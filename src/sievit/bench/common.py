@@ -241,11 +241,11 @@ def load_images(folder: Path | None, size: Size | None, count: int) -> list[Tens
         pictures = [scene.permute(2, 0, 1).float() / 255 for scene in scenes]
     else:
         pictures = [to_tensor(read_image(path)).float() / 255 for path in list_images(folder)[:count]]
-        pictures = pictures if size is None else [_fitted(picture, size) for picture in pictures]
+        pictures = pictures if size is None else [fitted(picture, size) for picture in pictures]
     return (pictures * math.ceil(count / len(pictures)))[:count]
 
 
-def _fitted(picture: Tensor, size: Size) -> Tensor:
+def fitted(picture: Tensor, size: Size) -> Tensor:
     """(3, h, w) in 0..1: resized to cover `size`, then cropped around the middle."""
     scale = max(size[0] / picture.shape[1], size[1] / picture.shape[2])
     shape = [max(side, round(own * scale)) for side, own in zip(size, picture.shape[1:], strict=True)]

@@ -6,7 +6,7 @@ Exit status: 0 done, 1 something could not be done, 2 something the user has to 
 import sys
 from collections.abc import Sequence
 
-from sievit.cli import bench, card, convert, data, demo, eval, flops, init, lists, predict, sweep, train
+from sievit.cli import bench, card, convert, data, demo, eval, flops, init, lists, predict, sweep, train, tune
 from sievit.cli.command import Command
 from sievit.config import ConfigError, nearest
 from sievit.memory import keep_memory
@@ -70,6 +70,7 @@ COMMANDS = {
     "eval": Command("MODEL", "accuracy, tokens, GFLOPs and latency", eval.evaluate),
     "predict": Command("MODEL IMAGES", "find objects or label pixels, in an image or a folder", predict.predict),
     "sweep": Command("MODEL", "a segmenter at many thresholds: table and plot", sweep.sweep),
+    "tune": Command("CHECKPOINT", "a model made fast on this device: what pays, to a target", tune.tune),
     "card": Command("MODEL", "a folder for the Hugging Face Hub: weights, configuration, card", card.card),
     "convert svit": Command("FILE", "a released SViT-Adapter", convert.svit),
     "convert vit_adapter": Command("FILE", "a released dense ViT-Adapter", convert.vit_adapter),

@@ -1,0 +1,464 @@
+"""Tuning: what pays on this device, at this size and batch, and no more than the target allows."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from sievit.bench.common import fitted
+from sievit.bench.network import as_given
+from sievit.config import ConfigError, kind_of, to_json
+from sievit.data.coco import CocoDetection
+from sievit.data.images import list_images, read_image, to_tensor
+from sievit.data.labels import LabelDataset
+from sievit.detector import Detector
+from sievit.devices import device_name
+from sievit.engine.evaluate import evaluate, headline
+from sievit.files import write_atomically
+from sievit.model import Model, model_file, read, save
+from sievit.policies import PolicyConfig
+from sievit.report import open_model
+from sievit.report.common import find_model
+from sievit.report.detection import open_annotations
+from sievit.report.semantic import LabelFiles, open_labels
+from sievit.tune.goals import Aim, AsItIs, Drop, Found, Milliseconds, Operations
+from sievit.tune.guard import Verdict, judge, loses, unsure
+from sievit.tune.kinds import Kind, StaticExits, StaticGates, Turn, kinds
+from sievit.tune.subject import DENSE, Clock, Ratio, Subject, wall_clock
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What is wanted; at most one of them. Without any the model's own setting stays, where it pays.
+
+    Attributes:
+        target_ms: milliseconds per image, at most; everything from images in memory to answers on their pixels.
+        target_gflops: GFLOPs per image, at most, mean over the images.
+        max_drop: points of AP or mIoU, at most, below the dense model; needs annotated images.
+    """
+
+    target_ms: float | None = None
+    target_gflops: float | None = None
+    max_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {f"--{name.replace('_', '-')}": v for name, v in vars(self).items() if v is not None}
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)}: give one target at a time")
+        for name, value in given.items():
+            if value < 0 or (value == 0 and name != "--max-drop"):
+                raise ConfigError(f"{name} {value:g}: must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Annotated images, for the accuracy.
+
+    Attributes:
+        annotations: COCO annotation file, for a detector.
+        labels: folder of label images, for a segmenter.
+        eval_limit: only the first so many annotated images are judged.
+    """
+
+    annotations: Path | None = None
+    labels: Path | None = None
+    eval_limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How it is measured.
+
+    Attributes:
+        size: height and width that images are cropped and resized to; by default the model's own rule decides.
+        batch_size: images at once.
+        repeats: timed rounds, in each of which everything that is compared runs once; at least 3.
+        num_images: so many images of the folder, evenly spread, are timed and counted.
+        modes: `dynamic` chooses by image, `static` as many tokens in every image.
+        quantile: of the shares that the images keep, for static counts; by default their mean.
+        multiple: static counts are rounded up to a multiple of it.
+    """
+
+    size: Size | None = None
+    batch_size: int = 1
+    repeats: int = 15
+    num_images: int = 16
+    modes: tuple[str, ...] = ("dynamic", "static")
+    quantile: float | None = None
+    multiple: int = 8
+
+    def __post_init__(self) -> None:
+        if self.repeats < 3 or self.batch_size < 1 or self.num_images < 1 or self.multiple < 1:
+            raise ConfigError("--repeats is at least 3; --batch-size, --num-images and --multiple are at least 1")
+        if self.quantile is not None and not 0 <= self.quantile <= 1:
+            raise ConfigError(f"--quantile {self.quantile:g}: is from 0 to 1")
+        if not self.modes or not set(self.modes) <= {"dynamic", "static"}:
+            raise ConfigError(f"--modes {' '.join(self.modes)}: are dynamic, static, or both")
+
+
+@dataclass
+class Candidate:
+    """A policy in one mode, tuned."""
+
+    kind: Kind
+    found: Found
+    verdicts: list[Verdict]
+    off: set[int]
+
+    @property
+    def config(self) -> PolicyConfig:
+        return self.found.config
+
+
+@torch.inference_mode()
+def tune(
+    path: Path,
+    images: Path,
+    out: Path,
+    *,
+    goal: Goal = Goal(),
+    judged: Judged = Judged(),
+    tuning: Tuning = Tuning(),
+    label_files: LabelFiles = LabelFiles(),  # noqa: B008
+    policy: str | None = None,
+    device: str = "auto",
+    clock: Clock = wall_clock,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Write a model that is as fast as the policy allows on this device, and never slower than dense; and a report.
+
+    Blocks that are slower with tokens left out are computed for all tokens; the dial of the policy (SViT: the threshold
+    of its logits, or its budget; DToP: the grade; others: their shares) is turned to the target; dynamic and static
+    counts race, together with the dense model. Where no policy wins, by the lower quartile of paired ratios, the
+    one that is written computes every token.
+
+    Args:
+        path: checkpoint, folder of a training run, or name of a model that comes with sievit.
+        images: folder of images to measure on, like those that the model will see.
+        out: the .safetensors file to write; the report is written beside it, as .json.
+        policy: takes the place of the model's own.
+        clock: takes times; to be replaced in tests.
+        console: where progress goes; None for nowhere.
+
+    Returns:
+        The report: see `docs/speed.md`.
+
+    Raises:
+        ConfigError: options that do not go together, a policy without anything to tune, no readable image, or a target
+            that no setting reaches; nothing is written then.
+    """
+    where = find_model(path)
+    if goal.max_drop is not None and judged.annotations is None and judged.labels is None:
+        raise ConfigError("--max-drop needs annotated images: give --annotations (detector) or --labels (segmenter)")
+    if out.resolve() == model_file(where).resolve():
+        raise ConfigError(f"{out}: is the model that is tuned, which would be lost; give another --out")
+    own = open_model(where, policy=policy, device=device)
+    accuracy = _accuracy(own, images, judged, label_files, console)
+    pictures, failures = _pictures(images, tuning)
+    model = own if tuning.size is None else as_given(own)
+    subject = Subject(model, _batches(pictures, tuning.batch_size), clock, console)
+    say = (lambda text: None) if console is None else lambda text: console.print(text, style="dim", highlight=False)
+    say(f"{len(pictures)} images, counting")
+    ways = kinds(subject, tuning.modes, quantile=tuning.quantile, multiple=tuning.multiple)
+    aim = _aim(goal, subject, tuning, accuracy)
+    candidates, why = _candidates(subject, ways, aim, tuning, say)
+    chosen, why, raced = _race(subject, candidates, aim, tuning, why, say)
+    config: PolicyConfig = DENSE if chosen is None else chosen.config
+    figures = _report(subject, goal, aim, tuning, candidates, chosen, raced, why, accuracy)
+    figures = {
+        "out": str(out),
+        "report": str(out.with_suffix(".json")),
+        "model": str(path),
+        "images": len(pictures),
+        "size": None if tuning.size is None else list(tuning.size),
+        "batch_size": tuning.batch_size,
+        "repeats": tuning.repeats,
+        "device": device_name(model.device),
+        "torch": torch.__version__,
+        "load": [round(value, 2) for value in os.getloadavg()],
+        **figures,
+        **({"failures": failures} if failures else {}),
+    }
+    half = any(tensor.dtype == torch.float16 for tensor in read(model_file(where))[1].values())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save(subject.with_policy(config, own), out, half=half)
+    write_atomically(out.with_suffix(".json"), (json.dumps(figures, indent=1) + "\n").encode())
+    return figures
+
+
+def _pictures(folder: Path, tuning: Tuning) -> tuple[list[Tensor], list[str]]:
+    """Images (3, h, w), evenly spread over a folder, and what is wrong with those that cannot be read."""
+    paths = list_images(folder)
+    if tuning.num_images < len(paths):
+        paths = [paths[i * len(paths) // tuning.num_images] for i in range(tuning.num_images)]
+    pictures, failures = [], []
+    for path in paths:
+        try:
+            picture = to_tensor(read_image(path))
+        except ConfigError as error:
+            failures.append(str(error))
+            continue
+        pictures.append(picture if tuning.size is None else fitted(picture.float() / 255, tuning.size))
+    if not pictures:
+        raise ConfigError(f"{folder}: none of its {len(paths)} images can be read; the first: {failures[0]}")
+    return pictures, failures
+
+
+def _batches(pictures: Sequence[Tensor], batch_size: int) -> list[list[Tensor]]:
+    """Full batches; where there are fewer images than one holds, they are repeated."""
+    count = max(1, len(pictures) // batch_size)
+    return [[pictures[(i * batch_size + j) % len(pictures)] for j in range(batch_size)] for i in range(count)]
+
+
+def _accuracy(
+    model: Model, images: Path, judged: Judged, files: LabelFiles, console: Console | None
+) -> "_Accuracy | None":
+    """What judges policies, if there are annotations."""
+    if judged.annotations is None and judged.labels is None:
+        return None
+    dataset: CocoDetection | LabelDataset
+    if isinstance(model, Detector):
+        if judged.annotations is None or judged.labels is not None:
+            raise ConfigError("the model is a detector; give --annotations, a file in COCO's format")
+        dataset = open_annotations(model, images, judged.annotations)
+    else:
+        if judged.labels is None or judged.annotations is not None:
+            raise ConfigError("the model is a segmenter; give --labels, a folder of label images")
+        dataset = open_labels(model, images, judged.labels, files)
+    return _Accuracy(model, dataset, judged.eval_limit, console)
+
+
+class _Accuracy:
+    """Points (0..100) of policies on annotated images, as `sievit eval` finds them."""
+
+    def __init__(
+        self, model: Model, dataset: CocoDetection | LabelDataset, limit: int | None, console: Console | None
+    ) -> None:
+        self.subject = Subject(model, [])
+        self.dataset, self.limit, self.console = dataset, limit, console
+        self.measure = ""
+        self.known: dict[PolicyConfig, float] = {}
+
+    def __call__(self, config: PolicyConfig) -> float:
+        if config not in self.known:
+            figures = evaluate(
+                self.subject.with_policy(config),
+                self.dataset,
+                limit=self.limit,
+                skip_failures=True,
+                console=self.console,
+                title="evaluating",
+            )
+            self.measure = headline(figures)
+            self.known[config] = 100 * figures[self.measure]
+        return self.known[config]
+
+
+def _aim(goal: Goal, subject: Subject, tuning: Tuning, accuracy: _Accuracy | None) -> Aim:
+    if goal.target_gflops is not None:
+        return Operations(subject, goal.target_gflops)
+    if goal.target_ms is not None:
+        return Milliseconds(subject, goal.target_ms, max(3, tuning.repeats // 2))
+    if goal.max_drop is not None:
+        assert accuracy is not None
+        return Drop(subject, goal.max_drop, accuracy)
+    return AsItIs()
+
+
+def _candidates(
+    subject: Subject, ways: Sequence[Kind], aim: Aim, tuning: Tuning, say: Callable[[str], None]
+) -> tuple[list[Candidate], str]:
+    """Each mode turned to the target, and why there is none, if so.
+
+    Raises:
+        ConfigError: no setting of any mode reaches the target.
+    """
+    if aim.dense_suffices():
+        return [], "the dense model meets the target"
+    candidates, missed, why = [], [], ""
+    before: Found | None = None
+    for kind in ways:
+        if before is not None and isinstance(kind, StaticGates | StaticExits):
+            kind.calibrate(before.config)
+        say(f"{kind.mode}: turning the dial")
+        own = kind.own()
+        found = aim.find(_dials(kind, aim), own, lambda config: config, start=None if before is None else own)
+        if isinstance(aim, Drop) and not found.met:
+            why = "every setting that was tried loses more accuracy than it may"
+            continue
+        if kind.mode == "dynamic":
+            before = found
+        say(f"{kind.mode}: blocks, dense against pruned")
+        verdicts = judge(subject, kind, found.config, tuning.repeats)
+        off = {verdict.part.start for verdict in verdicts if loses(verdict)}
+        if verdicts and len(off) == len(verdicts):
+            why = "every block is slower with tokens left out"
+            candidates.append(Candidate(kind, found, verdicts, off))
+            continue
+        if off:
+            found = _again(kind, aim, off, found)
+        candidate = Candidate(kind, found, verdicts, off)
+        if found.met:
+            candidates.append(candidate)
+        elif not isinstance(aim, Drop):
+            missed.append(candidate)
+    if missed and not candidates:
+        raise ConfigError(_unreachable(aim, missed[0]))
+    return candidates, why
+
+
+def _dials(kind: Kind, aim: Aim) -> list[Turn]:
+    return [] if isinstance(aim, AsItIs) else kind.dials()
+
+
+def _again(kind: Kind, aim: Aim, off: set[int], before: Found) -> Found:
+    """The dial once more, with some of the blocks dense."""
+    start = before.config if isinstance(kind, StaticGates | StaticExits) else None
+    found = aim.find(_dials(kind, aim), kind.own(), lambda config: kind.without(config, off), start=start)
+    return replace(found, tried=before.tried + found.tried)
+
+
+def _unreachable(aim: Aim, candidate: Candidate) -> str:
+    """What is told of a target that no setting reaches."""
+    least = min((step[aim.name] for step in candidate.found.tried), default=None)
+    assert isinstance(aim, Milliseconds | Operations)
+    blocks = f" (blocks {', '.join(map(str, sorted(candidate.off)))} are faster dense)" if candidate.off else ""
+    return (
+        f"--target-{aim.name} {aim.target:g}: out of reach; with hardly any tokens left the model takes {least:g}, "
+        f"the dense one {aim.cost(DENSE):g}{blocks}; give a target in between, a smaller --size or a smaller model"
+    )
+
+
+def _race(
+    subject: Subject, candidates: list[Candidate], aim: Aim, tuning: Tuning, why: str, say: Callable[[str], None]
+) -> tuple[Candidate | None, str, dict[int, tuple[list[float], list[float]]]]:
+    """All that is left against the dense model, in turns: who wins, why, and the times (dense, own) of each."""
+    raced: dict[int, tuple[list[float], list[float]]] = {}
+    running = [c for c in candidates if not c.verdicts or len(c.off) < len(c.verdicts)]
+    while running:
+        say(f"racing: dense, {', '.join(c.kind.mode for c in running)}")
+        dense, *others = subject.race([DENSE, *(c.config for c in running)], tuning.repeats)
+        raced |= {id(c): (dense, own) for c, own in zip(running, others, strict=True)}
+        wins = [c for c, own in zip(running, others, strict=True) if Ratio.of(dense, own).low > 1]
+        if wins:
+            best = _best(wins, raced, aim, subject)
+            return best, _because(best, wins, raced), raced
+        why = "no policy was faster than the dense model by more than the noise"
+        running = [c for c in (_cautious(c, aim) for c in running) if c is not None]
+        candidates += running
+    return None, why, raced
+
+
+def _cautious(candidate: Candidate, aim: Aim) -> Candidate | None:
+    """The same with every block dense that is not clearly faster; None where that changes nothing, or is dense."""
+    kind = candidate.kind
+    off = candidate.off | {verdict.part.start for verdict in candidate.verdicts if unsure(verdict)}
+    if off == candidate.off or len(off) >= len(candidate.verdicts):
+        return None
+    found = _again(kind, aim, off, candidate.found)
+    return Candidate(kind, found, candidate.verdicts, off) if found.met else None
+
+
+def _best(
+    wins: list[Candidate], raced: dict[int, tuple[list[float], list[float]]], aim: Aim, subject: Subject
+) -> Candidate:
+    """The faster one, the first (dynamic) where it is within the noise; at a time that was asked for the one that
+    computes more."""
+    if isinstance(aim, Milliseconds):
+        return max(wins, key=lambda c: subject.spent(c.config).gflops)
+    best = wins[0]
+    for other in wins[1:]:
+        if Ratio.of(raced[id(best)][1], raced[id(other)][1]).low > 1:
+            best = other
+    return best
+
+
+def _because(best: Candidate, wins: list[Candidate], raced: dict[int, tuple[list[float], list[float]]]) -> str:
+    dense, own = raced[id(best)]
+    ratio = Ratio.of(dense, own)
+    said = f"{best.kind.mode} is {ratio.median:.2f} times as fast as dense ({ratio.low:.2f} to {ratio.high:.2f})"
+    for other in wins:
+        if other is not best:
+            ratio = Ratio.of(raced[id(other)][1], own)
+            said += f", and {ratio.median:.2f} times as fast as {other.kind.mode} ({ratio.low:.2f} to {ratio.high:.2f})"
+    return said
+
+
+def _report(
+    subject: Subject,
+    goal: Goal,
+    aim: Aim,
+    tuning: Tuning,
+    candidates: list[Candidate],
+    chosen: Candidate | None,
+    raced: dict[int, tuple[list[float], list[float]]],
+    why: str,
+    accuracy: _Accuracy | None,
+) -> dict[str, Any]:
+    if chosen is None:
+        times = next(iter(raced.values()), None)
+        dense_ms = subject.race([DENSE], tuning.repeats)[0] if times is None else times[0]
+        own_ms = dense_ms
+    else:
+        dense_ms, own_ms = raced[id(chosen)]
+    config = DENSE if chosen is None else chosen.config
+
+    def row(config: PolicyConfig, taken: list[float] | None) -> dict[str, Any]:
+        spent = subject.spent(config)
+        figures: dict[str, Any] = {
+            "gflops": round(spent.gflops, 6),
+            "keep": [round(share, 4) for share in spent.shares.double().mean(1).tolist()],
+        }
+        if taken is not None:
+            ordered = sorted(taken)
+            figures["ms"] = round(median(ordered), 3)
+            figures["ms_p95"] = round(ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))], 3)
+        if accuracy is not None and config in accuracy.known:
+            figures[accuracy.measure] = round(accuracy.known[config], 3)
+        return figures
+
+    if accuracy is not None:
+        for judged in (DENSE, config):
+            accuracy(judged)
+    wanted = {name: value for name, value in vars(goal).items() if value is not None}
+    dense, tuned = row(DENSE, dense_ms), row(config, own_ms)
+    met = True
+    if goal.target_gflops is not None:
+        met = tuned["gflops"] <= goal.target_gflops * (1 + Operations.tolerance)
+    if goal.target_ms is not None:
+        met = tuned["ms"] <= goal.target_ms * (1 + 2 * Milliseconds.tolerance)
+    rows = []
+    for candidate in candidates:
+        taken = raced.get(id(candidate))
+        rows.append(
+            {
+                "mode": candidate.kind.mode,
+                **candidate.kind.settings(candidate.config),
+                **row(candidate.config, None if taken is None else taken[1]),
+                "speedup": None if taken is None else Ratio.of(*taken).to_json(),
+                "blocks": [v.to_json(dense=v.part.start in candidate.off) for v in candidate.verdicts],
+                "tried": list(candidate.found.tried),
+                "chosen": candidate is chosen,
+            }
+        )
+    return {
+        "tokens": round(subject.spent(DENSE).tokens),
+        "target": {**wanted, "met": met} if wanted else None,
+        "policy": kind_of(config),
+        "mode": "dense" if chosen is None else chosen.kind.mode,
+        "why": why,
+        "dense": dense,
+        "tuned": tuned,
+        "speedup": {**Ratio.of(dense_ms, own_ms).to_json(), "pairs": len(own_ms)},
+        "settings": to_json(config),
+        "candidates": rows,
+    }
