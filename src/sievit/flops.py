@@ -336,7 +336,10 @@ def _per_box(head: MaskRCNN, branch: str) -> float:
 
 def _count(module: nn.Module, *args: object, **kwargs: object) -> float:
     """Multiply-adds of a call on shapes alone, without touching the module."""
-    state = {name: value.to("meta") for name, value in (*module.named_parameters(), *module.named_buffers())}
+    state = {
+        name: value.to("meta", torch.float32 if value.is_floating_point() else value.dtype)
+        for name, value in (*module.named_parameters(), *module.named_buffers())
+    }
     training = module.training
     module.eval()
     try:
