@@ -34,14 +34,22 @@ format: $(READY)  ## put the code into its format
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-bench: $(READY)  ## time blocks and a whole segmenter, dense against sparse, on this machine
-	@$(BIN)/sievit bench blocks $(ARGS)
-	@$(BIN)/sievit bench network $(ARGS)
+bench: $(READY)  ## time blocks, backbone, network and a detector's parts, dense against sparse: about 5 minutes, out/bench
+	@$(BIN)/sievit bench blocks --batches 1 --repeats 5 --out out/bench $(ARGS)
+	@$(BIN)/sievit bench backbone --sizes 512 512 --batches 1 --repeats 5 --out out/bench $(ARGS)
+	@$(BIN)/sievit bench network --sizes 512 512 --batches 1 --repeats 5 --out out/bench $(ARGS)
+	@$(BIN)/sievit bench heads --repeats 3 --out out/bench $(ARGS)
 
-bench-gpu: $(READY)  ## the tests that need a GPU, then the times there
+ON_GPU := --device cuda --precision bfloat16 --batches 1 4 8 32 --repeats 15 --out out/bench-gpu
+EVERY_MODE := dense dense_compiled dense_graphs dynamic bucketed bucketed_graphs static static_compiled static_graphs
+SIZES_GPU := 512 512 800 1216 1024 1024
+
+bench-gpu: $(READY)  ## the tests that need a GPU, then all benches there, in bfloat16 and every mode: out/bench-gpu
 	$(BIN)/pytest -m gpu
-	@$(BIN)/sievit bench blocks --device cuda $(ARGS)
-	@$(BIN)/sievit bench network --device cuda $(ARGS)
+	@$(BIN)/sievit bench blocks --models vit_s vit_b --sizes $(SIZES_GPU) --modes $(EVERY_MODE) $(ON_GPU) $(ARGS)
+	@$(BIN)/sievit bench backbone --models vit_s --sizes $(SIZES_GPU) --modes $(EVERY_MODE) $(ON_GPU) $(ARGS)
+	@$(BIN)/sievit bench network --models vit_b vit_l --modes $(EVERY_MODE) $(ON_GPU) $(ARGS)
+	@$(BIN)/sievit bench heads --sizes $(SIZES_GPU) $(ON_GPU) $(ARGS)
 
 clean:  ## remove what was produced; the environment stays
 	rm -rf out dist .pytest_cache .ruff_cache .hypothesis

@@ -1,7 +1,10 @@
 """The bench keeps the shares it was told to, on the pictures it was given, and reports what it timed."""
 
+import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,13 @@ from sievit.bench import (
     bench_network,
 )
 from sievit.bench.backbone import ADAPTERS
-from sievit.bench.blocks import calibrated
-from sievit.bench.common import SIZES, load_images, load_pictures, peak_mb
+from sievit.bench.blocks import calibrated, frozen
+from sievit.bench.common import SIZES, load_images, load_pictures
 from sievit.bench.heads import parts_of, stopwatch
+from sievit.bench.meters import counted_syncs, memory
+from sievit.bench.modes import MODES, Way, static_config
 from sievit.bench.network import SEGMENTERS, calibrated_exits, dense_policy, random_segmenter, time_model
+from sievit.bench.plot import draw_rows
 from sievit.config import ConfigError
 from sievit.detector import Detector, DetectorConfig
 from sievit.flops import model_gflops
@@ -34,7 +40,8 @@ from sievit.heads import ATMConfig, MaskRCNNConfig, build_head
 from sievit.inputs import InputConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.necks.pyramid import PyramidConfig
-from sievit.policies import DToPConfig, KeepAllConfig, RandomConfig
+from sievit.packed import Packing
+from sievit.policies import DToPConfig, KeepAllConfig, RandomConfig, SViTConfig
 from sievit.tokens import Trace
 from sievit.vit import ViTConfig
 
@@ -51,15 +58,107 @@ def test_calibrated_gates_keep_their_share_of_these_pictures() -> None:
     assert shares[3:].tolist() == pytest.approx([sparse.targets[i] for i in range(3)], abs=0.03)
 
 
-def test_a_row_holds_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+CPU = torch.device("cpu")
+EVERY_ROW = {"model", "size", "batch", "device", "precision", "mode", "tokens", "dense_ms", "dense_ms_p95", "sparse_ms"}
+EVERY_ROW |= {"sparse_ms_p95", "speedup", "predicted", "realised", "realised_quartiles", "pairs", "gflops", "keep"}
+EVERY_ROW |= {"memory_mb", "syncs", "sync_places"}
+
+
+def test_a_row_for_each_mode_holds_what_was_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(SIZES, "tiny", TINY)
-    config = BlocksBench(models=("tiny",), sizes=((64, 96),), batches=(2,), repeats=3)
+    modes = ("dense", "dynamic", "bucketed", "static")
+    config = BlocksBench(
+        models=("tiny",), sizes=((64, 96),), batches=(2,), repeats=3, modes=(*modes, "static_graphs"), out=tmp_path
+    )
     result = bench_blocks(config, Console(quiet=True))
-    (row,) = result["rows"]
-    assert row["tokens"] == 24 and row["batch"] == 2 and row["pairs"] == 3
-    assert row["dense_ms"] > 0 and row["sparse_ms"] > 0
-    assert row["predicted"] > 1.1, "fewer tokens cost less"
-    assert len(row["keep"]) == 6
+    *rows, graphs = result["rows"]
+    assert [row["mode"] for row in rows] == list(modes)
+    for row in rows:
+        assert set(row) >= EVERY_ROW
+        assert row["tokens"] == 24 and row["batch"] == 2 and row["pairs"] == 3 and row["size"] == [64, 96]
+        assert row["dense_ms_p95"] >= row["dense_ms"] > 0 and row["sparse_ms_p95"] >= row["sparse_ms"] > 0
+        assert len(row["keep"]) == 6 and min(row["memory_mb"]) > 0
+    dense, dynamic, bucketed, static = rows
+    assert dense["predicted"] == 1 and dense["keep"] == [1.0] * 6 and dense["syncs"] == 0
+    assert "predicted_blocks" not in dense, "there are no gates"
+    assert dynamic["predicted_blocks"] > dynamic["predicted"] > 1.1, "fewer tokens cost less, and gates cost something"
+    assert bucketed["keep"] == dynamic["keep"] and bucketed["syncs"] < dynamic["syncs"]
+    assert static["syncs"] == 0
+    for share, of_choice in zip(static["keep"], dynamic["keep"], strict=True):
+        assert of_choice - 1e-3 <= share < of_choice + 8 / 24 and round(share * 24) in (8, 16, 24)
+    assert graphs["skipped"] == "graphs are CUDA's"
+    assert json.loads((tmp_path / "blocks.json").read_text())["rows"] == result["rows"]
+    with Image.open(tmp_path / "blocks.png") as picture:
+        assert picture.width > 800
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("mode", ["bucketed", "static"])
+def test_what_is_timed_is_what_the_model_says(mode: str) -> None:
+    """The dynamic choice in buckets gives the numbers of the packed one; static counts those of the same counts."""
+    pictures = load_pictures(None, (96, 128), 3)
+    vit, (_, sparse) = calibrated(TINY, pictures, (0.7, 0.3))
+    _, trace = vit(pictures, sparse)
+    policy = frozen(sparse, [trace], 8) if mode == "static" else sparse
+    got, own = vit(pictures, policy, mode=Way.of(mode).executor)
+    expected, _ = vit(pictures, policy, mode="masked")
+    torch.testing.assert_close(got.x, expected.x, atol=1e-5, rtol=1e-4)
+    if mode == "static":
+        wanted = (trace.shares()[3:].mean(1) * 48 / 8 - 1e-6).ceil() * 8
+        assert own.counts()[3:, 0].tolist() == wanted.tolist()
+
+
+def test_static_exits_leave_as_many_as_the_dynamic_ones() -> None:
+    segmenter = random_segmenter(TINY, HEAD, (1, 3, 5)).eval()
+    pictures = load_pictures(None, (256, 320), 2)
+    with torch.inference_mode():
+        policy = calibrated_exits(segmenter, pictures, (0.3, 0.6), 1)
+        traces = [segmenter.net(picture[None], policy=policy)[1] for picture in pictures]
+        config = static_config(policy, traces, 1)
+        assert isinstance(config, DToPConfig) and config.static_left == pytest.approx((0.3, 0.6), abs=0.02)
+        trace = segmenter.net(pictures, policy=segmenter.net.build_policy(config).eval())[1]
+    left = [gone.double().mean(1).tolist() for gone in trace.exited[:2]]
+    assert left == [pytest.approx([share] * 2, abs=1 / 320) for share in config.static_left]
+    assert static_config(segmenter.net.build_policy(DToPConfig(preserve=True)), traces, 1) is None
+
+
+def test_an_unknown_mode_is_named() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'static_compiled'"):
+        Way.of("static_compile")
+    assert [Way.of(name).name for name in MODES] == list(MODES)
+
+
+def test_a_mode_that_cannot_be_compiled_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a C++ compiler, say; the other rows are there all the same."""
+
+    def no_compiler(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Any) -> None:
+            raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand more")
+
+        return call
+
+    monkeypatch.setitem(SIZES, "tiny", TINY)
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    config = BlocksBench(
+        models=("tiny",), sizes=((64, 96),), batches=(1,), repeats=2, modes=("dense_compiled", "dense")
+    )
+    console = Console(record=True, width=200, quiet=False, file=StringIO())
+    first, second = bench_blocks(config, console)["rows"]
+    assert first["skipped"] == "RuntimeError: InvalidCxxCompiler: No working C++ compiler found"
+    assert first["model"] == "tiny" and "speedup" not in first and "skipped" not in second
+    assert "dense_compiled: RuntimeError: InvalidCxxCompiler" in console.export_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_modes_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minutes: `torch.compile` on CPU."""
+    monkeypatch.setitem(SIZES, "tiny", replace(TINY, depth=4))
+    modes = ("dense_compiled", "static_compiled", "bucketed_compiled")
+    config = BlocksBench(models=("tiny",), sizes=((64, 96),), batches=(2,), repeats=2, modes=modes, targets=(0.5,))
+    rows = bench_blocks(config, Console(quiet=True))["rows"]
+    assert all("skipped" not in row and row["sparse_ms"] > 0 for row in rows), rows
+    assert rows[0]["predicted"] == 1 and rows[1]["predicted"] > 1 and rows[1]["syncs"] == 0
 
 
 def test_pictures_of_a_folder_are_fitted(tmp_path: Path) -> None:
@@ -95,7 +194,9 @@ def test_a_row_of_a_network_holds_what_was_timed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(SIZES, "tiny", TINY)
     monkeypatch.setitem(SEGMENTERS, "tiny", (HEAD, (1, 3, 5)))
     config = NetworkBench(models=("tiny",), sizes=((256, 320),), batches=(2,), repeats=3, keep_per_class=1)
-    (row,) = bench_network(config, Console(quiet=True))["rows"]
+    dense, row, static = bench_network(config, Console(quiet=True))["rows"]
+    assert [each["mode"] for each in (dense, row, static)] == ["dense", "dynamic", "static"]
+    assert dense["left"] == [] and static["left"] == pytest.approx([0.35, 0.55], abs=0.05) and static["syncs"] == 0
     assert row["tokens"] == 320 and row["batch"] == 2 and row["pairs"] == 3
     assert row["dense_ms_p95"] >= row["dense_ms"] > 0 and row["sparse_ms_p95"] >= row["sparse_ms"] > 0
     assert row["left"] == pytest.approx([0.35, 0.55], abs=0.05)
@@ -164,6 +265,7 @@ def test_a_trained_model_is_timed_by_its_own_rules(tmp_path: Path, pictures: Pat
         images=pictures,
         batches=(3,),
         repeats=2,
+        modes=("dynamic",),
     )
     rows = bench_network(config, Console(quiet=True))["rows"]
     assert [row["model"] for row in rows] == ["balls", "dense"]
@@ -180,11 +282,57 @@ def test_a_trained_model_is_timed_by_its_own_rules(tmp_path: Path, pictures: Pat
     assert row["size"] == [128, 96] and row["tokens"] == 8 * 6
 
 
+def test_static_counts_of_a_trained_detector_and_its_compiled_backbone(tmp_path: Path) -> None:
+    """A compiled mode sees the backbone alone, once for each pass, and leaves nothing behind."""
+    detector = sievit.build(replace(tiny_detector().config, policy=SViTConfig(first_block=1, targets=(0.5,)))).eval()
+    seen = []
+
+    def compiler(call: Callable[..., Any], *, fullgraph: bool, **options: Any) -> Callable[..., Any]:
+        assert fullgraph
+
+        def compiled(given: Any) -> Any:
+            seen.append(given)
+            return call(given)
+
+        return compiled
+
+    images = [[torch.rand(3, 64, 96)] for _ in range(2)]
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(torch, "compile", compiler)
+        config = NetworkBench(modes=("static", "static_compiled"))
+        static, compiled = time_model(detector, images, config)
+    assert len(seen) == 2 + 2 + 1, "warm-up, two timed, and for the memory"
+    assert compiled["keep"] == static["keep"] and compiled["policy"] == "svit" and static["syncs"] < 60
+    assert "forward" not in vars(detector.backbone)
+    with torch.inference_mode():
+        (row,) = time_model(detector, [*images, [torch.rand(3, 32, 96)]], NetworkBench(modes=("static_compiled",)))
+    assert "give --sizes" in row["skipped"]
+
+
+@pytest.mark.parametrize("bench", ["blocks", "backbone", "network", "heads"])
+def test_benches_run_in_bfloat16(monkeypatch: pytest.MonkeyPatch, bench: str) -> None:
+    tiny_names(monkeypatch)
+    monkeypatch.setitem(SEGMENTERS, "tiny", (HEAD, (1, 3, 7)))
+    monkeypatch.setattr("sievit.bench.heads.HEAD", tiny_detector().config.head)
+    options: dict[str, Any] = {"models": ("tiny",), "sizes": ((96, 128),), "batches": (2,), "repeats": 2}
+    options["precision"] = "bfloat16"
+    kinds: dict[str, tuple[Any, Any]] = {
+        "blocks": (BlocksBench, bench_blocks),
+        "backbone": (BackboneBench, bench_backbone),
+        "network": (NetworkBench, bench_network),
+        "heads": (HeadsBench, bench_heads),
+    }
+    config, run = kinds[bench]
+    rows = run(config(**options), Console(quiet=True))["rows"]
+    assert [row["mode"] for row in rows] == (["dynamic"] if bench == "heads" else ["dense", "dynamic", "static"])
+    assert all(row["precision"] == "bfloat16" and row["sparse_ms"] > 0 for row in rows)
+
+
 @torch.inference_mode()
 def test_gflops_and_shares_of_a_row_are_the_model_s(pictures: Path) -> None:
     detector = tiny_detector(with_masks=False)
     images = load_images(pictures, None, 3)
-    figures = time_model(detector, [[image] for image in images])
+    (figures,) = time_model(detector, [[image] for image in images], NetworkBench(modes=("dynamic",)))
     dense = [model_gflops(detector, detector([i], policy=dense_policy(detector))).item() for i in images]
     assert figures["gflops"][0] == pytest.approx(sum(dense) / 3, abs=0.0001)
     assert figures["keep"][0] == 1.0 and figures["keep"][1:] == pytest.approx([0.5] * 3, abs=0.03)
@@ -194,8 +342,9 @@ def test_thresholds_make_a_dense_segmenter_sparse(tmp_path: Path) -> None:
     path = tmp_path / "dense.safetensors"
     sievit.save(random_segmenter(TINY, HEAD, (1, 3, 5)), path)
     config = NetworkBench(checkpoints=(path,), thresholds=(0.3,), sizes=((64, 96),), batches=(1,), repeats=2)
-    (row,) = bench_network(config, Console(quiet=True))["rows"]
-    assert row["policy"] == "dtop" and row["keep"][-1] < 1
+    dense, row, static = bench_network(config, Console(quiet=True))["rows"]
+    assert dense["keep"][-1] == 1 and row["policy"] == "dtop" and row["keep"][-1] < 1
+    assert static["mode"] == "static" and static["keep"][-1] == pytest.approx(row["keep"][-1], abs=0.34)
     with pytest.raises(ConfigError, match=r"dense\.safetensors: its policy computes every token"):
         bench_network(replace(config, thresholds=None))
     with pytest.raises(ConfigError, match="not of 'random'"):
@@ -205,13 +354,78 @@ def test_thresholds_make_a_dense_segmenter_sparse(tmp_path: Path) -> None:
 
 
 def test_memory_is_what_is_held_at_once() -> None:
-    device = torch.device("cpu")
-    one = peak_mb(lambda: torch.zeros(500, 500).sum(), device)
+    one = memory(lambda: torch.zeros(500, 500).sum(), CPU).peak
     assert one == pytest.approx(1.0, abs=0.1)
-    in_turn = peak_mb(lambda: [torch.zeros(500, 500).sum() for _ in range(5)], device)
+    in_turn = memory(lambda: [torch.zeros(500, 500).sum() for _ in range(5)], CPU).peak
     assert in_turn == pytest.approx(one, abs=0.1)
-    together = peak_mb(lambda: torch.stack([torch.zeros(500, 500) for _ in range(5)]), device)
+    together = memory(lambda: torch.stack([torch.zeros(500, 500) for _ in range(5)]), CPU).peak
     assert together == pytest.approx(10.0, abs=0.2)
+
+
+@torch.inference_mode()
+def test_memory_of_the_blocks_falls_with_the_tokens() -> None:
+    """Blocks 0 to 2 compute every token, so that the peak of the pass is theirs; that of the others falls."""
+    pictures = load_pictures(None, (512, 512), 1)
+    held = []
+    for target in (0.7, 0.3):
+        vit, policies = calibrated(replace(TINY, embed_dim=64), pictures, (target,))
+        tokens = vit.embed(pictures)
+        for policy in policies:
+            call = lambda policy=policy, vit=vit, tokens=tokens: vit.run_blocks(tokens, policy, Trace.start(tokens))  # noqa: E731
+            held.append(memory(call, CPU, list(vit.blocks)))
+    dense, most, _, least = held
+    assert most.peak == pytest.approx(dense.peak, rel=0.05)
+    for i in (3, 4, 5):
+        assert least.blocks[i] < 0.65 * most.blocks[i] < 0.65 * 0.9 * dense.blocks[i]
+    assert not vit.blocks[0]._forward_hooks and not vit.blocks[0]._forward_pre_hooks, "nothing is left on them"
+
+
+def test_what_asks_for_a_value_is_counted_with_its_place() -> None:
+    x, mask = torch.arange(6.0), torch.tensor([True, False] * 3)
+    asking: list[Callable[[], object]] = [
+        lambda: x[0].item(),
+        lambda: bool(mask.any()),
+        lambda: int(x.sum()),
+        lambda: x.tolist(),
+        lambda: mask.nonzero(),
+        lambda: torch.where(mask),
+        lambda: x[mask],
+        lambda: x.repeat_interleave(mask.long()),
+    ]
+    silent: list[Callable[[], object]] = [
+        lambda: torch.where(mask, x, 0.0),
+        lambda: x[torch.tensor([1, 2])],
+        lambda: x.index_select(0, torch.tensor([1])),
+        lambda: x.repeat_interleave(2),
+        lambda: (x.sum(), x.sort(), x.argmax()),
+    ]
+    for inference in (True, False):
+        with torch.inference_mode(inference):
+            for calls, expected in ((asking, 1), (silent, 0)):
+                for i, call in enumerate(calls):
+                    with counted_syncs(CPU) as places:
+                        call()
+                    assert places.total() == expected, (inference, expected, i, places)
+    with counted_syncs(CPU) as places:
+        Packing.of(mask[None])
+    assert sorted(place.partition(" ")[2] for place in places) == ["nonzero", "tolist"]
+    assert all(place.startswith("packed.py:") for place in places)
+
+
+def test_the_picture_of_rows(tmp_path: Path) -> None:
+    """One row or none, and one that could not be timed."""
+    row = {"model": "vit_s", "tokens": 1024, "batch": 1, "size": [512, 512], "mode": "static_compiled", "speedup": 1.4}
+    row |= {
+        "predicted": 1.5,
+        "realised": 0.93,
+        "realised_quartiles": [0.9, 0.95],
+        "device": "cpu",
+        "precision": "float32",
+    }
+    for rows in ([], [row], [row, {**row, "skipped": "no"}]):
+        draw_rows(rows, tmp_path / "rows.png", title="bench")
+        with Image.open(tmp_path / "rows.png") as picture:
+            assert picture.height > 100
 
 
 def test_the_stopwatch_counts_each_moment_once() -> None:
@@ -241,11 +455,15 @@ def tiny_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_row_of_a_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_names(monkeypatch)
-    config = BackboneBench(models=("tiny",), sizes=((64, 90),), batches=(2,), repeats=2, targets=(0.5,))
-    (row,) = bench_backbone(config, Console(quiet=True))["rows"]
+    config = BackboneBench(
+        models=("tiny",), sizes=((64, 90),), batches=(2,), repeats=2, targets=(0.5,), modes=("dynamic", "static")
+    )
+    row, static = bench_backbone(config, Console(quiet=True))["rows"]
+    assert static["syncs"] == 0 and static["predicted"] > 1
     assert row["tokens"] == 24, "sides are whole multiples of 32"
     assert row["keep"][:3] == [1.0] * 3 and row["keep"][3:] == pytest.approx([0.5] * 5, abs=0.15)
-    assert row["predicted"] > 1 and row["gflops"][0] > row["gflops"][1] and min(row["memory_mb"]) > 0
+    assert row["predicted_blocks"] > row["predicted"] > 1 and row["gflops"][0] > row["gflops"][1]
+    assert set(row) >= EVERY_ROW and min(row["memory_mb"]) > 0 and row["syncs"] > 0
 
 
 def test_the_parts_of_a_detector_are_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +471,7 @@ def test_the_parts_of_a_detector_are_all_of_it(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("sievit.bench.heads.HEAD", tiny_detector().config.head)
     config = HeadsBench(models=("tiny",), sizes=((96, 128),), repeats=2, targets=(0.5,), candidates=40)
     (row,) = bench_heads(config, Console(quiet=True))["rows"]
-    assert row["detections"] > 0
+    assert set(row) >= EVERY_ROW and row["detections"] > 0 and row["syncs"] > 0
     parts: dict[str, dict[str, Any]] = row["parts"]
     assert all(part["dense_ms"] > 0 and part["sparse_ms"] > 0 for name, part in parts.items() if name != "neck: rest")
     assert parts["neck"]["dense_ms"] == pytest.approx(

@@ -1,16 +1,17 @@
 """A backbone with its neck, ViT-Adapter, dense against SViT."""
 
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
-from sievit.bench.blocks import calibrated
-from sievit.bench.common import SIZES, Bench, Place, alternately, check_known, peak_mb, run, summary, table_of
+from sievit.bench.blocks import CALIBRATED, calibrated, frozen
+from sievit.bench.common import SIZES, Cost, ModesBench, Place, check_known, kept, run, table_of, time_modes
+from sievit.bench.modes import Way
 from sievit.flops import backbone_gflops
 from sievit.inputs import Size
 from sievit.necks.adapter import AdapterConfig, ViTAdapter
@@ -27,7 +28,7 @@ ADAPTERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackboneBench(Bench):
+class BackboneBench(ModesBench):
     """ViT-Adapter, from normalised images to its four maps, dense against SViT.
 
     Attributes:
@@ -48,17 +49,16 @@ def bench_backbone(config: BackboneBench, console: Console | None = None) -> dic
     """
     check_known(config.models, ADAPTERS)
 
-    def row_of(model: str, size: Size | None, batch: int, place: Place) -> dict[str, Any]:
+    def rows_of(model: str, size: Size | None, batch: int, place: Place) -> list[dict[str, Any]]:
         assert size is not None
         pictures = place.pictures((_up(size[0]), _up(size[1])), batch)
         backbone, dense = random_adapter(model, pictures, config.targets)
-        return {"mode": "dynamic", **time_backbone(backbone, dense, pictures.split(batch))}
+        return time_backbone(backbone, dense, pictures.split(batch), config)
 
-    def table(rows: list[dict[str, Any]]):
-        keep = [f"{statistics.mean(row['keep'][3:]):.0%}" for row in rows]
-        return table_of("ViT-Adapter: dense against SViT, gates included", rows, {"keep": keep})
+    def table(rows: list[dict[str, Any]]) -> Table:
+        return table_of("ViT-Adapter: dense against SViT, gates included", rows, {"keep": kept(rows)})
 
-    return run("backbone", config, config.models, config.sizes, row_of, table, console)
+    return run("backbone", config, config.models, config.sizes, rows_of, table, console)
 
 
 def random_adapter(model: str, pictures: Tensor, targets: tuple[float, ...]) -> tuple[ViTAdapter, Policy]:
@@ -70,24 +70,29 @@ def random_adapter(model: str, pictures: Tensor, targets: tuple[float, ...]) -> 
     return ViTAdapter(ADAPTERS[model], vit=vit, policy=sparse).eval().to(pictures), dense
 
 
-def time_backbone(backbone: ViTAdapter, dense: Policy, batches: tuple[Tensor, ...]) -> dict[str, Any]:
-    """All tokens and those of the backbone's policy alternately on the same images."""
+Maps = dict[str, Tensor]
 
-    def call(policy: Policy | None) -> Callable[[Tensor], Trace]:
-        return lambda images: backbone(images, policy=policy)[1]
 
-    device = batches[0].device
-    pairs = alternately(call(dense), call(None), batches, device)
+def time_backbone(
+    backbone: ViTAdapter, dense: Policy, batches: Sequence[Tensor], config: ModesBench
+) -> list[dict[str, Any]]:
+    """All tokens and those of the backbone's policy alternately on the same images, a row for each mode."""
     sizes = [(batches[0].shape[2], batches[0].shape[3])] * len(batches[0])
-    costs = [[backbone_gflops(backbone, t, sizes).sum().item() for t in (pair.dense, pair.sparse)] for pair in pairs]
-    keep = torch.stack([pair.sparse.shares().mean(1) for pair in pairs]).mean(0)
-    return {
-        "tokens": pairs[0].dense.valid.shape[1],
-        **summary(pairs, [a / b for a, b in costs]),
-        "gflops": [round(statistics.fmean(column) / len(sizes), 4) for column in zip(*costs, strict=True)],
-        "keep": [round(share, 3) for share in keep.tolist()],
-        "memory_mb": [peak_mb(lambda policy=policy: call(policy)(batches[0]), device) for policy in (dense, None)],
-    }
+
+    def call_of(policy: Policy, way: Way) -> Callable[[Tensor], tuple[Maps, Trace]]:
+        def run(images: Tensor) -> tuple[Maps, Trace]:
+            return backbone(images, policy=policy, mode=way.executor)
+
+        return way.compiled(run, autotune=config.autotune)
+
+    def cost(policy: Policy, result: tuple[Maps, Trace]) -> Cost:
+        _, trace = result
+        return Cost.of(trace, backbone_gflops(backbone, trace, sizes), policy)
+
+    traces = [backbone(images)[1] for images in batches[:CALIBRATED]]
+    sparse = backbone.policy
+    ways = {"dense": dense, "dynamic": sparse, "bucketed": sparse, "static": frozen(sparse, traces, config.multiple)}
+    return time_modes(config, ways, call_of, batches, batches[0].device, cost, list(backbone.vit.blocks))
 
 
 def _up(side: int) -> int:

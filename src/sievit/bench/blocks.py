@@ -1,25 +1,26 @@
 """The backbone's blocks alone, dense against SViT."""
 
-import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
-from sievit.bench.common import SIZES, Bench, Place, alternately, check_known, run, summary, table_of
+from sievit.bench.common import SIZES, Cost, ModesBench, Place, check_known, kept, run, table_of, time_modes
+from sievit.bench.modes import Way, static_config
 from sievit.flops import blocks_gflops
 from sievit.inputs import Size
 from sievit.policies import KeepAllConfig, Policy, SViTConfig, build_policy
 from sievit.policies.svit import SViT
-from sievit.tokens import Tokens, Trace
-from sievit.vit import Mode, ViT, ViTConfig
+from sievit.tokens import Trace
+from sievit.vit import ViT, ViTConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlocksBench(Bench):
+class BlocksBench(ModesBench):
     """The backbone's blocks alone, dense against SViT.
 
     Attributes:
@@ -40,37 +41,62 @@ def bench_blocks(config: BlocksBench, console: Console | None = None) -> dict[st
     """
     check_known(config.models, SIZES)
 
-    def row_of(model: str, size: Size | None, batch: int, place: Place) -> dict[str, Any]:
+    def rows_of(model: str, size: Size | None, batch: int, place: Place) -> list[dict[str, Any]]:
         assert size is not None
         pictures = place.pictures(size, batch)
         vit, policies = calibrated(SIZES[model], pictures, config.targets)
-        return {"mode": "dynamic", **time_blocks(vit, policies, pictures.split(batch))}
+        return time_blocks(vit, policies, pictures.split(batch), config)
 
-    def table(rows: list[dict[str, Any]]):
-        keep = [f"{statistics.mean(row['keep'][3:]):.0%}" for row in rows]
-        return table_of("blocks: dense against SViT, gates included", rows, {"keep": keep})
+    def table(rows: list[dict[str, Any]]) -> Table:
+        return table_of("blocks: dense against SViT, gates included", rows, {"keep": kept(rows)})
 
-    return run("blocks", config, config.models, config.sizes, row_of, table, console)
+    return run("blocks", config, config.models, config.sizes, rows_of, table, console)
 
 
-def time_blocks(vit: ViT, policies: tuple, batches: tuple[Tensor, ...], mode: Mode = "auto") -> dict:
-    """Dense and sparse blocks alternately on the same canvases; medians over the batches, and their spread."""
+def time_blocks(
+    vit: ViT, policies: tuple[Policy, Policy], batches: Sequence[Tensor], config: ModesBench
+) -> list[dict[str, Any]]:
+    """Dense and sparse blocks alternately on the same canvases, a row for each mode."""
+    dense, sparse = policies
     canvases = [vit.embed(batch) for batch in batches]
+    traces = [vit.run_blocks(tokens, sparse, Trace.start(tokens))[1] for tokens in canvases[:CALIBRATED]]
 
-    def run(policy: Policy) -> Callable[[Tokens], Trace]:
-        return lambda tokens: vit.run_blocks(tokens, policy, Trace.start(tokens), mode=mode)[1]
+    def call_of(policy: Policy, way: Way) -> Callable[[Tensor], tuple[Tensor, Trace]]:
+        def run(x: Tensor) -> tuple[Tensor, Trace]:
+            tokens = replace(canvases[0], x=x)
+            tokens, trace = vit.run_blocks(tokens, policy, Trace.start(tokens), mode=way.executor)
+            return tokens.x, trace
 
-    pairs = alternately(run(policies[0]), run(policies[1]), canvases, canvases[0].x.device)
-    costs = [[blocks_gflops(vit.config, trace).sum().item() for trace in (pair.dense, pair.sparse)] for pair in pairs]
-    keep = torch.stack([pair.sparse.shares().mean(1) for pair in pairs]).mean(0)
-    return {
-        "tokens": canvases[0].x.shape[1],
-        **summary(pairs, [dense / sparse for dense, sparse in costs]),
-        "keep": [round(share, 3) for share in keep.tolist()],
-    }
+        return way.compiled(run, autotune=config.autotune)
+
+    def cost(policy: Policy, result: tuple[Tensor, Trace]) -> Cost:
+        _, trace = result
+        gflops = blocks_gflops(vit.config, trace).double() + policy.macs(trace).double() / 1e9
+        return Cost.of(trace, gflops, policy)
+
+    ways = {"dense": dense, "dynamic": sparse, "bucketed": sparse, "static": frozen(sparse, traces, config.multiple)}
+    inputs = [tokens.x for tokens in canvases]
+    return time_modes(config, ways, call_of, inputs, inputs[0].device, cost, list(vit.blocks))
 
 
-def calibrated(config: ViTConfig, pictures: Tensor, targets: tuple[float, ...]) -> tuple[ViT, tuple]:
+CALIBRATED = 12
+"""Batches at most whose counts go into the static ones."""
+
+
+def frozen(sparse: Policy, traces: Sequence[Trace], multiple: int) -> SViT:
+    """The same gates with static counts, as many tokens as they kept in these passes."""
+    assert isinstance(sparse, SViT)
+    config = static_config(sparse, traces, multiple)
+    assert config is not None
+    hidden = sparse.gates[0].get_parameter("fc1.weight")
+    depth = sparse.config.first_block + len(sparse.gates)
+    static = build_policy(config, embed_dim=hidden.shape[1], depth=depth)
+    static.load_state_dict(sparse.state_dict())
+    assert isinstance(static, SViT)
+    return static.eval().to(hidden)
+
+
+def calibrated(config: ViTConfig, pictures: Tensor, targets: tuple[float, ...]) -> tuple[ViT, tuple[Policy, Policy]]:
     """A backbone with random weights, and a dense and an SViT policy whose gates keep `targets` on these pictures.
 
     Gates are set one after the other: each one's bias moves to the quantile of its logits that keeps its share.

@@ -1,11 +1,11 @@
 """What all benches share: options, pictures, the clock, runs in turns, and the table."""
 
+import json
 import math
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -15,19 +15,25 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor, nn
 
+from sievit.bench.meters import Memory, counted_syncs, memory
+from sievit.bench.modes import USUAL, Way, reason
+from sievit.bench.plot import draw_rows
 from sievit.config import ConfigError, nearest
 from sievit.data.images import list_images, read_image, to_tensor
 from sievit.data.scenes import draw
 from sievit.devices import device_name, pick_device
 from sievit.engine.recipe import default_data_root
+from sievit.files import write_atomically
 from sievit.inputs import Size
+from sievit.policies import Policy
+from sievit.tokens import Trace
 from sievit.vit import ViTConfig
 
 T = TypeVar("T")
 R = TypeVar("R")
+C = TypeVar("C")
 
 SIZES = {
     "vit_t": ViTConfig(embed_dim=192, num_heads=3),
@@ -51,7 +57,9 @@ class Bench:
         repeats: timed pairs per row, each on other images; at least 2.
         threads: CPU threads; torch's own choice where it is not given.
         device: "auto" takes CUDA where there is one.
-        precision: "float32", or "bfloat16".
+        precision: "float32", or "bfloat16": random models have weights of it, trained ones run under autocast, as in
+            `sievit eval`.
+        out: folder for the rows as JSON and their picture, both named after the bench; by default neither is written.
     """
 
     sizes: tuple[tuple[int, int], ...] = ((512, 512), (800, 1216))
@@ -61,6 +69,25 @@ class Bench:
     threads: int | None = None
     device: str = "auto"
     precision: str = "float32"
+    out: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModesBench(Bench):
+    """A bench that times several modes.
+
+    Attributes:
+        modes: each in turns with the dense model as it stands: dense, dynamic, bucketed and static, the first and the
+            last two also with _compiled (torch.compile) and _graphs (with CUDA graphs) behind them; docs/speed.md says
+            what they are. By default dense, which shows how much the clock wanders, dynamic, and static where the
+            policy has such a mode.
+        multiple: static counts are rounded up to a multiple of it.
+        autotune: graphs are compiled with `max-autotune` instead of `reduce-overhead`, which takes much longer.
+    """
+
+    modes: tuple[str, ...] = ()
+    multiple: int = 8
+    autotune: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,13 +114,50 @@ class Place:
         return [images[start : start + batch] for start in range(0, len(images), batch)]
 
 
-class Pair(NamedTuple, Generic[R]):
-    """A dense and a sparse run on the same images: milliseconds, and what came of it."""
+class Pair(NamedTuple, Generic[C]):
+    """A dense and a sparse run on the same images: milliseconds, and what is kept of what came of it."""
 
     dense_ms: float
     sparse_ms: float
-    dense: R
-    sparse: R
+    dense: C
+    sparse: C
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a pass over a batch took, by its trace.
+
+    Attributes:
+        images: of the batch. tokens: grid tokens of all of them.
+        gflops: 1e9 multiply-adds of everything that was timed, all images.
+        policy: the share of the policy's own products in it: gates.
+        keep: per block the share of tokens that took part, mean over the images.
+        more: what else a bench reports, by name.
+    """
+
+    images: int
+    tokens: float
+    gflops: float
+    policy: float
+    keep: tuple[float, ...]
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(trace: Trace, gflops: Tensor, policy: Policy, *, images: int | None = None, **more: Any) -> "Cost":
+        """The cost of a pass from its trace.
+
+        Args:
+            gflops: (b,) of everything that was timed.
+            images: where the trace's batch is one of windows.
+        """
+        return Cost(
+            images=len(trace.valid) if images is None else images,
+            tokens=trace.valid.sum().item(),
+            gflops=gflops.sum().item(),
+            policy=policy.macs(trace).double().sum().item() / 1e9,
+            keep=tuple(trace.shares().double().mean(1).tolist()),
+            more=more,
+        )
 
 
 def run(
@@ -101,7 +165,7 @@ def run(
     config: Bench,
     models: Iterable[str],
     sizes: Sequence[Size | None],
-    row_of: Callable[[str, Size | None, int, Place], dict[str, Any]],
+    rows_of: Callable[[str, Size | None, int, Place], Iterable[dict[str, Any]]],
     table: Callable[[list[dict[str, Any]]], Table],
     console: Console | None,
 ) -> dict[str, Any]:
@@ -109,7 +173,7 @@ def run(
 
     Args:
         sizes: None among them: images of their own sizes.
-        row_of: (model, size, batch, place) to the figures of a row.
+        rows_of: (model, size, batch, place) to the figures of rows, one for each mode.
 
     Raises:
         ConfigError: fewer than two repeats, an unknown precision, or a folder without pictures.
@@ -129,15 +193,24 @@ def run(
     for model, size, batch in track(jobs, "timing", console=console, transient=True):
         shown = "own" if size is None else list(size)
         row = {"model": model, "size": shown, "batch": batch, "device": device_name(place.device)}
-        rows.append({**row, "precision": config.precision, **row_of(model, size, batch, place)})
-    console.print(table(rows))
-    return {
+        row["precision"] = config.precision
+        rows += [{**row, **figures} for figures in rows_of(model, size, batch, place)]
+    console.print(table([row for row in rows if "skipped" not in row]))
+    for row in rows:
+        if "skipped" in row:
+            console.print(f"{row['model']} {row['size']}, batch {row['batch']}, {row['mode']}: {row['skipped']}")
+    result = {
         "bench": name,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "pictures": "scenes" if folder is None else folder.name,
         "rows": rows,
     }
+    if config.out is not None:
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(config.out / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
+        draw_rows(rows, config.out / f"{name}.png", title=f"sievit bench {name}")
+    return result
 
 
 def check_known(models: Sequence[str], known: Iterable[str]) -> None:
@@ -151,19 +224,145 @@ def check_known(models: Sequence[str], known: Iterable[str]) -> None:
             raise ConfigError(f"unknown model {model!r}{nearest(model, known)}")
 
 
+def time_modes(
+    config: ModesBench,
+    policies: Mapping[str, Policy | str],
+    call_of: Callable[[Policy, Way], Callable[[T], R]],
+    inputs: Sequence[T],
+    device: torch.device,
+    cost: Callable[[Policy, R], Cost],
+    blocks: Sequence[nn.Module] = (),
+    more: Callable[[list[Pair[Cost]]], dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """A row for each mode, dense and that mode in turns on the same inputs.
+
+    Args:
+        policies: by `Way.base`; a text instead of a policy: why there is none. `dense` computes every token.
+        call_of: what is timed, ready to be called with an input.
+        cost: of what a call returned, with the policy it was called with.
+        blocks: the backbone's, whose memory is told apart.
+        more: further figures of a row.
+
+    Returns:
+        Rows of `mode`, `summary`'s figures, `gflops` per image (dense, sparse), `keep` by block, `memory_mb` (dense,
+        sparse; None where graphs hold their own), `block_memory_mb`, the mean over the blocks in which tokens were left
+        out, `syncs`, and `sync_places`. Rows of a mode that could not be timed have `skipped`, which says why.
+    """
+    usual = [name for name in USUAL if isinstance(policies[Way.of(name).base], Policy)]
+    dense = policies["dense"]
+    assert isinstance(dense, Policy)
+    as_it_is = Way.of("dense")
+    held = memory(lambda: call_of(dense, as_it_is)(inputs[0]), device, blocks)
+    rows = []
+    for way in map(Way.of, config.modes or usual):
+        policy = policies[way.base]
+        if isinstance(policy, str):
+            rows.append({"mode": way.name, "skipped": policy})
+            continue
+        try:
+            rows.append(_time_mode(way, (dense, policy), call_of, inputs, device, cost, blocks, held, more))
+        except Exception as error:  # a compiler has many kinds of them, and none shall cost the other rows
+            if way.how == "eager" and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            rows.append({"mode": way.name, "skipped": reason(error)})
+    return rows
+
+
+def _time_mode(
+    way: Way,
+    policies: tuple[Policy, Policy],
+    call_of: Callable[[Policy, Way], Callable[[T], R]],
+    inputs: Sequence[T],
+    device: torch.device,
+    cost: Callable[[Policy, R], Cost],
+    blocks: Sequence[nn.Module],
+    held: Memory,
+    more: Callable[[list[Pair[Cost]]], dict[str, Any]] | None,
+) -> dict[str, Any]:
+    dense, policy = policies
+    if way.how == "graphs" and device.type != "cuda":
+        return {"mode": way.name, "skipped": "graphs are CUDA's"}
+    reference, call = call_of(dense, Way.of("dense")), call_of(policy, way)
+    with way.many_shapes():
+        pairs = alternately(
+            (reference, lambda result: cost(dense, result)),
+            (call, lambda result: cost(policy, result)),
+            inputs,
+            device,
+            warm_up=3 if way.how == "graphs" else 2,
+            warm_on=len(inputs) if way.how != "eager" and not way.one_graph else 1,
+        )
+        own = (
+            None
+            if way.how == "graphs"
+            else memory(lambda: call(inputs[0]), device, () if way.how != "eager" else blocks)
+        )
+        as_it_stands = call if device.type == "cuda" else call_of(policy, replace(way, how="eager"))
+        with counted_syncs(device) as places:
+            as_it_stands(inputs[0])
+    figures = {"mode": way.name, **figures_of(pairs), **memory_figures(held, own, pairs[0].sparse.keep)}
+    figures |= {"syncs": places.total(), "sync_places": dict(places)}
+    return figures if more is None else {**figures, **more(pairs)}
+
+
+def figures_of(pairs: Sequence[Pair[Cost]]) -> dict[str, Any]:
+    """Times, ratios, costs and shares of a row."""
+    images = sum(pair.dense.images for pair in pairs)
+    figures = {
+        "tokens": round(sum(pair.dense.tokens for pair in pairs) / images),
+        **summary(pairs, [pair.dense.gflops / pair.sparse.gflops for pair in pairs]),
+        "gflops": [round(sum(cost.gflops for cost in side) / images, 4) for side in _sides(pairs)],
+        "keep": [round(statistics.fmean(shares), 3) for shares in zip(*(p.sparse.keep for p in pairs), strict=True)],
+    }
+    if any(pair.sparse.policy for pair in pairs):
+        without = [(p.dense.gflops - p.dense.policy) / (p.sparse.gflops - p.sparse.policy) for p in pairs]
+        figures["predicted_blocks"] = round(statistics.median(without), 3)
+    return figures
+
+
+def _sides(pairs: Sequence[Pair[C]]) -> tuple[list[C], list[C]]:
+    return [pair.dense for pair in pairs], [pair.sparse for pair in pairs]
+
+
+def memory_figures(dense: Memory, sparse: Memory | None, keep: Sequence[float]) -> dict[str, Any]:
+    """What a row says of memory: at the peak of the pass, and in the blocks in which tokens were left out."""
+    figures: dict[str, Any] = {"memory_mb": [dense.peak, None if sparse is None else sparse.peak]}
+    pruned = [i for i, share in enumerate(keep) if share < 1]
+    if sparse is not None and sparse.blocks and pruned:
+        of_blocks = [[side.blocks[i] for i in pruned] for side in (dense, sparse)]
+        figures["block_memory_mb"] = [round(statistics.fmean(side), 1) for side in of_blocks]
+    return figures
+
+
 def alternately(
-    dense: Callable[[T], R], sparse: Callable[[T], R], inputs: Sequence[T], device: torch.device
-) -> list[Pair[R]]:
-    """Both calls on each input, warmed up on the first, in turns as to which comes first."""
-    for call in (dense, sparse, dense, sparse):
-        call(inputs[0])
+    dense: tuple[Callable[[T], R], Callable[[R], C]],
+    sparse: tuple[Callable[[T], R], Callable[[R], C]],
+    inputs: Sequence[T],
+    device: torch.device,
+    *,
+    warm_up: int = 2,
+    warm_on: int = 1,
+) -> list[Pair[C]]:
+    """Both calls on each input, in turns as to which comes first.
+
+    Args:
+        dense, sparse: what is timed, and what is kept of its result, which is found out at once and not timed: graphs
+            overwrite their results.
+        warm_up: calls of each before the first that is timed.
+        warm_on: on so many of the inputs.
+    """
+    for images in inputs[:warm_on]:
+        for call, _ in (dense, sparse) * warm_up:
+            call(images)
     pairs = []
     for i, images in enumerate(inputs):
         done = {}
-        for call in (dense, sparse) if i % 2 else (sparse, dense):
-            done[call] = clocked(lambda call=call, images=images: call(images), device)
-        (dense_ms, dense_result), (sparse_ms, sparse_result) = done[dense], done[sparse]
-        pairs.append(Pair(dense_ms, sparse_ms, dense_result, sparse_result))
+        for side in (0, 1) if i % 2 else (1, 0):
+            call, kept = (dense, sparse)[side]
+            elapsed, result = clocked(lambda call=call, images=images: call(images), device)
+            done[side] = (elapsed, kept(result))
+        (dense_ms, of_dense), (sparse_ms, of_sparse) = done[0], done[1]
+        pairs.append(Pair(dense_ms, sparse_ms, of_dense, of_sparse))
     return pairs
 
 
@@ -201,27 +400,6 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_mb(call: Callable[[], object], device: torch.device) -> float:
-    """Megabytes (1e6 bytes) of tensors that a call held at once at most, beside those that were there before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return round((torch.cuda.max_memory_allocated(device) - before) / 1e6, 1)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own remarks are not for whoever reads the table
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
-        call()
-    assert record.profiler is not None and record.profiler.kineto_results is not None
-    held = peak = 0
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return round(peak / 1e6, 1)
-
-
 def load_pictures(folder: Path | None, size: Size, count: int) -> Tensor:
     """(count, 3, h, w), normalised: the pictures of a folder, cropped to the aspect and resized, in turn.
 
@@ -255,16 +433,35 @@ def fitted(picture: Tensor, size: Size) -> Tensor:
 
 
 def table_of(title: str, rows: list[dict[str, Any]], extra: dict[str, list[str]]) -> Table:
-    """Times and ratios of all rows; `extra` columns by name, one text per row."""
-    table = Table(title=title, box=SIMPLE, collapse_padding=True)
-    ratios = ("speed-\nup", "pre-\ndicted", "real-\nised")
-    for column in ("model", "tokens", "batch", "dense\nms", "sparse\nms", *extra, *ratios):
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    """Times and ratios of all rows; `extra` columns by name, one text per row.
+
+    The memory is that of the blocks in which tokens are left out, dense and sparse, or else of the whole pass.
+    """
+    table = Table(title=title, box=SIMPLE, collapse_padding=True, pad_edge=False)
+    left = ("model", "mode")
+    headers = ("model", "tokens", "mode", "dense\nms", "sparse\nms", *extra)
+    headers += ("speed-\nup", "pre-\ndicted", "real-\nised", "MB", "syncs")
+    for column in headers:
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
     for i, row in enumerate(rows):
-        figures = [row["tokens"], row["batch"], row["dense_ms"], row["sparse_ms"]]
-        figures += [*(column[i] for column in extra.values()), row["speedup"], row["predicted"]]
-        table.add_row(row["model"], *map(str, figures), f"{row['realised']:.0%}")
+        tokens = f"{row['batch']} x {row['tokens']}"
+        figures = [
+            f"{row[name]:.0f}" if row[name] >= 1000 else f"{row[name]:.1f}" for name in ("dense_ms", "sparse_ms")
+        ]
+        figures += [*(column[i] for column in extra.values()), f"{row['speedup']:.2f}", f"{row['predicted']:.2f}"]
+        held = " > ".join("?" if mb is None else f"{mb:.0f}" for mb in row.get("block_memory_mb", row["memory_mb"]))
+        figures += [f"{row['realised']:.0%}", held, str(row["syncs"])]
+        table.add_row(row["model"], tokens, row["mode"], *figures)
     return table
+
+
+def kept(rows: list[dict[str, Any]]) -> list[str]:
+    """In a cell of a table: the mean share of tokens in the blocks in which some were left out."""
+    texts = []
+    for row in rows:
+        pruned = [share for share in row["keep"] if share < 1]
+        texts.append(f"{statistics.fmean(pruned) if pruned else 1:.0%}")
+    return texts
 
 
 def percent(shares: Iterable[float]) -> str:

@@ -19,7 +19,19 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sievit.bench.backbone import ADAPTERS, random_adapter
-from sievit.bench.common import SIZES, Bench, Place, alternately, check_known, clocked, run, summary
+from sievit.bench.common import (
+    SIZES,
+    Bench,
+    Cost,
+    Place,
+    alternately,
+    check_known,
+    clocked,
+    figures_of,
+    memory_figures,
+    run,
+)
+from sievit.bench.meters import counted_syncs, memory
 from sievit.bench.network import as_given, dense_policy, named, opened
 from sievit.config import ConfigError
 from sievit.detector import Detector, DetectorConfig, Output
@@ -81,15 +93,15 @@ def bench_heads(config: HeadsBench, console: Console | None = None) -> dict[str,
     if not trained:
         check_known(config.models, ADAPTERS)
 
-    def row_of(name: str, size: Size | None, batch: int, place: Place) -> dict[str, Any]:
+    def rows_of(name: str, size: Size | None, batch: int, place: Place) -> list[dict[str, Any]]:
         assert size is not None
         if trained:
             model = as_given(trained[name]).to(place.device)
         else:
             model = random_detector(name, place.pictures(size, 1), config.targets, config.candidates)
-        return {"mode": "dynamic", **time_parts(model, place.images(size, batch), place.dtype)}
+        return [{"mode": "dynamic", **time_parts(model, place.images(size, batch), place.dtype)}]
 
-    return run("heads", config, trained or config.models, config.sizes, row_of, _table, console)
+    return run("heads", config, trained or config.models, config.sizes, rows_of, _table, console)
 
 
 def _detector(path: Path, policy: str | None) -> Detector:
@@ -231,13 +243,30 @@ def time_parts(model: Detector, batches: Sequence[list[Tensor]], dtype: torch.dt
 
         return of
 
+    def cost(policy: Policy) -> Callable[[Output], Cost]:
+        def of(answer: Output) -> Cost:
+            parts = by_module(model, answer)
+            total = torch.stack(list(parts.values())).sum(0)
+            found = sum(len(each["boxes"]) for each in answer.detections)
+            return Cost.of(
+                answer.trace, total, policy, found=found, parts={k: v.mean().item() for k, v in parts.items()}
+            )
+
+        return of
+
+    def as_it_is(spent: dict[str, float]) -> dict[str, float]:
+        return spent
+
     dense = dense_policy(model)
-    pairs = alternately(whole(dense), whole(None), batches, device)
-    watched = alternately(by_parts(dense), by_parts(None), batches, device)
-    costs = [
-        {name: macs.mean().item() for name, macs in by_module(model, answer).items()}
-        for answer in (pairs[0].dense, pairs[0].sparse)
+    pairs = alternately((whole(dense), cost(dense)), (whole(None), cost(model.backbone.policy)), batches, device)
+    watched = alternately((by_parts(dense), as_it_is), (by_parts(None), as_it_is), batches, device)
+    held = [
+        memory(lambda policy=policy: whole(policy)(batches[0]), device, list(model.vit.blocks))
+        for policy in (dense, None)
     ]
+    with counted_syncs(device) as places:
+        whole(None)(batches[0])
+    costs = [pairs[0].dense.more["parts"], pairs[0].sparse.more["parts"]]
     rows: dict[str, dict[str, float]] = {}
     for name in watched[0].dense:
         rows[name] = {
@@ -251,20 +280,15 @@ def time_parts(model: Detector, batches: Sequence[list[Tensor]], dtype: torch.dt
     neck = [row for name, row in rows.items() if name.startswith("neck: ")]
     rows["neck"] |= {key: round(sum(row[key] for row in neck), 2) for key in ("dense_ms", "sparse_ms")}
     rows = {name: rows[name] for name in sorted(rows, key=[*PARTS, *rows].index)}
-    ratios = [_total(model, pair.dense) / _total(model, pair.sparse) for pair in pairs]
-    found = [len(detection["boxes"]) for pair in pairs for detection in pair.sparse.detections]
-    keep = torch.stack([pair.sparse.trace.shares().mean(1) for pair in pairs]).mean(0)
+    images = sum(pair.sparse.images for pair in pairs)
     return {
-        "tokens": round(statistics.fmean(pair.dense.trace.valid.sum(1).double().mean().item() for pair in pairs)),
-        **summary(pairs, ratios),
-        "keep": [round(share, 3) for share in keep.tolist()],
-        "detections": round(statistics.fmean(found), 1),
+        **figures_of(pairs),
+        **memory_figures(held[0], held[1], pairs[0].sparse.keep),
+        "syncs": places.total(),
+        "sync_places": dict(places),
+        "detections": round(sum(pair.sparse.more["found"] for pair in pairs) / images, 1),
         "parts": rows,
     }
-
-
-def _total(model: Detector, answer: Output) -> float:
-    return sum(macs.sum().item() for macs in by_module(model, answer).values())
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -13,9 +13,23 @@ from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
-from sievit.bench.common import SIZES, Bench, Place, alternately, check_known, peak_mb, percent, run, summary, table_of
+from sievit.bench.common import (
+    SIZES,
+    Cost,
+    ModesBench,
+    Pair,
+    Place,
+    check_known,
+    kept,
+    percent,
+    run,
+    table_of,
+    time_modes,
+)
+from sievit.bench.modes import Way, is_static, no_static, static_config
 from sievit.config import ConfigError, kind_of
 from sievit.detector import Output
 from sievit.flops import model_gflops
@@ -24,7 +38,7 @@ from sievit.hub import Pretrained
 from sievit.hub.fetch import HUB
 from sievit.inputs import InputConfig, Size
 from sievit.model import Model, load
-from sievit.policies import DToPConfig, KeepAllConfig, Policy, build_policy
+from sievit.policies import DToPConfig, KeepAllConfig, Policy, PolicyConfig, build_policy
 from sievit.policies.dtop import leave
 from sievit.segmenter import Segmentation, Segmenter, SegmenterConfig
 from sievit.tokens import Prediction, Trace
@@ -38,10 +52,12 @@ SEGMENTERS = {
 M = TypeVar("M", bound=Pretrained)
 PAPER_SIZES = ((512, 512), (640, 640))
 CLASSES = 150
+CALIBRATED = 12
+"""Batches at most, or images of a random model, on which thresholds and static counts are set."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkBench(Bench):
+class NetworkBench(ModesBench):
     """A whole network, dense against its policy: trained models, or SegViT of random weights with DToP.
 
     Attributes:
@@ -79,35 +95,34 @@ def bench_network(config: NetworkBench, console: Console | None = None) -> dict[
         raise ConfigError("--policy and --thresholds are for trained models; give --checkpoints, or --left instead")
     check_known(config.models, SEGMENTERS)
 
-    def row_of(model: str, size: Size | None, batch: int, place: Place) -> dict[str, Any]:
+    def rows_of(model: str, size: Size | None, batch: int, place: Place) -> list[dict[str, Any]]:
         assert size is not None
         pictures = place.pictures(size, batch)
         segmenter = random_segmenter(SIZES[model], *SEGMENTERS[model])
         segmenter.eval().to(pictures)
-        policy = calibrated_exits(segmenter, pictures[:12], config.left, config.keep_per_class)
-        return {"mode": "dynamic", **time_network(segmenter, policy, pictures.split(batch))}
+        policy = calibrated_exits(segmenter, pictures[:CALIBRATED], config.left, config.keep_per_class)
+        return time_network(segmenter, policy, pictures.split(batch), config)
 
-    def table(rows: list[dict[str, Any]]):
+    def table(rows: list[dict[str, Any]]) -> Table:
         left = [percent(row["left"]) for row in rows]
         return table_of("network: dense against DToP, heads included", rows, {"left": left})
 
-    return run("network", config, config.models, config.sizes or PAPER_SIZES, row_of, table, console)
+    return run("network", config, config.models, config.sizes or PAPER_SIZES, rows_of, table, console)
 
 
 def _bench_checkpoints(config: NetworkBench, console: Console | None) -> dict[str, Any]:
     models = {name: opened(path, config.policy, config.thresholds) for name, path in named(config.checkpoints).items()}
 
-    def row_of(name: str, size: Size | None, batch: int, place: Place) -> dict[str, Any]:
+    def rows_of(name: str, size: Size | None, batch: int, place: Place) -> list[dict[str, Any]]:
         model = models[name].to(place.device)
         if size is not None:
             model = as_given(model)
-        return {"mode": "dynamic", **time_model(model, place.images(size, batch), place.dtype)}
+        return time_model(model, place.images(size, batch), config, place.dtype)
 
-    def table(rows: list[dict[str, Any]]):
-        keep = [f"{statistics.mean(row['keep']):.0%}" for row in rows]
-        return table_of("network: dense against its policy, everything included", rows, {"keep": keep})
+    def table(rows: list[dict[str, Any]]) -> Table:
+        return table_of("network: dense against its policy, everything included", rows, {"keep": kept(rows)})
 
-    return run("network", config, models, config.sizes or (None,), row_of, table, console)
+    return run("network", config, models, config.sizes or (None,), rows_of, table, console)
 
 
 def named(paths: Sequence[Path]) -> dict[str, Path]:
@@ -152,70 +167,117 @@ def as_given(model: M) -> M:
     return same
 
 
-def time_model(model: Model, batches: Sequence[list[Tensor]], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def time_model(
+    model: Model, batches: Sequence[list[Tensor]], config: ModesBench, dtype: torch.dtype = torch.float32
+) -> list[dict[str, Any]]:
     """A trained model with every token computed and with its own policy, alternately on the same images.
+
+    What is compiled in the compiled modes is the network from a batch to its maps or scores; resizing, proposals,
+    boxes and masks are as they are.
 
     Args:
         batches: images (3, h, w) in 0..1; everything from there to the answers on their pixels is timed.
         dtype: of automatic mixed precision, where it is not float32.
 
     Returns:
-        Times and ratios; `tokens` per image, of all its windows (mean); `gflops` per image, dense and sparse; `keep`,
-        the share of tokens in each block; `memory_mb`, dense and sparse, the peak for the first batch, beside weights
-        and images.
+        Rows as of `time_modes`, and `kind`, `policy` and, of a detector, `detections` per image. `tokens` are those of
+        all windows of an image (mean).
     """
-    device, dense = model.device, dense_policy(model)
+    device = model.device
+    own: Any = model.net if isinstance(model, Segmenter) else model.backbone
+    one_size = len({image.shape for images in batches for image in images}) == 1
 
-    def call(policy: Policy | None) -> Callable[[list[Tensor]], Output | Segmentation]:
+    def call_of(policy: Policy, way: Way) -> Callable[[list[Tensor]], Output | Segmentation]:
+        if way.how != "eager" and not one_size:
+            raise ConfigError("the images are of several sizes, and each would be compiled by itself; give --sizes")
+        fast = way.compiled(lambda given: type(own).forward(own, *given[0], **given[1]), autotune=config.autotune)
+
         def of(images: list[Tensor]) -> Output | Segmentation:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32):
-                return model(images, policy=policy)
+                if way.how == "eager":
+                    return model(images, policy=policy, mode=way.executor)
+                own.__dict__["forward"] = lambda *args, **kwargs: fast((args, kwargs))
+                try:
+                    return model(images, policy=policy, mode=way.executor)
+                finally:
+                    del own.__dict__["forward"]
 
         return of
 
-    pairs = alternately(call(dense), call(None), batches, device)
-    costs = [[model_gflops(model, answer).sum().item() for answer in (pair.dense, pair.sparse)] for pair in pairs]
-    keep = torch.stack([pair.sparse.trace.shares().mean(1) for pair in pairs]).mean(0)
-    images = sum(len(batch) for batch in batches)
-    figures = {
-        "tokens": round(sum(pair.dense.trace.valid.sum().item() for pair in pairs) / images),
-        **summary(pairs, [a / b for a, b in costs]),
-        "gflops": [round(sum(column) / images, 4) for column in zip(*costs, strict=True)],
-        "keep": [round(share, 3) for share in keep.tolist()],
-        "memory_mb": [peak_mb(lambda policy=policy: call(policy)(batches[0]), device) for policy in (dense, None)],
-        "kind": kind_of(model.config),
-        "policy": kind_of(model.config.policy),
-    }
-    answers = [pair.sparse for pair in pairs]
-    found = [len(each["boxes"]) for answer in answers if isinstance(answer, Output) for each in answer.detections]
-    return {**figures, "detections": round(statistics.fmean(found), 1)} if found else figures
+    def cost(policy: Policy, answer: Output | Segmentation) -> Cost:
+        found = sum(len(each["boxes"]) for each in answer.detections) if isinstance(answer, Output) else None
+        images = len(answer.detections) if isinstance(answer, Output) else len(answer.labels)
+        return Cost.of(answer.trace, model_gflops(model, answer), policy, images=images, found=found)
+
+    sparse: Policy = own.policy
+    ways: dict[str, Policy | str] = {"dense": dense_policy(model), "dynamic": sparse, "bucketed": sparse}
+    ways["static"] = no_static(model.config.policy)
+    if not is_static(model.config.policy):
+        traces = [model(images).trace for images in batches[:CALIBRATED]]
+        static = static_config(sparse, traces, config.multiple)
+        if static is not None:
+            ways["static"] = _same_weights(model, static)
+    more = None if isinstance(model, Segmenter) else _of_detections
+    rows = time_modes(config, ways, call_of, batches, device, cost, list(model.vit.blocks), more)
+    return [{**row, "kind": kind_of(model.config), "policy": kind_of(model.config.policy)} for row in rows]
 
 
-def time_network(segmenter: Segmenter, policy: Policy, batches: Sequence[Tensor]) -> dict:
-    """A whole network without early exits and with those of `policy`, alternately on the same images.
+def _same_weights(model: Model, config: PolicyConfig) -> Policy:
+    """Another policy for a model, with the weights of its own."""
+    vit, own = model.vit, (model.net if isinstance(model, Segmenter) else model.backbone).policy
+    if isinstance(model, Segmenter):
+        policy = model.net.build_policy(config)
+    else:
+        policy = build_policy(config, embed_dim=vit.config.embed_dim, depth=vit.config.depth)
+    policy.load_state_dict(own.state_dict())
+    return policy.eval().to(model.device)
+
+
+def time_network(
+    segmenter: Segmenter, policy: Policy, batches: Sequence[Tensor], config: ModesBench
+) -> list[dict[str, Any]]:
+    """A whole network without early exits and with those of `policy`, alternately on the same images, by modes.
 
     Without, only the last head is computed. `predicted_with_heads` is the ratio of multiply-adds to a dense network
-    that computes the auxiliary heads too, as the released one does.
+    that computes the auxiliary heads too, as the released one does; `left` the share of tokens that are gone after each
+    of them.
     """
     net = segmenter.net
-    dense = net.build_policy(KeepAllConfig())
-
-    def run(policy: Policy) -> Callable[[Tensor], Trace]:
-        return lambda images: net(images, policy=policy)[1]
-
-    pairs = alternately(run(dense), run(policy), batches, batches[0].device)
     size = (batches[0].shape[2], batches[0].shape[3])
-    costs = [[_gflops(segmenter, trace, size) for trace in (pair.dense, pair.sparse)] for pair in pairs]
-    heads = [_unasked_heads(segmenter, pair.dense) for pair in pairs]
-    left = torch.stack([_left(pair.sparse) for pair in pairs]).mean(0)
-    with_heads = [(a + extra) / b for (a, b), extra in zip(costs, heads, strict=True)]
+
+    def call_of(policy: Policy, way: Way) -> Callable[[Tensor], tuple[Tensor, Trace]]:
+        def run(images: Tensor) -> tuple[Tensor, Trace]:
+            return net(images, policy=policy, mode=way.executor)
+
+        return way.compiled(run, autotune=config.autotune)
+
+    def cost(policy: Policy, result: tuple[Tensor, Trace]) -> Cost:
+        _, trace = result
+        gflops, heads = _gflops(segmenter, trace, size), _unasked_heads(segmenter, trace)
+        return Cost.of(trace, gflops, policy, left=_left(trace), heads=heads)
+
+    traces = [net(images, policy=policy)[1] for images in batches[:CALIBRATED]]
+    static = static_config(policy, traces, config.multiple)
+    ways: dict[str, Policy | str] = {"dense": net.build_policy(KeepAllConfig()), "dynamic": policy, "bucketed": policy}
+    ways["static"] = "no static counts" if static is None else net.build_policy(static).eval()
+    blocks = list(net.vit.blocks)
+    return time_modes(config, ways, call_of, batches, batches[0].device, cost, blocks, _of_exits)
+
+
+def _of_exits(pairs: Sequence[Pair[Cost]]) -> dict[str, Any]:
+    """What is told of early exits beside time and cost."""
+    with_heads = [(pair.dense.gflops + pair.dense.more["heads"]) / pair.sparse.gflops for pair in pairs]
+    left = zip(*(pair.sparse.more["left"] for pair in pairs), strict=True)
     return {
-        "tokens": pairs[0].dense.valid.shape[1],
-        **summary(pairs, [a / b for a, b in costs]),
         "predicted_with_heads": round(statistics.median(with_heads), 3),
-        "gflops": [round(statistics.fmean(column) / len(batches[0]), 2) for column in zip(*costs, strict=True)],
-        "left": [round(share, 3) for share in left.tolist()],
+        "left": [round(statistics.fmean(shares), 3) for shares in left],
     }
+
+
+def _of_detections(pairs: Sequence[Pair[Cost]]) -> dict[str, Any]:
+    """Detections per image."""
+    images = sum(pair.sparse.images for pair in pairs)
+    return {"detections": round(sum(pair.sparse.more["found"] for pair in pairs) / images, 1)}
 
 
 def random_segmenter(vit: ViTConfig, head: ATMConfig, out_indices: tuple[int, ...]) -> Segmenter:
@@ -276,12 +338,12 @@ def calibrated_exits(segmenter: Segmenter, pictures: Tensor, left: tuple[float, 
     return net.build_policy(DToPConfig(thresholds=thresholds, keep_per_class=keep_per_class))
 
 
-def _gflops(segmenter: Segmenter, trace: Trace, size: tuple[int, int]) -> float:
-    """GFLOPs of everything in a pass of the network over images of `size`."""
+def _gflops(segmenter: Segmenter, trace: Trace, size: tuple[int, int]) -> Tensor:
+    """(b,) GFLOPs of everything in a pass of the network over images of `size`."""
     b = len(trace.valid)
     whole = ((0, 0, *size),) * b
     output = Segmentation([], {}, trace, tuple(range(b)), whole, [size] * b, size)
-    return model_gflops(segmenter, output).sum().item()
+    return model_gflops(segmenter, output)
 
 
 def _unasked_heads(segmenter: Segmenter, trace: Trace) -> float:
@@ -290,6 +352,6 @@ def _unasked_heads(segmenter: Segmenter, trace: Trace) -> float:
     return sum(head.macs(trace.valid.sum(1), trace.grid).sum().item() for head in heads[:-1]) / 1e9
 
 
-def _left(trace: Trace) -> Tensor:
-    """(stages,) share of the tokens that have left after each auxiliary head."""
-    return torch.stack([exited.double().mean() for exited in trace.exited[:-1]])
+def _left(trace: Trace) -> list[float]:
+    """(stages,) share of the tokens that have left after each auxiliary head; empty without early exits."""
+    return [exited.double().mean().item() for exited in trace.exited[:-1]]
