@@ -16,7 +16,7 @@ from sievit.data.scenes import CLASSES, draw, generate
 from sievit.detector import Detector, DetectorConfig
 from sievit.heads import ATMConfig, MaskRCNNConfig
 from sievit.inputs import InputConfig
-from sievit.model import build, load, save
+from sievit.model import Model, build, load, save
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import (
     AttentionConfig,
@@ -31,7 +31,7 @@ from sievit.report import evaluate
 from sievit.segmenter import Segmenter, SegmenterConfig
 from sievit.tokens import Tokens
 from sievit.tune import Goal, Judged, Tuning, table_of, tune
-from sievit.tune.subject import Clock, Part
+from sievit.tune.subject import Clock, Part, Subject
 from sievit.vit import ViTConfig
 
 R = TypeVar("R")
@@ -203,7 +203,7 @@ def test_gflops_meet_their_target(policy: PolicyConfig, mode: str, saved: Saved,
     assert figures["mode"] == mode and figures["target"]["met"]
     assert 0.93 * target < figures["tuned"]["gflops"] <= target
     model = load(out)
-    pictures = [torch.from_numpy(_pixels(path)) for path in sorted(images.iterdir())]
+    pictures = [torch.from_numpy(_pixels(each)) for each in sorted(images.iterdir())]
     kept = [model([picture]).trace.shares().mean(1) for picture in pictures]
     torch.testing.assert_close(
         torch.stack(kept).mean(0).double(), torch.tensor(figures["tuned"]["keep"]).double(), atol=1e-3, rtol=0
@@ -226,6 +226,43 @@ def test_blocks_are_dense_and_the_target_is_met(saved: Saved, images: Path, out:
     assert isinstance(written, SViTConfig)
     assert written.dense_blocks == (3,) and written.threshold != 0
     assert figures["target"]["met"]
+
+
+@pytest.mark.parametrize("share", [0.93, 0.75, 0.6])
+def test_the_budget_is_turned_first(share: float, saved: Saved, images: Path, out: Path):
+    """And the threshold where budgets end."""
+    config = replace(GATES, budgets=(0.5, 1.3))
+    path = saved(config)
+    model = load(path)
+    assert isinstance(model, Segmenter) and isinstance(model.policy, SViT)
+    with torch.no_grad():
+        for gate in model.policy.gates:
+            towards = gate.get_parameter("fc2.weight")
+            gate.get_parameter("budget").copy_(0.5 * (towards[0] - towards[1]))
+    save(model, path)
+    spent = {budget: evaluate_gflops(model, replace(config, budget=budget), images) for budget in (0.5, 1.3)} | {
+        0.0: evaluate_gflops(model, KeepAllConfig(), images)
+    }
+    assert spent[0.5] < spent[1.3] < spent[0.0]
+    targets = {0.93: (spent[1.3] + spent[0.0]) / 2, 0.75: (spent[0.5] + spent[1.3]) / 2, 0.6: 0.9 * spent[0.5]}
+    tune(path, images, out, goal=Goal(target_gflops=targets[share]), tuning=ONE, clock=wound(0.0))
+    written = policy_of(out)
+    assert isinstance(written, SViTConfig)
+    if share == 0.75:
+        assert written.threshold == 0 and 0.5 < written.budget < 1.3
+    elif share == 0.93:
+        assert written.threshold < 0 and written.budget == 1.3
+    else:
+        assert written.threshold > 0 and written.budget == 0.5
+    got = evaluate_gflops(load(out), written, images)
+    assert 0.95 * targets[share] < got <= targets[share]
+
+
+def evaluate_gflops(model: Model, config: PolicyConfig, images: Path) -> float:
+    """GFLOPs per image, mean."""
+    pictures = [[torch.from_numpy(_pixels(path))] for path in sorted(images.iterdir())]
+    with torch.inference_mode():
+        return Subject(model, pictures).spent(config).gflops
 
 
 def test_milliseconds_meet_their_target(saved: Saved, images: Path, out: Path):

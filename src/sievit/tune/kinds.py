@@ -7,7 +7,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -148,24 +149,33 @@ class Gates(Kind):
         def budget(position: float) -> PolicyConfig:
             return replace(self.config, budget=round(most + position * (least - most), 4))
 
-        ends = [replace(self.config, budget=end) for end in (least, most)]
-        return [budget, *map(self._threshold, ends)]
+        above = self._threshold(replace(self.config, budget=most), part="below")
+        return [budget, above, self._threshold(replace(self.config, budget=least), part="above")]
 
-    def _threshold(self, config: SViTConfig) -> Turn:
-        """The threshold by the share of all margins that it is above."""
-        everyone = self.subject.policy(replace(config, threshold=-math.inf, sample=False))
-        found = []
-        for batch in self.subject.batches:
-            trace = self.subject.answer(everyone, batch).trace
-            for aux in trace.aux:
-                if "logits" in aux:
-                    logits = aux["logits"][trace.valid].float()
-                    found.append((logits[:, 0] - logits[:, 1]).cpu())
-        scale = _scale(torch.cat(found))
+    def _threshold(self, config: SViTConfig, part: Literal["all", "below", "above"] = "all") -> Turn:
+        """The threshold by the share of all margins that it is above; of a part, from or to where it stands."""
+
+        @cache
+        def scale() -> Tensor:
+            everyone = self.subject.policy(replace(config, threshold=-math.inf, sample=False))
+            found = []
+            for batch in self.subject.batches:
+                trace = self.subject.answer(everyone, batch).trace
+                for aux in trace.aux:
+                    if "logits" in aux:
+                        logits = aux["logits"][trace.valid].float()
+                        found.append((logits[:, 0] - logits[:, 1]).cpu())
+            return _scale(torch.cat(found))
 
         def turn(position: float) -> PolicyConfig:
-            below = position * (1 - FEWEST)
-            return replace(config, threshold=_at(scale, below) if position > 0 else scale[0].item() - 1.0)
+            values = scale()
+            stands = (values < config.threshold).double().mean().item()
+            low, high = (stands if part == "above" else 0.0), (stands if part == "below" else 1 - FEWEST)
+            if position <= 0 and part != "above":
+                return replace(config, threshold=values[0].item() - 1.0)
+            if position == (0 if part == "above" else 1) and part != "all":
+                return config
+            return replace(config, threshold=_at(values, low + position * max(0.0, high - low)))
 
         return turn
 
