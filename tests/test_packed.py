@@ -28,6 +28,8 @@ def test_pack_and_unpack_are_inverse(rows: list[list[bool]]) -> None:
     assert packing.cu_seqlens.tolist() == [0, *part.sum(1).cumsum(0).tolist()]
     for inplace in (False, True):
         written = unpack(canvas.clone(), -packed, packing, inplace=inplace)
+        apart = canvas.clone().transpose(1, 2).contiguous().transpose(1, 2)  # rows that do not lie one after the other
+        torch.testing.assert_close(unpack(apart, -packed, packing, inplace=inplace), written, atol=0, rtol=0)
         torch.testing.assert_close(written, torch.where(part[..., None], -canvas, canvas), atol=0, rtol=0)
     if part.any():
         padded, real = pad(packed, packing), padding_mask(packing)
