@@ -42,6 +42,7 @@ from sievit.necks.adapter import AdapterConfig
 from sievit.necks.pyramid import PyramidConfig
 from sievit.packed import Packing
 from sievit.policies import DToPConfig, KeepAllConfig, RandomConfig, SViTConfig
+from sievit.policies.svit import SViT
 from sievit.tokens import Trace
 from sievit.vit import ViTConfig
 
@@ -52,6 +53,7 @@ TINY = ViTConfig(grid=(4, 4), embed_dim=32, depth=6, num_heads=2)
 def test_calibrated_gates_keep_their_share_of_these_pictures() -> None:
     pictures = load_pictures(None, (96, 128), 4)
     vit, (_, sparse) = calibrated(TINY, pictures, (0.7, 0.3))
+    assert isinstance(sparse, SViT)
     traces = [vit.run_blocks(tokens, sparse, Trace.start(tokens))[1] for tokens in map(vit.embed, pictures.split(1))]
     shares = torch.stack([trace.shares()[:, 0] for trace in traces]).mean(0)
     assert shares[:3].tolist() == [1.0, 1.0, 1.0]
@@ -115,7 +117,8 @@ def test_static_exits_leave_as_many_as_the_dynamic_ones() -> None:
         policy = calibrated_exits(segmenter, pictures, (0.3, 0.6), 1)
         traces = [segmenter.net(picture[None], policy=policy)[1] for picture in pictures]
         config = static_config(policy, traces, 1)
-        assert isinstance(config, DToPConfig) and config.static_left == pytest.approx((0.3, 0.6), abs=0.02)
+        assert isinstance(config, DToPConfig) and config.static_left is not None
+        assert config.static_left == pytest.approx((0.3, 0.6), abs=0.02)
         trace = segmenter.net(pictures, policy=segmenter.net.build_policy(config).eval())[1]
     left = [gone.double().mean(1).tolist() for gone in trace.exited[:2]]
     assert left == [pytest.approx([share] * 2, abs=1 / 320) for share in config.static_left]
@@ -133,7 +136,7 @@ def test_a_mode_that_cannot_be_compiled_says_so(monkeypatch: pytest.MonkeyPatch)
 
     def no_compiler(*args: Any, **kwargs: Any) -> Any:
         def call(*args: Any) -> None:
-            raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand more")
+            raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nhere\nmore")
 
         return call
 
@@ -144,7 +147,7 @@ def test_a_mode_that_cannot_be_compiled_says_so(monkeypatch: pytest.MonkeyPatch)
     )
     console = Console(record=True, width=200, quiet=False, file=StringIO())
     first, second = bench_blocks(config, console)["rows"]
-    assert first["skipped"] == "RuntimeError: InvalidCxxCompiler: No working C++ compiler found"
+    assert first["skipped"] == "RuntimeError: InvalidCxxCompiler: No working C++ compiler found here"
     assert first["model"] == "tiny" and "speedup" not in first and "skipped" not in second
     assert "dense_compiled: RuntimeError: InvalidCxxCompiler" in console.export_text()
 
@@ -414,14 +417,9 @@ def test_what_asks_for_a_value_is_counted_with_its_place() -> None:
 
 def test_the_picture_of_rows(tmp_path: Path) -> None:
     """One row or none, and one that could not be timed."""
-    row = {"model": "vit_s", "tokens": 1024, "batch": 1, "size": [512, 512], "mode": "static_compiled", "speedup": 1.4}
-    row |= {
-        "predicted": 1.5,
-        "realised": 0.93,
-        "realised_quartiles": [0.9, 0.95],
-        "device": "cpu",
-        "precision": "float32",
-    }
+    row: dict[str, Any] = {"model": "vit_s", "tokens": 1024, "batch": 1, "size": [512, 512], "mode": "static_compiled"}
+    row |= {"speedup": 1.4, "predicted": 1.5, "realised": 0.93, "realised_quartiles": [0.9, 0.95]}
+    row |= {"device": "cpu", "precision": "float32"}
     for rows in ([], [row], [row, {**row, "skipped": "no"}]):
         draw_rows(rows, tmp_path / "rows.png", title="bench")
         with Image.open(tmp_path / "rows.png") as picture:

@@ -97,8 +97,9 @@ class Way:
 
 
 def reason(error: Exception) -> str:
-    """What a row says that could not be timed: the kind of error and its first line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
+    """What a row says that could not be timed: the kind of error and the first two lines of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300]
 
 
 def static_config(policy: Policy, traces: Sequence[Trace], multiple: int) -> PolicyConfig | None:
