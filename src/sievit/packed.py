@@ -101,7 +101,7 @@ def pack_table(table: Tensor | None, packing: Packing) -> Tensor | None:
 def unpack(canvas: Tensor, packed: Tensor, packing: Packing, *, inplace: bool = False) -> Tensor:
     """(t, c) back to its places on the canvas (b, n, c); all other tokens keep the value they have."""
     packed = packed.to(canvas.dtype)
-    if inplace and canvas.is_contiguous():
+    if inplace and canvas.is_contiguous() and not torch.compiler.is_compiling():  # a compiler finds that by itself
         canvas.view(-1, canvas.shape[2]).index_copy_(0, packing.index, packed)
         return canvas
     return canvas.flatten(0, 1).index_copy(0, packing.index, packed).view_as(canvas)
