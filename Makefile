@@ -40,8 +40,9 @@ bench: $(READY)  ## time blocks, backbone, network and a detector's parts, dense
 	@$(BIN)/sievit bench network --sizes 512 512 --batches 1 --repeats 5 --out out/bench $(ARGS)
 	@$(BIN)/sievit bench heads --repeats 3 --out out/bench $(ARGS)
 
-ON_GPU := --device cuda --precision bfloat16 --batches 1 4 8 32 --repeats 15 --out out/bench-gpu
+ON_GPU = --device cuda --precision bfloat16 --batches $(BATCHES_GPU) --repeats 15 --out out/bench-gpu
 EVERY_MODE := dense dense_compiled dense_graphs dynamic bucketed bucketed_graphs static static_compiled static_graphs
+BATCHES_GPU := 1 4 8 32
 SIZES_GPU := 512 512 800 1216 1024 1024
 
 bench-gpu: $(READY)  ## the tests that need a GPU, then all benches there, in bfloat16 and every mode: out/bench-gpu
