@@ -158,6 +158,8 @@ def select_top(tokens: Tokens, scores: Tensor, share: float, *, multiple: int = 
         multiple: counts are rounded up to a multiple of it.
         static: no shape may depend on the sizes of the images either.
     """
+    if share >= 1:
+        return tokens.select(None)
     valid, scores = tokens.valid, scores.double()
     if valid is not None:
         scores = scores.masked_fill(~valid, -math.inf)
