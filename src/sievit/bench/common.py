@@ -160,6 +160,15 @@ class Cost:
         )
 
 
+def _line(row: dict[str, Any]) -> str:
+    """A row in short."""
+    what = f"{row['model']} {row['size']}, batch {row['batch']}, {row['mode']}"
+    if "skipped" in row:
+        return f"{what}: {row['skipped']}"
+    times = f"{row['dense_ms']:.0f} to {row['sparse_ms']:.0f} ms"
+    return f"{what}: {times}, speed-up {row['speedup']:.2f}, predicted {row['predicted']:.2f}"
+
+
 def run(
     name: str,
     config: Bench,
@@ -194,11 +203,10 @@ def run(
         shown = "own" if size is None else list(size)
         row = {"model": model, "size": shown, "batch": batch, "device": device_name(place.device)}
         row["precision"] = config.precision
-        rows += [{**row, **figures} for figures in rows_of(model, size, batch, place)]
+        for figures in rows_of(model, size, batch, place):
+            rows.append({**row, **figures})
+            console.print(_line(rows[-1]), style="dim", highlight=False)  # a run that is stopped has said this much
     console.print(table([row for row in rows if "skipped" not in row]))
-    for row in rows:
-        if "skipped" in row:
-            console.print(f"{row['model']} {row['size']}, batch {row['batch']}, {row['mode']}: {row['skipped']}")
     result = {
         "bench": name,
         "torch": torch.__version__,
