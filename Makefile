@@ -34,7 +34,7 @@ format: $(READY)  ## put the code into its format
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-bench: $(READY)  ## time blocks, backbone, network and a detector's parts, dense against sparse: about 5 minutes, out/bench
+bench: $(READY)  ## time blocks, backbone, network and a detector's parts, dense against sparse: some minutes, out/bench
 	@$(BIN)/sievit bench blocks --batches 1 --repeats 5 --out out/bench $(ARGS)
 	@$(BIN)/sievit bench backbone --sizes 512 512 --batches 1 --repeats 5 --out out/bench $(ARGS)
 	@$(BIN)/sievit bench network --sizes 512 512 --batches 1 --repeats 5 --out out/bench $(ARGS)

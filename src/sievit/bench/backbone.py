@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sievit.bench.blocks import CALIBRATED, calibrated, frozen
+from sievit.bench.blocks import CALIBRATED, BlocksBench, calibrated, frozen
 from sievit.bench.common import SIZES, Cost, ModesBench, Place, check_known, kept, run, table_of, time_modes
 from sievit.bench.modes import Way
 from sievit.flops import backbone_gflops
@@ -28,16 +28,8 @@ ADAPTERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackboneBench(ModesBench):
-    """ViT-Adapter, from normalised images to its four maps, dense against SViT.
-
-    Attributes:
-        models: names of backbones, random weights.
-        targets: share of tokens that the gates keep, spread over blocks 3 to 11; they are set to it on the images.
-    """
-
-    models: tuple[str, ...] = ("vit_s",)
-    targets: tuple[float, ...] = (0.7, 0.49, 0.343)
+class BackboneBench(BlocksBench):
+    """ViT-Adapter, from normalised images to its four maps, dense against SViT."""
 
 
 @torch.inference_mode()
