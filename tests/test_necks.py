@@ -1,5 +1,7 @@
 """Deformable attention against its slow twin; backbones give an image the same features alone and in any batch."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,18 @@ def test_sampling_equals_grid_sample_with_its_gradients() -> None:
         results.append((out, *gradients))
     for fast, slow in zip(*results, strict=True):
         torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-4)
+
+
+def test_sampling_at_borders_and_places_that_are_no_numbers() -> None:
+    shapes = [(2, 3), (1, 1)]
+    values = torch.arange(1.0, 8).view(1, 7, 1, 1)
+    xs = [0.0, -1.0, -0.5, 3.0, 2.5, 2.0, 1e9, -math.inf, math.nan]
+    places = torch.zeros(1, len(xs), 1, 2, 1, 2)
+    places[0, :, 0, 0, 0, 0] = torch.tensor(xs)
+    weights = torch.ones(1, len(xs), 1, 2, 1)
+    expected = [1.0, 0.0, 0.5, 0.0, 1.5, 3.0, 0.0, 0.0, math.nan]  # of the first row 1, 2, 3
+    out = deform_sample(values, shapes, places, weights)[0, :, 0] - 7  # the second level's only cell
+    torch.testing.assert_close(out, torch.tensor(expected), equal_nan=True)
 
 
 def test_reference_points_are_cell_centres_x_first() -> None:

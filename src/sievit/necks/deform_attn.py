@@ -70,8 +70,9 @@ class DeformAttn(nn.Module):
         offsets = offsets.unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
         weights = logits.unflatten(-1, (self.num_heads, -1)).softmax(-1)
         weights = weights.unflatten(-1, (self.num_levels, self.num_points))
-        extent = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=queries.device)  # (l, 2)
-        places = points[:, None, None, None] * extent[:, None] + offsets - 0.5  # (b, q, h, l, p, 2) in pixels
+        x, y = points.unbind(-1)
+        centres = torch.stack([torch.stack([x * w, y * h], -1) for h, w in shapes], 1) - 0.5  # (q, l, 2) in pixels
+        places = offsets + centres[:, None, :, None]  # (b, q, h, l, p, 2)
         out = deform_sample(values.unflatten(-1, (self.num_heads, -1)), shapes, places, weights)
         return self.output_proj(out.to(queries.dtype))
 
@@ -101,33 +102,36 @@ def deform_sample(values: Tensor, shapes: Shapes, places: Tensor, weights: Tenso
 
 
 def _by_bag(values: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> Tensor:
-    b, s, h, d = values.shape
+    b, _, h, d = values.shape
     q = places.shape[1]
-    device = values.device
-    extent = torch.tensor(shapes, device=device)  # (l, 2)
-    height, width = (extent[:, i, None] for i in (0, 1))  # (l, 1)
-    sizes = torch.tensor([0, *(rows * columns for rows, columns in shapes[:-1])], device=device)
-    first = sizes.cumsum(0)[:, None]  # (l, 1), where each level starts
-    corner = places.floor()
-    fx, fy = (places - corner).unbind(-1)  # (b, q, h, l, p)
-    x0, y0 = corner.long().unbind(-1)
-    rows, shares = [], []
-    for dy, wy in ((0, 1 - fy), (1, fy)):
-        y = y0 + dy
-        inside_y = (y >= 0) & (y < height)
-        for dx, wx in ((0, 1 - fx), (1, fx)):
-            x = x0 + dx
-            inside = inside_y & (x >= 0) & (x < width)
-            rows.append(torch.where(inside, first + y * width + x, 0))
-            shares.append(wy * wx * weights * inside)
-    row = torch.stack(rows, -1).flatten(3)  # (b, q, h, l*p*4), within one image
-    image = torch.arange(b, device=device)[:, None, None, None] * s
-    head = torch.arange(h, device=device)[None, None, :, None]
-    bags = ((image + row) * h + head).flatten(0, 2)
-    share = torch.stack(shares, -1).flatten(3).flatten(0, 2)
-    table = values.reshape(b * s * h, d)
-    out = F.embedding_bag(bags, table, per_sample_weights=share.to(table.dtype), mode="sum")
+    table = _bordered(values.flatten(2), shapes)  # (b, s', h * d)
+    # of an image's rows of the table the first, by head, in rows of d
+    origin = torch.arange(b, dtype=torch.int32, device=values.device)[:, None] * (table.shape[1] * h)
+    origin = (origin + torch.arange(h, dtype=torch.int32, device=values.device))[:, None, :, None]  # (b, 1, h, 1)
+    bags, shares, start = [], [], 0
+    for level, (rows, columns) in enumerate(shapes):
+        x, y = places[:, :, :, level].unbind(-1)  # (b, q, h, p)
+        x, y = x.clamp(-1, columns), y.clamp(-1, rows)  # from there outwards everything is zero
+        x0, y0 = x.floor().nan_to_num(), y.floor().nan_to_num()  # what is not a number comes out as such, by its shares
+        stride = columns + 1
+        corner = ((y0 + 1) * stride + x0 + (start + 1)).to(torch.int32) * h + origin
+        bags.append(torch.stack([corner, corner + h, corner + stride * h, corner + (stride + 1) * h], -1))
+        below = (y - y0) * weights[:, :, :, level]
+        above = weights[:, :, :, level] - below
+        below_right, above_right = below * (x - x0), above * (x - x0)
+        shares.append(torch.stack([above - above_right, above_right, below - below_right, below_right], -1))
+        start += (rows + 3) * stride
+    bag, share = (torch.stack(each, 3).flatten(0, 2).flatten(1) for each in (bags, shares))  # (b * q * h, l * p * 4)
+    out = F.embedding_bag(bag, table.view(-1, d), per_sample_weights=share.to(table.dtype), mode="sum")
     return out.view(b, q, h * d)
+
+
+def _bordered(values: Tensor, shapes: Shapes) -> Tensor:
+    """(b, s, c) with zeros around each level, so that a corner outside needs no question: a row above, two below, and a
+    column before, which also stands behind the row before it; two more at the end, for the last corner's neighbours."""
+    levels = values.split([rows * columns for rows, columns in shapes], dim=1)
+    padded = [F.pad(x.unflatten(1, shape), (0, 0, 1, 0, 1, 2)) for x, shape in zip(levels, shapes, strict=True)]
+    return torch.cat([*(x.flatten(1, 2) for x in padded), values.new_zeros(len(values), 2, values.shape[2])], 1)
 
 
 def _by_grid_sample(values: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> Tensor:
