@@ -25,7 +25,7 @@ def test_no_command_is_a_mistake(capsys: pytest.CaptureFixture[str]):
     [
         (["trian"], ["unknown command 'trian'", "did you mean 'train'?"]),
         (["data", "scene"], ["unknown command 'data scene'", "did you mean 'data scenes'?"]),
-        (["train"], ["needs the name of a recipe"]),
+        (["train"], ["needs a recipe first"]),
         (["train", "nuclei_svti"], ["nuclei_svti", "did you mean 'nuclei_svit'?"]),
         (["recipes", "scene_vit"], ["scene_vit", "did you mean 'scenes_vit'?"]),
         (["predict", "nowhere.safetensors", ".", "--out", "x"], ["nowhere.safetensors", "no such file"]),

@@ -16,10 +16,12 @@ def train(args: list[str]) -> int:
     if not args or args[0].startswith("-"):
         if args and args[0] in ("-h", "--help"):
             print(
-                f"usage: sievit train RECIPE [OPTIONS]\n\n{recipe_list()}\n\nsievit train RECIPE --help lists options"
+                f"usage: sievit train RECIPE [OPTIONS]\n\n{recipe_list()}\n\n"
+                "RECIPE may be a file too: `sievit recipes NAME > mine.json` writes one to change, another policy, say.\n"
+                "sievit train RECIPE --help lists options"
             )
             return 0
-        raise ConfigError(f"sievit train needs the name of a recipe first{nearest('', recipes())}")
+        raise ConfigError(f"sievit train needs a recipe first, its name or a .json file{nearest('', recipes())}")
     name = args[0]
     default = find(name)
 
@@ -32,7 +34,7 @@ def train(args: list[str]) -> int:
     def run(
         recipe: Annotated[Recipe, arg(name="")] = default,
         *,
-        out: Path = Path("runs") / name,
+        out: Path = Path("runs") / Path(name).stem,
         resume: Path | None = None,
         data_root: Path | None = None,
         num_classes: int | None = None,

@@ -1,8 +1,9 @@
 """Recipes: functions that return everything a run depends on, by name."""
 
 from collections.abc import Callable
+from pathlib import Path
 
-from sievit.config import ConfigError, nearest
+from sievit.config import ConfigError, load_json, nearest
 from sievit.engine.recipe import Recipe
 from sievit.recipes import ade20k, coco, coco_stuff10k, dino, folders, nuclei, pascal_context, scenes
 
@@ -60,7 +61,13 @@ def recipes() -> dict[str, Callable[[], Recipe]]:
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe called `name`; an unknown one is an error with the nearest match."""
+    """The recipe called `name`, or that of a .json file as `sievit recipes NAME` prints it.
+
+    Raises:
+        ConfigError: an unknown name; the nearest is given. A file that cannot be read or is no recipe.
+    """
+    if name.endswith(".json"):
+        return load_json(Recipe, Path(name))
     if name not in _RECIPES:
         raise ConfigError(f"unknown recipe {name!r}{nearest(name, _RECIPES)}")
     return _RECIPES[name]()
