@@ -10,6 +10,7 @@ A layout tells a transformer block how its tokens are arranged. Three layouts co
 Letters: b images, n canvas tokens per image, t packed tokens, c channels, h heads, d channels per head.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol
@@ -17,6 +18,7 @@ from typing import Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Backend = Literal["auto", "per_image", "padded", "varlen"]
 
@@ -73,8 +75,8 @@ class Packing:
     @cached_property
     def slots(self) -> Tensor:
         """(t,) int64: positions of the packed tokens in a flattened (b, max(lengths)) padding."""
-        longest = max(self.lengths)
-        return torch.cat([torch.arange(n) + i * longest for i, n in enumerate(self.lengths)]).to(self.index.device)
+        longest, device = max(self.lengths), self.index.device
+        return torch.cat([torch.arange(n, device=device) + i * longest for i, n in enumerate(self.lengths)])
 
 
 def places(chosen: Tensor, count: int) -> Tensor:
@@ -116,7 +118,7 @@ def pad(packed: Tensor, packing: Packing) -> Tensor:
 
 def padding_mask(packing: Packing) -> Tensor:
     """(b, max(lengths)) bool: True where `pad` puts a token."""
-    lengths = torch.tensor(packing.lengths, device=packing.index.device)
+    lengths = packing.cu_seqlens.diff()
     return torch.arange(max(packing.lengths), device=lengths.device) < lengths[:, None]
 
 
@@ -217,6 +219,14 @@ class PackedAmong:
         return values.repeat_interleave(torch.tensor(self.packing.lengths, device=values.device))[:, None]
 
 
+def any_length() -> AbstractContextManager[None]:
+    """Attention over numbers of tokens that change from image to image, while it lasts: not cuDNN's.
+
+    Newer versions of torch prefer that on large GPUs; it is planned anew for every shape, tens of milliseconds each.
+    """
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """(b, n, h, d) each; mask: True where a key is visible, broadcast to (b, h, n, n)."""
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
@@ -227,6 +237,7 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     ends, longest = packing.cu_seqlens, max(packing.lengths)
-    out = varlen_attn(q, k, v, ends, ends, longest, longest)
+    with any_length():
+        out = varlen_attn(q, k, v, ends, ends, longest, longest)
     assert isinstance(out, Tensor)
     return out

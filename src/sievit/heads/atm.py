@@ -1,5 +1,6 @@
 """Attention to mask (SegViT, arXiv 2210.05844): a query per class; its attention to the tokens is the class's mask."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from sievit.config import ConfigError, variant
 from sievit.heads.semantic import SemanticHead, SemanticHeadConfig, on_canvas, register_head
 from sievit.losses import ATMLossConfig, atm_loss
-from sievit.packed import Packing, pad, padding_mask
+from sievit.packed import Packing, any_length, pad, padding_mask
 from sievit.tokens import Prediction, Tokens
 
 
@@ -67,7 +68,8 @@ class CrossAttention(nn.Module):
         q, k, v = self.q(queries), memory.by_image(self.k(x)), memory.by_image(self.v(x))
         split = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
         mask = None if memory.mask is None else memory.mask[:, None, None, :]
-        out = F.scaled_dot_product_attention(*split, attn_mask=mask, dropout_p=self.dropout * self.training)
+        with nullcontext() if memory.packing is None else any_length():
+            out = F.scaled_dot_product_attention(*split, attn_mask=mask, dropout_p=self.dropout * self.training)
         maps = None
         if with_maps:  # the sum over heads of their products is the product over all channels
             head_dim = q.shape[-1] // self.num_heads
