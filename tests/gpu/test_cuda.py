@@ -1,5 +1,8 @@
 """What only a GPU can show: variable-length attention, and the same answers as on the CPU."""
 
+from collections.abc import Iterator
+from operator import attrgetter
+
 import pytest
 import torch
 
@@ -27,9 +30,19 @@ def test_varlen_attention_equals_one_image_at_a_time(dtype: torch.dtype, lengths
             torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
 
 
+@pytest.fixture
+def exact_convolutions() -> Iterator[None]:
+    """By default those in float32 round to TF32."""
+    conv = attrgetter("cudnn.conv")(torch.backends)
+    before = conv.fp32_precision
+    conv.fp32_precision = "ieee"
+    yield
+    conv.fp32_precision = before
+
+
+@pytest.mark.usefixtures("exact_convolutions")
 @torch.inference_mode()
-def test_a_backbone_gives_the_same_maps_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.backends.cudnn.conv.fp32_precision", "ieee")  # by default they round to TF32
+def test_a_backbone_gives_the_same_maps_as_on_the_cpu() -> None:
     vit = ViTConfig(grid=(4, 4), embed_dim=128, depth=4, num_heads=2)
     backbone = build_backbone(
         AdapterConfig(conv_inplane=16, deform_num_heads=4, num_interactions=2),
