@@ -23,6 +23,7 @@ LEVELS = {
     "sievit.losses": 1,
     "sievit.necks": 1,
     "sievit.data": 1,
+    "sievit.execution": 2,
     "sievit.heads": 2,
     "sievit.metrics": 2,
     "sievit.vit": 2,

@@ -31,7 +31,7 @@ from sievit.report import evaluate
 from sievit.segmenter import Segmenter, SegmenterConfig
 from sievit.tokens import Tokens
 from sievit.tune import Goal, Judged, Tuning, table_of, tune
-from sievit.tune.subject import Clock, Part, Subject
+from sievit.tune.subject import Clock, Part, Setup, Subject
 from sievit.vit import ViTConfig
 
 R = TypeVar("R")
@@ -104,9 +104,9 @@ def wound(overhead: Mapping[int, float] | float) -> Clock:
         extra = overhead.get(index, 0.0) if isinstance(overhead, Mapping) else overhead
         return 1 + 9 * share + (extra if share < 1 else 0)
 
-    def clock(what: Part | PolicyConfig, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
+    def clock(what: Part | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
         result: Any = call()
-        if isinstance(what, PolicyConfig):
+        if isinstance(what, Setup):
             shares = result.trace.shares().mean(1).tolist()
             return sum(of(i, share) for i, share in enumerate(shares)), result
         if isinstance(result, Tokens):  # one run of blocks
@@ -152,7 +152,7 @@ def test_a_policy_that_wins_in_no_race_is_not_written(saved: Saved, images: Path
     """Its blocks are faster, each by itself; the model as a whole is not."""
     fast = wound(0.0)
 
-    def clock(what: Part | PolicyConfig, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
+    def clock(what: Part | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
         elapsed, result = fast(what, call, device)
         return (elapsed if isinstance(what, Part) else 60.0), result
 
@@ -164,10 +164,11 @@ def test_a_policy_that_was_lucky_is_not_written(saved: Saved, images: Path, out:
     """It wins the race, and not the second one."""
     fast, runs = wound(0.0), []
 
-    def clock(what: Part | PolicyConfig, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
+    def clock(what: Part | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
         elapsed, result = fast(what, call, device)
-        runs.extend([what] * isinstance(what, SViTConfig))
-        return elapsed + (100 if isinstance(what, SViTConfig) and len(runs) > QUICK.repeats else 0), result
+        gates = isinstance(what, Setup) and isinstance(what.policy, SViTConfig)
+        runs.extend([what] * gates)
+        return elapsed + (100 if gates and len(runs) > QUICK.repeats else 0), result
 
     figures = tune(saved(GATES), images, out, tuning=ONE, clock=clock)
     assert policy_of(out) == KeepAllConfig() and "noise" in figures["why"]
@@ -333,10 +334,12 @@ def test_accuracy_falls_by_no_more_than_it_may(most: float, saved: Saved, images
 def test_static_counts_win_where_choices_are_dear(saved: Saved, images: Path, out: Path):
     plain = wound(0.0)
 
-    def clock(what: Part | PolicyConfig, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
+    def clock(what: Part | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
         elapsed, result = plain(what, call, device)
-        dynamic = isinstance(what, SViTConfig | DToPConfig) and "static" not in _mode(what)
-        return elapsed + 3.0 * dynamic, result
+        dear = (
+            isinstance(what, Setup) and not isinstance(what.policy, KeepAllConfig) and _mode(what.policy) == "dynamic"
+        )
+        return elapsed + 3.0 * dear, result
 
     for policy in (GATES, EXITS):
         figures = tune(saved(policy), images, out, tuning=replace(QUICK, multiple=4), clock=clock)
@@ -358,7 +361,8 @@ def test_accuracy_that_may_not_fall_at_all(saved: Saved, images: Path, labels: P
     assert figures["target"]["met"]
 
 
-def _mode(config: SViTConfig | DToPConfig) -> str:
+def _mode(config: PolicyConfig) -> str:
+    assert isinstance(config, SViTConfig | DToPConfig)
     fixed = config.static_shares if isinstance(config, SViTConfig) else config.static_left
     return "dynamic" if fixed is None else "static"
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sievit.config import ConfigError, variant
+from sievit.execution import Execution
 from sievit.heads.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from sievit.heads.masks import paste_masks
 from sievit.hub import Pretrained
@@ -106,6 +107,7 @@ class Detector(Pretrained):
         *,
         policy: Policy | None = None,
         mode: Mode = "auto",
+        execution: Execution | None = None,
     ) -> Output:
         """Losses when `targets` are given, detections when not.
 
@@ -114,17 +116,22 @@ class Detector(Pretrained):
                 without they are resized to the test size.
             targets: per image `boxes` (g, 4), `labels` (g,), and `masks` (g, h, w) for a mask branch.
             policy: takes the place of the model's own.
-            mode: the executor's, see `ViT.forward`.
+            mode: the executor's, see `ViT.forward`; takes the place of the execution's.
+            execution: how detections are found, in place of the model's own; losses do not look at it.
         """
         given = [(image.shape[-2], image.shape[-1]) for image in images]
         sizes = given if targets is not None else [self.config.input.test_size(size) for size in given]
         batch = batched(images, sizes, self.config.input, self.device)
         image_size = (batch.shape[-2], batch.shape[-1])
         own = sizes if self.config.padding == "hidden" else None
-        features, trace = self.backbone(batch, own, policy=policy, mode=mode)
         if targets is not None:
+            execution = Execution()
             targets = [{name: x.to(self.device) for name, x in t.items() if isinstance(x, Tensor)} for t in targets]
-        detections, losses = self.head(features, image_size, sizes, targets)
+        elif execution is None:
+            execution = self.config.execution
+        with execution.autocast(self.device):
+            features, trace = execution.run(self.backbone, batch, own, policy=policy, mode=mode)
+            detections, losses = self.head(features, image_size, sizes, targets)
         if targets is not None:
             chosen = self.policy if policy is None else policy
             losses = {**losses, **chosen.loss(trace)}

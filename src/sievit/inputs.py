@@ -1,7 +1,7 @@
 """What goes into a model: images of any kind, and what happens to them before a network sees them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sievit.config import ConfigError
 from sievit.data.images import read_image, to_rgb, to_tensor
+from sievit.execution import Execution
 from sievit.policies import PolicyConfig
 from sievit.vit import ViTConfig
 
@@ -52,12 +53,14 @@ class ModelConfig:
 
     Attributes:
         classes: names, in the order of the model's answers.
+        execution: how it is run when it answers.
     """
 
     vit: ViTConfig
     policy: PolicyConfig
     input: InputConfig
     classes: tuple[str, ...]
+    execution: Execution = field(default=Execution(), kw_only=True)
 
 
 def batched(images: list[Tensor], sizes: list[Size], config: InputConfig, device: torch.device) -> Tensor:

@@ -46,17 +46,25 @@ def save(model: Model, path: Path | str, *, half: bool = False) -> None:
     write(model, model.config, Path(path), half=half)
 
 
-def load(path: Path | str, *, policy: str | PolicyConfig | None = None, device: str | torch.device = "cpu") -> Model:
-    """A trained model, in evaluation mode.
+def load(
+    path: Path | str,
+    *,
+    policy: str | PolicyConfig | None = None,
+    device: str | torch.device = "cpu",
+    compile: bool = True,
+) -> Model:
+    """A trained model, in evaluation mode; one of `sievit tune` answers in the mode and precision that were found best.
 
     Args:
         path: a file that `save` wrote; a folder that `save_pretrained` wrote, or of a training run (its best model,
             else its last); or a model on the hub, hf:user/name or hf:user/name@revision.
         policy: takes the place of the checkpoint's: a configuration, or a name for the default one of that name (the
-            checkpoint's own where it has that name). Weights of the policy that is replaced are left out.
+            checkpoint's own where it has that name). Weights of the policy that is replaced are left out,
+            and it runs in the default mode.
+        compile: False to run a model that was tuned to be compiled as it stands.
 
     Raises:
         ConfigError: no such file, not a sievit model, damaged, weights that do not fit, an unknown policy, or one that
             has to be trained and was not.
     """
-    return restored(build, model_file(path), policy=policy).to(device)
+    return restored(build, model_file(path), policy=policy, compile=compile).to(device)

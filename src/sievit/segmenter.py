@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sievit.config import ConfigError, variant
+from sievit.execution import Execution
 from sievit.heads.semantic import SemanticHead, SemanticHeadConfig, build_head, extents, repeat_edges, resize
 from sievit.hub import Pretrained
 from sievit.inputs import ModelConfig, Size, batched, in_batches, normalised
+from sievit.packed import Backend
 from sievit.policies import Policy, PolicyConfig, build_policy
 from sievit.policies.base import Head
 from sievit.tokens import Prediction, Tokens, Trace
@@ -140,6 +142,7 @@ class SegmentationNet(nn.Module):
         *,
         policy: Policy | None = None,
         mode: Mode = "auto",
+        backend: Backend = "auto",
         head_size: Size | None = None,
     ) -> tuple[Tensor, Trace]:
         """Normalised images (b, 3, H, W) to logits (b, k, H, W) and the trace.
@@ -153,12 +156,18 @@ class SegmentationNet(nn.Module):
             head_size: the released DToP heads first resize what they say to a fixed size, that of the training
                 images, whatever the input's is; this does so too.
         """
-        predictions, trace = self.predictions(images, sizes, policy=policy, mode=mode)
+        predictions, trace = self.predictions(images, sizes, policy=policy, mode=mode, backend=backend)
         logits = picture(predictions[self.out_indices[-1]], trace.grid, self._canvas(images), via=head_size)
         return logits[..., : images.shape[2], : images.shape[3]], trace
 
     def predictions(
-        self, images: Tensor, sizes: Sizes | None = None, *, policy: Policy | None = None, mode: Mode = "auto"
+        self,
+        images: Tensor,
+        sizes: Sizes | None = None,
+        *,
+        policy: Policy | None = None,
+        mode: Mode = "auto",
+        backend: Backend = "auto",
     ) -> tuple[dict[int, Prediction], Trace]:
         """What the heads say, by the block that they stand behind: in training all of them, else those that were asked;
         the last one's is the answer. On padding stands what they say of the edge of the image."""
@@ -168,12 +177,14 @@ class SegmentationNet(nn.Module):
         tokens = self.vit.embed(images, sizes)
         trace = Trace.start(tokens)
         if policy.needs_heads:
-            tokens, trace = self.vit.run_blocks(tokens, policy, trace, mode=mode)
+            tokens, trace = self.vit.run_blocks(tokens, policy, trace, mode=mode, backend=backend)
             said = dict(zip(trace.asked, trace.predictions, strict=True))
             return {block: _filled(prediction, tokens) for block, prediction in said.items()}, trace
         said, start = {}, 0
         for block, head in self._behind.items() if self.training else list(self._behind.items())[-1:]:
-            tokens, trace = self.vit.run_blocks(tokens, policy, trace, start=start, stop=block + 1, mode=mode)
+            tokens, trace = self.vit.run_blocks(
+                tokens, policy, trace, start=start, stop=block + 1, mode=mode, backend=backend
+            )
             said[block] = _filled(head(tokens, tokens.valid, None), tokens)
             start = block + 1
         return said, trace
@@ -255,6 +266,7 @@ class Segmenter(Pretrained):
         *,
         policy: Policy | None = None,
         mode: Mode = "auto",
+        execution: Execution | None = None,
     ) -> Segmentation:
         """Losses when `targets` are given (of all heads in training, else of those that were asked), labels when not.
 
@@ -263,11 +275,15 @@ class Segmenter(Pretrained):
                 without they are resized to the test size and, if there is a crop, looked at window by window.
             targets: per image `labels` (h, w) int64, the size of the image.
             policy: takes the place of the model's own.
-            mode: the executor's, see `ViT.forward`.
+            mode: the executor's, see `ViT.forward`; takes the place of the execution's.
+            execution: how labels are found, in place of the model's own; losses do not look at it.
         """
         if targets is not None:
             return self._losses(images, [target["labels"] for target in targets], policy, mode)
-        return self._segment(images, policy, mode)
+        scores, output = self._score(images, policy, mode, self.config.execution if execution is None else execution)
+        given = [(image.shape[-2], image.shape[-1]) for image in images]
+        labels = [resize(m[None], own)[0].argmax(0) for m, own in zip(scores, given, strict=True)]
+        return replace(output, labels=labels)
 
     def _losses(self, images: list[Tensor], labels: list[Tensor], policy: Policy | None, mode: Mode) -> Segmentation:
         config = self.config
@@ -297,15 +313,11 @@ class Segmenter(Pretrained):
 
         Where windows overlap it is their mean. Arguments as of `forward`.
         """
-        return self._score(images, policy, mode)[0]
+        return self._score(images, policy, mode, self.config.execution)[0]
 
-    def _segment(self, images: list[Tensor], policy: Policy | None, mode: Mode) -> Segmentation:
-        scores, output = self._score(images, policy, mode)
-        given = [(image.shape[-2], image.shape[-1]) for image in images]
-        labels = [resize(m[None], own)[0].argmax(0) for m, own in zip(scores, given, strict=True)]
-        return replace(output, labels=labels)
-
-    def _score(self, images: list[Tensor], policy: Policy | None, mode: Mode) -> tuple[list[Tensor], Segmentation]:
+    def _score(
+        self, images: list[Tensor], policy: Policy | None, mode: Mode, execution: Execution
+    ) -> tuple[list[Tensor], Segmentation]:
         """The scores of all images, and everything else there is to tell."""
         config = self.config
         resized = [config.input.test_size((image.shape[-2], image.shape[-1])) for image in images]
@@ -321,7 +333,9 @@ class Segmenter(Pretrained):
             batch = torch.zeros(len(part), 3, *size, device=self.device)
             for row, (i, (y, x, h, w)) in zip(batch, part, strict=True):
                 row[:, :h, :w] = pictures[i][:, y : y + h, x : x + w]
-            logits, trace = self.net(batch, [window[2:] for _, window in part], policy=policy, mode=mode)
+            own_sizes = [window[2:] for _, window in part]
+            with execution.autocast(self.device):
+                logits, trace = execution.run(self.net, batch, own_sizes, policy=policy, mode=mode)
             traces.append(trace)
             for said, (i, (y, x, h, w)) in zip(logits, part, strict=True):
                 sums[i][:, y : y + h, x : x + w] += said[:, :h, :w]

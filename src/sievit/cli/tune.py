@@ -30,10 +30,10 @@ def tune(args: list[str]) -> int:
     ) -> int:
         """Make a trained model fast on this device: never slower than dense, at the size and batch given.
 
-        Blocks that are slower with tokens left out are computed whole, the policy is turned to a target, and dynamic
-        and static counts race against the dense model. Writes the tuned model, and beside it a report as .json; the
-        last line of the output is the report. The exit status is 1 where the target was missed, or images could not
-        be read.
+        Blocks that are slower with tokens left out are computed whole, the policy is turned to a target, and the modes
+        race against the dense model, with --compile compiled too. Writes the tuned model, which remembers how it is
+        run, and beside it a report as .json; the last line of the output is the report. The exit status is 1 where the
+        target was missed, or images could not be read.
 
         Args:
             checkpoint: checkpoint, folder of a training run, or name of a model that comes with sievit.
@@ -87,6 +87,8 @@ def _run(
     console = Console()
     console.print(table_of(figures))
     console.print(f"{out}: {figures['policy']}, {figures['mode']}; {figures['why']}", soft_wrap=True, highlight=False)
+    if figures["execution"]["compiled"]:
+        console.print("it is compiled when it first sees a size; sievit.load(..., compile=False) leaves that out")
     missed = figures["target"] is not None and not figures["target"]["met"]
     if missed:
         console.print("the target was missed", soft_wrap=True)

@@ -15,6 +15,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from sievit.config import ConfigError, from_json, kind_of, load_json, to_json
+from sievit.execution import Execution
 from sievit.files import write_atomically
 from sievit.inputs import ModelConfig
 from sievit.policies import PolicyConfig, policy_config
@@ -91,6 +92,7 @@ def restored(
     *,
     kind: str | None = None,
     policy: str | PolicyConfig | None = None,
+    compile: bool = True,
 ) -> M:
     """The model in a file, in evaluation mode, on the CPU.
 
@@ -99,6 +101,7 @@ def restored(
         kind: see `read`.
         policy: takes the place of the file's: a configuration, or a name for the default one of that name (the file's
             own where it has that name). Weights of the policy that is replaced are left out.
+        compile: False to run a model that was tuned to be compiled as it stands.
 
     Raises:
         ConfigError: see `read`; weights that do not fit, an unknown policy, or one that has to be trained and was not.
@@ -107,7 +110,10 @@ def restored(
     if policy is not None:
         wanted = policy_config(policy) if isinstance(policy, str) else policy
         if not (isinstance(policy, str) and kind_of(config.policy) == policy):
-            config = replace(config, policy=wanted)
+            # which ran best was found out for the policy that goes
+            config = replace(config, policy=wanted, execution=Execution(precision=config.execution.precision))
+    if not compile:
+        config = replace(config, execution=replace(config.execution, compiled=False))
     model = build(config)
     expected = model.state_dict()
     if policy is not None:

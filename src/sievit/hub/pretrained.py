@@ -42,6 +42,7 @@ class Pretrained(nn.Module, ModelHubMixin):
         *,
         policy: str | PolicyConfig | None = None,
         device: str | torch.device = "cpu",
+        compile: bool = True,
         force_download: bool = False,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -54,7 +55,7 @@ class Pretrained(nn.Module, ModelHubMixin):
         Args:
             pretrained_model_name_or_path: a folder (of `save_pretrained`, or of a training run) or a model file, else
                 the id of a model on the hub, user/name (or hf:user/name@revision).
-            policy: takes the place of the model's own, see `sievit.load`.
+            policy, compile: see `sievit.load`.
             force_download, token, cache_dir, local_files_only, revision: for the hub, as huggingface_hub's.
 
         Raises:
@@ -78,7 +79,7 @@ class Pretrained(nn.Module, ModelHubMixin):
                 local_files_only=local_files_only,
                 token=token,
             )
-        return restored(cls.from_config, path, kind=cls.kind, policy=policy).to(device)
+        return restored(cls.from_config, path, kind=cls.kind, policy=policy, compile=compile).to(device)
 
     def save_pretrained(
         self,

@@ -123,12 +123,12 @@ class Milliseconds(Ceiling):
     def __init__(self, subject: Subject, target: float, rounds: int) -> None:
         super().__init__(subject, target)
         self.rounds = rounds
-        self.dense = statistics.median(subject.race([DENSE], rounds)[0])
+        self.dense = statistics.median(subject.race([subject.plain(DENSE)], rounds)[0])
 
     def cost(self, config: PolicyConfig) -> float:
         if config == DENSE:
             return self.dense
-        dense, other = self.subject.race([DENSE, config], self.rounds)
+        dense, other = self.subject.race([self.subject.plain(DENSE), self.subject.plain(config)], self.rounds)
         return self.dense * Ratio.of(other, dense).median
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sievit.policies import Policy, PolicyConfig
 from sievit.tokens import Tokens, Trace
-from sievit.tune.kinds import Kind
+from sievit.tune.kinds import Kind, Run
 from sievit.tune.subject import Part, Ratio, Subject
 
 CANVASES = 5
@@ -92,7 +92,11 @@ def _judge(
                 for turn in range(-1, repeats):  # the first only warms up
                     for which in (0, 1) if turn % 2 else (1, 0):
                         given, run = replace(tokens, x=tokens.x.clone()), runs[place][which]
-                        call = lambda given=given, run=run, trace=trace: run(given, trace)  # noqa: E731
+
+                        def call(given: Tokens = given, run: Run = run, trace: Trace = trace) -> object:
+                            with subject.execution.autocast(device):
+                                return run(given, trace)
+
                         if turn < 0:
                             call()
                             continue

@@ -44,6 +44,10 @@ class Kind(ABC):
     mode = "dynamic"
     whole = False
     """Whether what one place leaves out is left out to the end, so that places are judged one after the other."""
+    ragged = False
+    """Whether images keep different numbers of tokens, so that there are several ways to compute them together."""
+    one_graph = False
+    """Whether no shape depends on what is in the images."""
     names: tuple[str, ...] = ()
     """Fields of the configuration that are turned."""
 
@@ -112,9 +116,9 @@ def kinds(subject: Subject, modes: Sequence[str], *, quantile: float | None, mul
             f"the policy {kind_of(config)!r} has nothing to tune: it computes every token; give a model that leaves "
             "some out, or another policy by --policy"
         )
-    wanted = [kind for kind in found if kind.mode in modes]
+    wanted = [kind for kind in found if kind.mode in modes or (kind.ragged and "bucketed" in modes)]
     if not wanted:
-        had = ", ".join(kind.mode for kind in found)
+        had = ", ".join(f"{kind.mode}, bucketed" if kind.ragged else kind.mode for kind in found)
         raise ConfigError(f"--modes {' '.join(modes)}: the policy {kind_of(config)!r} has {had}")
     return wanted
 
@@ -122,6 +126,7 @@ def kinds(subject: Subject, modes: Sequence[str], *, quantile: float | None, mul
 class Gates(Kind):
     """SViT: the threshold of the logits, or where the gates know budgets the budget."""
 
+    ragged = True
     names = ("threshold", "budget", "dense_blocks")
 
     def __init__(self, subject: Subject, config: SViTConfig) -> None:
@@ -187,7 +192,7 @@ class Gates(Kind):
 class StaticGates(Kind):
     """SViT with static counts: the shares that its gates keep on the images, times a factor."""
 
-    mode = "static"
+    mode, one_graph = "static", True
     names = ("static_shares", "multiple")
 
     def __init__(self, gates: Gates, config: SViTConfig, quantile: float | None, multiple: int) -> None:
@@ -240,6 +245,7 @@ class Exits(Kind):
         self.stages = tuple(policy.heads)[:-1]
         thresholds = config.per_stage(len(policy.heads))
         self.config = replace(config, thresholds=thresholds, static_left=None, multiple=1)
+        self.ragged = not config.preserve
         if not self.stages:
             raise ConfigError("the model has no auxiliary head behind which tokens could leave")
 
@@ -279,7 +285,7 @@ class Exits(Kind):
 class StaticExits(Kind):
     """DToP with static counts: the shares that have left on the images, times a factor."""
 
-    mode, whole = "static", True
+    mode, whole, one_graph = "static", True, True
     names = ("static_left", "multiple")
 
     def __init__(self, exits: Exits, config: DToPConfig, quantile: float | None, multiple: int) -> None:
@@ -330,6 +336,7 @@ class StaticExits(Kind):
 class Shares(Kind):
     """Policies of fixed shares: the shares times a factor. Their counts are static by nature."""
 
+    one_graph = True
     names = ("shares",)
 
     def __init__(self, subject: Subject, config: AttentionConfig | TopNormConfig | RandomConfig) -> None:

@@ -11,14 +11,15 @@ def table_of(figures: dict[str, Any]) -> Table:
     size = "own sizes" if figures["size"] is None else "{}x{}".format(*figures["size"])
     title = (
         f"{figures['images']} images, {size}, {figures['tokens']} tokens, batch {figures['batch_size']}, "
-        f"{figures['device']}"
+        f"{figures['device']}, {figures['precision']}"
     )
     measure = next((name for name in ("miou", "mask_ap", "box_ap") if name in figures["dense"]), None)
     table = Table(title=title, title_justify="left", box=SIMPLE, collapse_padding=True)
     headings = ["", "GFLOPs", "ms", "speed-up", "keep", "dense blocks", *([measure] if measure else [])]
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for row in [{"mode": "dense", "chosen": figures["mode"] == "dense", **figures["dense"]}, *figures["candidates"]]:
+    denses = [{"mode": name, **figures[name]} for name in ("dense", "dense_compiled") if name in figures]
+    for row in [*({**row, "chosen": row["mode"] == figures["mode"]} for row in denses), *figures["candidates"]]:
         table.add_row(*_cells(row, measure), style="bold" if row["chosen"] else None)
     return table
 

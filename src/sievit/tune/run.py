@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -21,6 +21,7 @@ from sievit.data.labels import LabelDataset
 from sievit.detector import Detector
 from sievit.devices import device_name
 from sievit.engine.evaluate import evaluate, headline
+from sievit.execution import Execution
 from sievit.files import write_atomically
 from sievit.model import Model, model_file, read, save
 from sievit.policies import PolicyConfig
@@ -31,9 +32,11 @@ from sievit.report.semantic import LabelFiles, open_labels
 from sievit.tune.goals import Aim, AsItIs, Drop, Found, Milliseconds, Operations
 from sievit.tune.guard import Verdict, judge, loses, unsure
 from sievit.tune.kinds import Kind, StaticExits, StaticGates, Turn, kinds
-from sievit.tune.subject import DENSE, Clock, Ratio, Subject, wall_clock
+from sievit.tune.subject import DENSE, Clock, Ratio, Setup, Subject, wall_clock
 
 Size = tuple[int, int]
+DENSES = ("dense", "dense_compiled")
+"""What the dense model is called in reports, as it stands and compiled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,11 @@ class Tuning:
         batch_size: images at once.
         repeats: timed rounds, in each of which everything that is compared runs once; at least 3.
         num_images: so many images of the folder, evenly spread, are timed and counted.
-        modes: `dynamic` chooses by image, `static` as many tokens in every image.
+        modes: `dynamic` chooses by image, `bucketed` too, but computes counts of few sizes, `static` as many tokens in
+            every image; by default the first and the last, and on CUDA with --compile all.
+        precision: float32, or bfloat16 under autocast; of everything, and of the model that is written.
+        compile: the dense model and the modes of few shapes race under torch.compile too, on CUDA with CUDA graphs;
+            takes minutes for each.
         quantile: of the shares that the images keep, for static counts; by default their mean.
         multiple: static counts are rounded up to a multiple of it.
     """
@@ -92,7 +99,9 @@ class Tuning:
     batch_size: int = 1
     repeats: int = 15
     num_images: int = 16
-    modes: tuple[str, ...] = ("dynamic", "static")
+    modes: tuple[str, ...] = ()
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
     quantile: float | None = None
     multiple: int = 8
 
@@ -101,22 +110,66 @@ class Tuning:
             raise ConfigError("--repeats is at least 3; --batch-size, --num-images and --multiple are at least 1")
         if self.quantile is not None and not 0 <= self.quantile <= 1:
             raise ConfigError(f"--quantile {self.quantile:g}: is from 0 to 1")
-        if not self.modes or not set(self.modes) <= {"dynamic", "static"}:
-            raise ConfigError(f"--modes {' '.join(self.modes)}: are dynamic, static, or both")
+        if not set(self.modes) <= {"dynamic", "bucketed", "static"}:
+            raise ConfigError(f"--modes {' '.join(self.modes)}: are dynamic, bucketed and static")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ConfigError(f"--precision {self.precision}: is float32 or bfloat16")
 
 
 @dataclass
 class Candidate:
-    """A policy in one mode, tuned."""
+    """A policy in one mode, tuned, and how it is run."""
 
     kind: Kind
     found: Found
     verdicts: list[Verdict]
     off: set[int]
+    execution: Execution
+
+    @property
+    def name(self) -> str:
+        """The mode, as the benches call it."""
+        mode = "bucketed" if self.execution.mode == "bucketed" else self.kind.mode
+        return mode + "_padded" * (self.execution.backend == "padded") + "_compiled" * self.execution.compiled
+
+    @property
+    def setup(self) -> Setup:
+        return Setup(self.config, self.execution)
 
     @property
     def config(self) -> PolicyConfig:
         return self.found.config
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds per image of the dense model, as it stands and perhaps compiled, and of another setup, in turns."""
+
+    dense: list[list[float]]
+    own: list[float]
+
+    @property
+    def ratio(self) -> Ratio:
+        """Of the dense model that it is harder to be faster than."""
+        return min((Ratio.of(dense, self.own) for dense in self.dense), key=lambda ratio: ratio.low)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Who won.
+
+    Attributes:
+        chosen: None where it is the dense model.
+        setup: what is written, and `times` its last race.
+        candidates: all that there were, with the times of those that ran in `raced`, by their id.
+    """
+
+    chosen: Candidate | None
+    setup: Setup
+    why: str
+    times: Times
+    candidates: list[Candidate]
+    raced: dict[int, Times]
 
 
 @torch.inference_mode()
@@ -137,9 +190,10 @@ def tune(
     """Write a model that is as fast as the policy allows on this device, and never slower than dense; and a report.
 
     Blocks that are slower with tokens left out are computed for all tokens; the dial of the policy (SViT: the threshold
-    of its logits, or its budget; DToP: the grade; others: their shares) is turned to the target; dynamic and static
-    counts race, together with the dense model. The winner has to win once more, against the dense model alone. Where
-    no policy wins, by the lower quartile of paired ratios, the one that is written computes every token.
+    of its logits, or its budget; DToP: the grade; others: their shares) is turned to the target; then all modes, and
+    where they may differ the back-ends of attention, race with the dense model, as they stand and compiled if that is
+    wanted. The winner has to beat the dense model in all its forms, and once more against those alone. Where no policy
+    wins, by the lower quartile of paired ratios, what is written computes every token. The model remembers how it ran.
 
     Args:
         path: checkpoint, folder of a training run, or name of a model that comes with sievit.
@@ -150,11 +204,12 @@ def tune(
         console: where progress goes; None for nowhere.
 
     Returns:
-        The report. `policy`, `mode` and `settings` are what was written, and `why`; `dense` and `tuned` hold `gflops`,
-        `ms` and `ms_p95` per image, `keep` per block and, with annotations, the accuracy in points; `speedup` is the
-        median of paired ratios and their quartiles; `target` says whether it was met; `candidates` are all policies
-        that ran, with their settings, figures, `blocks` (dense against pruned, and which were made dense) and what the
-        dial `tried`; `load` is the machine's load average, `failures` are images that could not be read.
+        The report. `policy`, `mode`, `execution` and `settings` are what was written, and `why`; `dense`, with
+        --compile `dense_compiled`, and `tuned` hold `gflops`, `ms` and `ms_p95` per image, `keep` per block and, with
+        annotations, the accuracy in points; `speedup` is the median of paired ratios, to the faster dense one, and
+        their quartiles; `target` says whether it was met; `candidates` are all policies that ran, with their settings,
+        figures, `blocks` (dense against pruned, and which were made dense) and what the dial `tried`; `load` is the
+        machine's load average, `failures` are images that could not be read.
 
     Raises:
         ConfigError: options that do not go together, a policy without anything to tune, no readable image, or a target
@@ -165,19 +220,26 @@ def tune(
         raise ConfigError("--max-drop needs annotated images: give --annotations (detector) or --labels (segmenter)")
     if out.resolve() == model_file(where).resolve():
         raise ConfigError(f"{out}: is the model that is tuned, which would be lost; give another --out")
+    if tuning.compile and goal.target_ms is not None:
+        raise ConfigError("--target-ms with --compile: each step of the dial would be compiled; give --target-gflops")
     own = open_model(where, policy=policy, device=device)
-    accuracy = _accuracy(own, images, judged, label_files, console)
+    execution = Execution(precision=tuning.precision)
+    accuracy = _accuracy(own, images, judged, label_files, execution, console)
     pictures, failures = _pictures(images, tuning)
+    if tuning.compile and len({picture.shape for picture in pictures}) > 1:
+        raise ConfigError("--compile: the images are of several sizes, each compiled by itself; give --size")
     model = own if tuning.size is None else as_given(own)
-    subject = Subject(model, _batches(pictures, tuning.batch_size), clock, console)
+    subject = Subject(model, _batches(pictures, tuning.batch_size), clock, console, execution)
     say = (lambda text: None) if console is None else lambda text: console.print(text, style="dim", highlight=False)
     say(f"{len(pictures)} images, counting")
-    ways = kinds(subject, tuning.modes, quantile=tuning.quantile, multiple=tuning.multiple)
+    ways = kinds(subject, _modes(subject, tuning), quantile=tuning.quantile, multiple=tuning.multiple)
+    if tuning.compile:
+        say("compiling the dense model")  # first, so that one that cannot be compiled is told of soon
+        subject.warmed(_denses(subject, tuning)[-1])
     aim = _aim(goal, subject, tuning, accuracy)
     candidates, why = _candidates(subject, ways, aim, tuning, say)
-    chosen, why, raced = _race(subject, candidates, aim, tuning, why, say)
-    config: PolicyConfig = DENSE if chosen is None else chosen.config
-    figures = _report(subject, goal, aim, tuning, candidates, chosen, raced, why, accuracy)
+    outcome = _race(subject, candidates, aim, tuning, why, say)
+    figures = _report(subject, goal, outcome, accuracy)
     figures = {
         "out": str(out),
         "report": str(out.with_suffix(".json")),
@@ -186,6 +248,7 @@ def tune(
         "size": None if tuning.size is None else list(tuning.size),
         "batch_size": tuning.batch_size,
         "repeats": tuning.repeats,
+        "precision": tuning.precision,
         "device": device_name(model.device),
         "torch": torch.__version__,
         "load": [round(value, 2) for value in os.getloadavg()],
@@ -194,7 +257,7 @@ def tune(
     }
     half = any(tensor.dtype == torch.float16 for tensor in read(model_file(where))[1].values())
     out.parent.mkdir(parents=True, exist_ok=True)
-    save(subject.with_policy(config, own), out, half=half)
+    save(subject.set_up(outcome.setup, own), out, half=half)
     write_atomically(out.with_suffix(".json"), (json.dumps(figures, indent=1) + "\n").encode())
     return figures
 
@@ -224,7 +287,12 @@ def _batches(pictures: Sequence[Tensor], batch_size: int) -> list[list[Tensor]]:
 
 
 def _accuracy(
-    model: Model, images: Path, judged: Judged, files: LabelFiles, console: Console | None
+    model: Model,
+    images: Path,
+    judged: Judged,
+    files: LabelFiles,
+    execution: Execution,
+    console: Console | None,
 ) -> "_Accuracy | None":
     """What judges policies, if there are annotations."""
     if judged.annotations is None and judged.labels is None:
@@ -238,24 +306,23 @@ def _accuracy(
         if judged.labels is None or judged.annotations is not None:
             raise ConfigError("the model is a segmenter; give --labels, a folder of label images")
         dataset = open_labels(model, images, judged.labels, files)
-    return _Accuracy(model, dataset, judged.eval_limit, console)
+    return _Accuracy(Subject(model, [], execution=execution), dataset, judged.eval_limit, console)
 
 
 class _Accuracy:
     """Points (0..100) of policies on annotated images, as `sievit eval` finds them."""
 
     def __init__(
-        self, model: Model, dataset: CocoDetection | LabelDataset, limit: int | None, console: Console | None
+        self, subject: Subject, dataset: CocoDetection | LabelDataset, limit: int | None, console: Console | None
     ) -> None:
-        self.subject = Subject(model, [])
-        self.dataset, self.limit, self.console = dataset, limit, console
+        self.subject, self.dataset, self.limit, self.console = subject, dataset, limit, console
         self.measure = ""
         self.known: dict[PolicyConfig, float] = {}
 
     def __call__(self, config: PolicyConfig) -> float:
         if config not in self.known:
             figures = evaluate(
-                self.subject.with_policy(config),
+                self.subject.set_up(self.subject.plain(config)),
                 self.dataset,
                 limit=self.limit,
                 skip_failures=True,
@@ -306,11 +373,11 @@ def _candidates(
         off = {verdict.part.start for verdict in verdicts if loses(verdict)}
         if verdicts and len(off) == len(verdicts):
             why = "every block is slower with tokens left out"
-            candidates.append(Candidate(kind, found, verdicts, off))
+            candidates.append(Candidate(kind, found, verdicts, off, subject.execution))
             continue
         if off:
             found = _again(kind, aim, off, found)
-        candidate = Candidate(kind, found, verdicts, off)
+        candidate = Candidate(kind, found, verdicts, off, subject.execution)
         if found.met:
             candidates.append(candidate)
         elif not isinstance(aim, Drop):
@@ -342,28 +409,65 @@ def _unreachable(aim: Aim, candidate: Candidate) -> str:
     )
 
 
+def _modes(subject: Subject, tuning: Tuning) -> tuple[str, ...]:
+    """The modes that race: buckets save nothing but graphs, so that on their own account they do where those count."""
+    graphs = tuning.compile and subject.model.device.type == "cuda"
+    return tuning.modes or (("dynamic", "bucketed", "static") if graphs else ("dynamic", "static"))
+
+
+def _denses(subject: Subject, tuning: Tuning) -> list[Setup]:
+    """The dense model, in all forms that are to be beaten."""
+    plain = subject.plain(DENSE)
+    return [plain, replace(plain, execution=replace(plain.execution, compiled=True))] if tuning.compile else [plain]
+
+
+def _run_in_all_ways(candidate: Candidate, subject: Subject, tuning: Tuning) -> list[Candidate]:
+    """The same policy in all the ways to run it that may differ in time."""
+    kind, plain, modes = candidate.kind, candidate.execution, _modes(subject, tuning)
+    ways = [plain] if kind.mode in modes else []
+    if ways and kind.ragged and subject.ragged(candidate.config):
+        ways.append(replace(plain, backend="padded"))
+    if kind.ragged and "bucketed" in modes:
+        ways.append(replace(plain, mode="bucketed"))
+    if tuning.compile:
+        ways += [replace(way, compiled=True) for way in ways if kind.one_graph or way.mode == "bucketed"]
+    return [replace(candidate, execution=way) for way in ways]
+
+
 def _race(
     subject: Subject, candidates: list[Candidate], aim: Aim, tuning: Tuning, why: str, say: Callable[[str], None]
-) -> tuple[Candidate | None, str, dict[int, tuple[list[float], list[float]]]]:
-    """All that is left against the dense model, in turns: who wins, why, and the times (dense, own) of each."""
-    raced: dict[int, tuple[list[float], list[float]]] = {}
-    running = [c for c in candidates if not c.verdicts or len(c.off) < len(c.verdicts)]
-    while running:
-        say(f"racing: dense, {', '.join(c.kind.mode for c in running)}")
-        dense, *others = subject.race([DENSE, *(c.config for c in running)], tuning.repeats)
-        raced |= {id(c): (dense, own) for c, own in zip(running, others, strict=True)}
-        wins = [c for c, own in zip(running, others, strict=True) if Ratio.of(dense, own).low > 1]
+) -> Outcome:
+    """All that is left against the dense model, in turns."""
+    denses = _denses(subject, tuning)
+    paying = [c for c in candidates if not c.verdicts or len(c.off) < len(c.verdicts)]
+    ran = [c for c in candidates if c.verdicts and len(c.off) == len(c.verdicts)]
+    raced: dict[int, Times] = {}
+    dense: list[list[float]] = []
+    while paying:
+        running = [way for c in paying for way in _run_in_all_ways(c, subject, tuning)]
+        running.sort(key=lambda c: c.execution.compiled)  # last, so that within the noise nothing is compiled
+        ran += running
+        say(f"racing: dense, {', '.join(c.name for c in running)}")
+        times = subject.race([*denses, *(c.setup for c in running)], tuning.repeats)
+        dense = times[: len(denses)]
+        raced |= {id(c): Times(dense, own) for c, own in zip(running, times[len(denses) :], strict=True)}
+        wins = [c for c in running if raced[id(c)].ratio.low > 1]
         while wins:
             best = _best(wins, raced, aim, subject)
-            say(f"once more: dense, {best.kind.mode}")  # the winner of many may have been lucky
-            dense, own = subject.race([DENSE, best.config], tuning.repeats)
-            if Ratio.of(dense, own).low > 1:
-                return best, _because(best, wins, raced, Ratio.of(dense, own)), raced | {id(best): (dense, own)}
+            say(f"once more: dense, {best.name}")  # the winner of many may have been lucky
+            *dense, own = subject.race([*denses, best.setup], tuning.repeats)
+            last = Times(dense, own)
+            if last.ratio.low > 1:
+                why = _because(best, wins, raced, last.ratio)
+                return Outcome(best, best.setup, why, last, ran, raced | {id(best): last})
             wins = [c for c in wins if c is not best]
         why = "no policy was faster than the dense model by more than the noise"
-        running = [c for c in (_cautious(c, aim) for c in running) if c is not None]
-        candidates += running
-    return None, why, raced
+        paying = [c for c in (_cautious(c, aim) for c in paying) if c is not None]
+    dense = dense or subject.race(denses, tuning.repeats)
+    place = 0
+    if len(dense) > 1 and (ratio := Ratio.of(*dense)).low > 1:
+        place, why = 1, f"{why}; compiled it is {ratio.median:.2f} times as fast ({ratio.low:.2f} to {ratio.high:.2f})"
+    return Outcome(None, denses[place], why, Times(dense, dense[place]), ran, raced)
 
 
 def _cautious(candidate: Candidate, aim: Aim) -> Candidate | None:
@@ -373,54 +477,36 @@ def _cautious(candidate: Candidate, aim: Aim) -> Candidate | None:
     if off == candidate.off or len(off) >= len(candidate.verdicts):
         return None
     found = _again(kind, aim, off, candidate.found)
-    return Candidate(kind, found, candidate.verdicts, off) if found.met else None
+    return replace(candidate, found=found, off=off) if found.met else None
 
 
-def _best(
-    wins: list[Candidate], raced: dict[int, tuple[list[float], list[float]]], aim: Aim, subject: Subject
-) -> Candidate:
+def _best(wins: list[Candidate], raced: dict[int, Times], aim: Aim, subject: Subject) -> Candidate:
     """The faster one, the first (dynamic) where it is within the noise; at a time that was asked for the one that
     computes more."""
     if isinstance(aim, Milliseconds):
         return max(wins, key=lambda c: subject.spent(c.config).gflops)
     best = wins[0]
     for other in wins[1:]:
-        if Ratio.of(raced[id(best)][1], raced[id(other)][1]).low > 1:
+        if Ratio.of(raced[id(best)].own, raced[id(other)].own).low > 1:
             best = other
     return best
 
 
-def _because(
-    best: Candidate, wins: list[Candidate], raced: dict[int, tuple[list[float], list[float]]], ratio: Ratio
-) -> str:
+def _because(best: Candidate, wins: list[Candidate], raced: dict[int, Times], ratio: Ratio) -> str:
     """Why it was chosen: its `ratio` to the dense model, and how it did in the race with the others."""
-    own = raced[id(best)][1]
-    said = f"{best.kind.mode} is {ratio.median:.2f} times as fast as dense ({ratio.low:.2f} to {ratio.high:.2f})"
+    times = raced[id(best)]
+    said = f"{best.name} is {ratio.median:.2f} times as fast as dense ({ratio.low:.2f} to {ratio.high:.2f})"
+    if len(times.dense) > 1:
+        said += ", compiled or not"
     for other in wins:
         if other is not best:
-            to = Ratio.of(raced[id(other)][1], own)
-            said += f", and {to.median:.2f} times as fast as {other.kind.mode} ({to.low:.2f} to {to.high:.2f})"
+            to = Ratio.of(raced[id(other)].own, times.own)
+            said += f", and {to.median:.2f} times as fast as {other.name} ({to.low:.2f} to {to.high:.2f})"
     return said
 
 
-def _report(
-    subject: Subject,
-    goal: Goal,
-    aim: Aim,
-    tuning: Tuning,
-    candidates: list[Candidate],
-    chosen: Candidate | None,
-    raced: dict[int, tuple[list[float], list[float]]],
-    why: str,
-    accuracy: _Accuracy | None,
-) -> dict[str, Any]:
-    if chosen is None:
-        times = next(iter(raced.values()), None)
-        dense_ms = subject.race([DENSE], tuning.repeats)[0] if times is None else times[0]
-        own_ms = dense_ms
-    else:
-        dense_ms, own_ms = raced[id(chosen)]
-    config = DENSE if chosen is None else chosen.config
+def _report(subject: Subject, goal: Goal, outcome: Outcome, accuracy: _Accuracy | None) -> dict[str, Any]:
+    chosen, config = outcome.chosen, outcome.setup.policy
 
     def row(config: PolicyConfig, taken: list[float] | None) -> dict[str, Any]:
         spent = subject.spent(config)
@@ -440,21 +526,22 @@ def _report(
         for judged in (DENSE, config):
             accuracy(judged)
     wanted = {name: value for name, value in vars(goal).items() if value is not None}
-    dense, tuned = row(DENSE, dense_ms), row(config, own_ms)
+    tuned = row(config, outcome.times.own)
     met = True
     if goal.target_gflops is not None:
         met = tuned["gflops"] <= goal.target_gflops * (1 + Operations.tolerance)
     if goal.target_ms is not None:
         met = tuned["ms"] <= goal.target_ms * (1 + 2 * Milliseconds.tolerance)
     rows = []
-    for candidate in candidates:
-        taken = raced.get(id(candidate))
+    for candidate in outcome.candidates:
+        times = outcome.raced.get(id(candidate))
         rows.append(
             {
-                "mode": candidate.kind.mode,
+                "mode": candidate.name,
+                "execution": to_json(candidate.execution),
                 **candidate.kind.settings(candidate.config),
-                **row(candidate.config, None if taken is None else taken[1]),
-                "speedup": None if taken is None else Ratio.of(*taken).to_json(),
+                **row(candidate.config, None if times is None else times.own),
+                "speedup": None if times is None else times.ratio.to_json(),
                 "blocks": [v.to_json(dense=v.part.start in candidate.off) for v in candidate.verdicts],
                 "tried": list(candidate.found.tried),
                 "chosen": candidate is chosen,
@@ -464,11 +551,12 @@ def _report(
         "tokens": round(subject.spent(DENSE).tokens),
         "target": {**wanted, "met": met} if wanted else None,
         "policy": kind_of(config),
-        "mode": "dense" if chosen is None else chosen.kind.mode,
-        "why": why,
-        "dense": dense,
+        "mode": DENSES[outcome.setup.execution.compiled] if chosen is None else chosen.name,
+        "execution": to_json(outcome.setup.execution),
+        "why": outcome.why,
+        **{name: row(DENSE, taken) for name, taken in zip(DENSES, outcome.times.dense, strict=False)},
         "tuned": tuned,
-        "speedup": {**Ratio.of(dense_ms, own_ms).to_json(), "pairs": len(own_ms)},
+        "speedup": {**outcome.times.ratio.to_json(), "pairs": len(outcome.times.own)},
         "settings": to_json(config),
         "candidates": rows,
     }

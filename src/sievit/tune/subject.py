@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from sievit.bench.common import clocked
+from sievit.bench.timing import clocked
 from sievit.detector import Output
+from sievit.execution import Execution
 from sievit.flops import model_gflops
 from sievit.model import Model, build
 from sievit.policies import KeepAllConfig, Policy, PolicyConfig, build_policy
@@ -34,15 +35,23 @@ class Part:
     pruned: bool
 
 
+@dataclass(frozen=True)
+class Setup:
+    """A policy, and how the model is run with it."""
+
+    policy: PolicyConfig
+    execution: Execution
+
+
 class Clock(Protocol):
     """Runs a call that waits for its device, and says how many milliseconds it took."""
 
-    def __call__(self, what: Part | PolicyConfig, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
-        """`what` is run: some of the blocks, or the whole model with a policy."""
+    def __call__(self, what: Part | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
+        """`what` is run: some of the blocks, or the whole model."""
         ...
 
 
-def wall_clock(what: Part | PolicyConfig, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
+def wall_clock(what: Part | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
     """The clock on the wall."""
     return clocked(call, device)
 
@@ -81,7 +90,11 @@ class Ratio:
 
 
 class Subject:
-    """A model on its device with batches of images, any policy's cost, and the time of policies in turns."""
+    """A model on its device with batches of images, any policy's cost, and the time of setups in turns.
+
+    Args:
+        execution: how everything is run that no setup says otherwise of.
+    """
 
     def __init__(
         self,
@@ -89,9 +102,12 @@ class Subject:
         batches: Sequence[list[Tensor]],
         clock: Clock = wall_clock,
         console: Console | None = None,
+        execution: Execution = Execution(),  # noqa: B008
     ) -> None:
         self.model, self.batches, self.clock, self.console = model, batches, clock, console
+        self.execution = execution
         self._spent: dict[PolicyConfig, Spent] = {}
+        self._warm: dict[Setup, Policy] = {}
 
     @property
     def depth(self) -> int:
@@ -116,9 +132,9 @@ class Subject:
             policy.load_state_dict(model.policy.state_dict())
         return policy.eval().to(model.device)
 
-    def answer(self, policy: Policy, images: list[Tensor]) -> Output | Segmentation:
+    def answer(self, policy: Policy, images: list[Tensor], execution: Execution | None = None) -> Output | Segmentation:
         """A pass with a policy in place of the model's own."""
-        return self.model(images, policy=policy)
+        return self.model(images, policy=policy, execution=self.execution if execution is None else execution)
 
     def spent(self, config: PolicyConfig) -> Spent:
         """What a policy spends, over all images."""
@@ -134,26 +150,45 @@ class Subject:
             self._spent[config] = Spent(gflops / images, torch.cat(shares, dim=1), tokens / images)
         return self._spent[config]
 
-    def race(self, configs: Sequence[PolicyConfig], rounds: int) -> list[list[float]]:
-        """Milliseconds per image of each policy in each round, all in turns on the same images, warmed up."""
-        policies = [self.policy(config) for config in configs]
-        for policy in policies * 2:
-            self.answer(policy, self.batches[0])
-        taken: list[list[float]] = [[] for _ in configs]
+    def plain(self, config: PolicyConfig) -> Setup:
+        """A policy, run as everything is that no setup says otherwise of."""
+        return Setup(config, self.execution)
+
+    def ragged(self, config: PolicyConfig) -> bool:
+        """Whether images, or windows, that go through the network together may keep different numbers of tokens."""
+        shares = self.spent(config).shares
+        return shares.shape[1] > len(self.batches) and bool((shares.amax(1) > shares.amin(1)).any())
+
+    def warmed(self, setup: Setup) -> Policy:
+        """The policy of a setup that has run; where it is compiled, on all batches, and only the first time."""
+        if setup in self._warm:
+            return self._warm[setup]
+        policy, compiled = self.policy(setup.policy), setup.execution.compiled
+        for _ in range(3 if compiled else 2):  # graphs are recorded in the second pass
+            for images in self.batches if compiled else self.batches[:1]:
+                self.answer(policy, images, setup.execution)
+        if compiled:
+            self._warm[setup] = policy
+        return policy
+
+    def race(self, setups: Sequence[Setup], rounds: int) -> list[list[float]]:
+        """Milliseconds per image of each setup in each round, all in turns on the same images, warmed up."""
+        policies = [self.warmed(setup) for setup in setups]
+        taken: list[list[float]] = [[] for _ in setups]
         for turn in self.watched(range(rounds), "timing", rounds):
             images = self.batches[turn % len(self.batches)]
-            for place in range(len(configs)):
-                which = (place + turn) % len(configs)
-                policy = policies[which]
-                call = lambda policy=policy: self.answer(policy, images)  # noqa: E731, B023
-                elapsed, _ = self.clock(configs[which], call, self.model.device)
+            for place in range(len(setups)):
+                which = (place + turn) % len(setups)
+                policy, setup = policies[which], setups[which]
+                call = lambda policy=policy, setup=setup: self.answer(policy, images, setup.execution)  # noqa: E731, B023
+                elapsed, _ = self.clock(setup, call, self.model.device)
                 taken[which].append(elapsed / len(images))
         return taken
 
-    def with_policy(self, config: PolicyConfig, model: Model | None = None) -> Model:
-        """A model (by default the one that is tuned) with another policy."""
+    def set_up(self, setup: Setup, model: Model | None = None) -> Model:
+        """A model (by default the one that is tuned) with another policy, run in another way."""
         model = self.model if model is None else model
-        same = build(replace(model.config, policy=config)).eval().to(model.device)
+        same = build(replace(model.config, policy=setup.policy, execution=setup.execution)).eval().to(model.device)
         tensors = model.state_dict()
         same.load_state_dict({name: tensors[name] for name in same.state_dict()})
         return same
