@@ -28,11 +28,13 @@ from sievit.bench import (
 from sievit.bench.backbone import ADAPTERS
 from sievit.bench.blocks import calibrated, frozen
 from sievit.bench.common import SIZES, load_images, load_pictures
-from sievit.bench.heads import parts_of, stopwatch
+from sievit.bench.heads import COUNTED, _rates, parts_of, stopwatch
 from sievit.bench.meters import counted_syncs, memory
 from sievit.bench.modes import MODES, Way, static_config
 from sievit.bench.network import SEGMENTERS, calibrated_exits, dense_policy, random_segmenter, time_model
 from sievit.bench.plot import draw_rows
+from sievit.bench.rates import machine_rates
+from sievit.bench.timing import Cost, Pair
 from sievit.config import ConfigError
 from sievit.detector import Detector, DetectorConfig
 from sievit.flops import model_gflops
@@ -468,7 +470,8 @@ def test_the_parts_of_a_detector_are_all_of_it(monkeypatch: pytest.MonkeyPatch) 
     tiny_names(monkeypatch)
     monkeypatch.setattr("sievit.bench.heads.HEAD", tiny_detector().config.head)
     config = HeadsBench(models=("tiny",), sizes=((96, 128),), repeats=2, targets=(0.5,), candidates=40)
-    (row,) = bench_heads(config, Console(quiet=True))["rows"]
+    console = Console(record=True, width=200, quiet=False, file=StringIO())
+    (row,) = bench_heads(config, console)["rows"]
     assert set(row) >= EVERY_ROW and row["detections"] > 0 and row["syncs"] > 0
     parts: dict[str, dict[str, Any]] = row["parts"]
     assert all(part["dense_ms"] > 0 and part["sparse_ms"] > 0 for name, part in parts.items() if name != "neck: rest")
@@ -477,6 +480,43 @@ def test_the_parts_of_a_detector_are_all_of_it(monkeypatch: pytest.MonkeyPatch) 
     )
     assert parts["blocks, gates"]["dense_gflops"] > parts["blocks, gates"]["sparse_gflops"]
     assert parts["FPN"]["dense_gflops"] == parts["FPN"]["sparse_gflops"] > 0
+    assert {name for name, part in parts.items() if "sparse_gflops_per_s" in part} == set(COUNTED)
+    assert min(parts[name]["sparse_gflops_per_s"] for name in COUNTED) > 0
+    assert set(row["machine_gflops_per_s"]) == {"linear", "conv3x3", "attention"}
+    assert min(row["machine_gflops_per_s"].values()) > 0
+    said = console.export_text()
+    assert "3x3 convolution" in said and "two operations per multiply-add" in said
+
+
+def test_rates_of_parts_are_those_of_the_sparse_passes() -> None:
+    """Medians over the batches; the neck is the sum of its parts, and what took no time has none."""
+
+    def cost(gflops: float) -> Cost:
+        counted = {**dict.fromkeys(COUNTED, 0.0), "FPN": gflops, "neck": 3.0, "mask layers": 1.0}
+        return Cost(images=2, tokens=48, gflops=9, policy=0, keep=(), more={"parts": counted})
+
+    def spent(ms: float) -> dict[str, float]:
+        return {"FPN": ms, "neck: maps": 10.0, "neck: rest": 20.0, "mask layers": 0.0}
+
+    pairs = [Pair(1.0, 1.0, cost(99.0), cost(gflops)) for gflops in (1.0, 2.0, 4.0)]
+    watched = [Pair(1.0, 1.0, spent(99.0), spent(ms)) for ms in (4.0, 5.0, 5.0)]
+    assert _rates(pairs, watched) == {"FPN": 800.0, "neck": 200.0}
+
+
+def test_rates_count_two_operations_per_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two images of 4 x 6 tokens, at a millisecond per call."""
+
+    def clock(call: Callable[[], torch.Tensor], device: torch.device) -> tuple[float, torch.Tensor]:
+        result = call()
+        shapes.append(tuple(result.shape))
+        return 1.0, result
+
+    shapes: list[tuple[int, ...]] = []
+    monkeypatch.setattr("sievit.bench.rates.clocked", clock)
+    rates = machine_rates(replace(TINY, embed_dim=256), (4, 6), 2, 64, CPU, torch.bfloat16)
+    assert set(shapes) == {(48, 1024), (2, 64, 16, 24), (2, 2, 24, 128)}
+    macs = {"linear": 48 * 256 * 1024, "conv3x3": 2 * 16 * 24 * 9 * 64 * 64, "attention": 2 * 24 * 24 * 256 * 2}
+    assert rates == {name: round(2 * each / 1e6, 1) for name, each in macs.items()}
 
 
 def test_the_parts_of_a_trained_detector(tmp_path: Path) -> None:

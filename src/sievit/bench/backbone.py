@@ -1,7 +1,7 @@
 """A backbone with its neck, ViT-Adapter, dense against SViT."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from rich.table import Table
 from torch import Tensor
 
 from sievit.bench.blocks import CALIBRATED, BlocksBench, calibrated, frozen
-from sievit.bench.common import SIZES, Cost, ModesBench, Place, check_known, kept, run, table_of, time_modes
+from sievit.bench.common import SIZES, ModesBench, Place, check_known, kept, run, table_of
 from sievit.bench.modes import Way
+from sievit.bench.timing import Cost, time_modes
 from sievit.flops import backbone_gflops
 from sievit.inputs import Size
 from sievit.necks.adapter import AdapterConfig, ViTAdapter
@@ -41,16 +42,18 @@ def bench_backbone(config: BackboneBench, console: Console | None = None) -> dic
     """
     check_known(config.models, ADAPTERS)
 
-    def rows_of(model: str, size: Size | None, batch: int, place: Place) -> list[dict[str, Any]]:
+    def rows_of(
+        model: str, size: Size | None, batch: int, place: Place, modes: tuple[str, ...]
+    ) -> Iterator[dict[str, Any]]:
         assert size is not None
         pictures = place.pictures((_up(size[0]), _up(size[1])), batch)
         backbone, dense = random_adapter(model, pictures, config.targets)
-        return time_backbone(backbone, dense, pictures.split(batch), config)
+        return time_backbone(backbone, dense, pictures.split(batch), replace(config, modes=modes))
 
     def table(rows: list[dict[str, Any]]) -> Table:
         return table_of("ViT-Adapter: dense against SViT, gates included", rows, {"keep": kept(rows)})
 
-    return run("backbone", config, config.models, config.sizes, rows_of, table, console)
+    return run("backbone", config, config.models, config.sizes, config.modes, rows_of, table, console)
 
 
 def random_adapter(model: str, pictures: Tensor, targets: tuple[float, ...]) -> tuple[ViTAdapter, Policy]:
@@ -67,7 +70,7 @@ Maps = dict[str, Tensor]
 
 def time_backbone(
     backbone: ViTAdapter, dense: Policy, batches: Sequence[Tensor], config: ModesBench
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """All tokens and those of the backbone's policy alternately on the same images, a row for each mode."""
     sizes = [(batches[0].shape[2], batches[0].shape[3])] * len(batches[0])
 

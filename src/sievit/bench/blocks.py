@@ -1,6 +1,6 @@
 """The backbone's blocks alone, dense against SViT."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sievit.bench.common import SIZES, Cost, ModesBench, Place, check_known, kept, run, table_of, time_modes
+from sievit.bench.common import SIZES, ModesBench, Place, check_known, kept, run, table_of
 from sievit.bench.modes import Way, static_config
+from sievit.bench.timing import Cost, time_modes
 from sievit.flops import blocks_gflops
 from sievit.inputs import Size
 from sievit.policies import KeepAllConfig, Policy, SViTConfig, build_policy
@@ -41,21 +42,23 @@ def bench_blocks(config: BlocksBench, console: Console | None = None) -> dict[st
     """
     check_known(config.models, SIZES)
 
-    def rows_of(model: str, size: Size | None, batch: int, place: Place) -> list[dict[str, Any]]:
+    def rows_of(
+        model: str, size: Size | None, batch: int, place: Place, modes: tuple[str, ...]
+    ) -> Iterator[dict[str, Any]]:
         assert size is not None
         pictures = place.pictures(size, batch)
         vit, policies = calibrated(SIZES[model], pictures, config.targets)
-        return time_blocks(vit, policies, pictures.split(batch), config)
+        return time_blocks(vit, policies, pictures.split(batch), replace(config, modes=modes))
 
     def table(rows: list[dict[str, Any]]) -> Table:
         return table_of("blocks: dense against SViT, gates included", rows, {"keep": kept(rows)})
 
-    return run("blocks", config, config.models, config.sizes, rows_of, table, console)
+    return run("blocks", config, config.models, config.sizes, config.modes, rows_of, table, console)
 
 
 def time_blocks(
     vit: ViT, policies: tuple[Policy, Policy], batches: Sequence[Tensor], config: ModesBench
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Dense and sparse blocks alternately on the same canvases, a row for each mode."""
     dense, sparse = policies
     canvases = [vit.embed(batch) for batch in batches]

@@ -19,20 +19,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sievit.bench.backbone import ADAPTERS, random_adapter
-from sievit.bench.common import (
-    SIZES,
-    Bench,
-    Cost,
-    Place,
-    alternately,
-    check_known,
-    clocked,
-    figures_of,
-    memory_figures,
-    run,
-)
+from sievit.bench.common import SIZES, Bench, Place, check_known, run
 from sievit.bench.meters import counted_syncs, memory
 from sievit.bench.network import as_given, dense_policy, named, opened
+from sievit.bench.rates import machine_rates
+from sievit.bench.timing import Cost, Pair, alternately, clocked, figures_of, memory_figures
 from sievit.config import ConfigError
 from sievit.detector import Detector, DetectorConfig, Output
 from sievit.flops import by_module
@@ -93,15 +84,15 @@ def bench_heads(config: HeadsBench, console: Console | None = None) -> dict[str,
     if not trained:
         check_known(config.models, ADAPTERS)
 
-    def rows_of(name: str, size: Size | None, batch: int, place: Place) -> list[dict[str, Any]]:
+    def rows_of(name: str, size: Size | None, batch: int, place: Place, modes: tuple[str, ...]) -> list[dict[str, Any]]:
         assert size is not None
         if trained:
             model = as_given(trained[name]).to(place.device)
         else:
             model = random_detector(name, place.pictures(size, 1), config.targets, config.candidates)
-        return [{"mode": "dynamic", **time_parts(model, place.images(size, batch), place.dtype)}]
+        return [{"mode": mode, **time_parts(model, place.images(size, batch), place.dtype)} for mode in modes]
 
-    return run("heads", config, trained or config.models, config.sizes, rows_of, _table, console)
+    return run("heads", config, trained or config.models, config.sizes, ("dynamic",), rows_of, _table, console)
 
 
 def _detector(path: Path, policy: str | None) -> Detector:
@@ -224,7 +215,9 @@ def time_parts(model: Detector, batches: Sequence[list[Tensor]], dtype: torch.dt
 
     Returns:
         Times and ratios of whole passes; `parts` by name: milliseconds `dense_ms` and `sparse_ms` (medians over the
-        batches), and where they are counted `dense_gflops` and `sparse_gflops` per image; `detections` per image.
+        batches), and where they are counted `dense_gflops` and `sparse_gflops` per image (1e9 multiply-adds, means) and
+        `sparse_gflops_per_s`, the rate that is reached (two operations per multiply-add); the rates of single products
+        in the same units, `machine_gflops_per_s`; `detections` per image.
     """
     device, parts = model.device, parts_of(model)
 
@@ -248,9 +241,10 @@ def time_parts(model: Detector, batches: Sequence[list[Tensor]], dtype: torch.dt
             parts = by_module(model, answer)
             total = torch.stack(list(parts.values())).sum(0)
             found = sum(len(each["boxes"]) for each in answer.detections)
-            return Cost.of(
-                answer.trace, total, policy, found=found, parts={k: v.mean().item() for k, v in parts.items()}
-            )
+            counted = {
+                name: sum(parts[key].sum().item() for key in keys if key in parts) for name, keys in COUNTED.items()
+            }
+            return Cost.of(answer.trace, total, policy, found=found, parts=counted, grid=answer.trace.grid)
 
         return of
 
@@ -266,21 +260,23 @@ def time_parts(model: Detector, batches: Sequence[list[Tensor]], dtype: torch.dt
     ]
     with counted_syncs(device) as places:
         whole(None)(batches[0])
-    costs = [pairs[0].dense.more["parts"], pairs[0].sparse.more["parts"]]
+    images = sum(pair.sparse.images for pair in pairs)
     rows: dict[str, dict[str, float]] = {}
     for name in watched[0].dense:
         rows[name] = {
             "dense_ms": round(statistics.median(pair.dense[name] for pair in watched), 2),
             "sparse_ms": round(statistics.median(pair.sparse[name] for pair in watched), 2),
         }
-    for name, counted in COUNTED.items():
-        for side, cost in zip(("dense", "sparse"), costs, strict=True):
-            gflops = round(sum(cost.get(key, 0.0) for key in counted), 4)
-            rows.setdefault(name, {})[f"{side}_gflops"] = gflops
+    for name in COUNTED:
+        for side in ("dense", "sparse"):
+            gflops = sum(getattr(pair, side).more["parts"][name] for pair in pairs)
+            rows.setdefault(name, {})[f"{side}_gflops"] = round(gflops / images, 4)
     neck = [row for name, row in rows.items() if name.startswith("neck: ")]
     rows["neck"] |= {key: round(sum(row[key] for row in neck), 2) for key in ("dense_ms", "sparse_ms")}
+    for name, rate in _rates(pairs, watched).items():
+        rows[name]["sparse_gflops_per_s"] = rate
     rows = {name: rows[name] for name in sorted(rows, key=[*PARTS, *rows].index)}
-    images = sum(pair.sparse.images for pair in pairs)
+    grid, channels = pairs[0].dense.more["grid"], model.head.config.fpn_channels
     return {
         **figures_of(pairs),
         **memory_figures(held[0], held[1], pairs[0].sparse.keep),
@@ -288,12 +284,38 @@ def time_parts(model: Detector, batches: Sequence[list[Tensor]], dtype: torch.dt
         "sync_places": dict(places),
         "detections": round(sum(pair.sparse.more["found"] for pair in pairs) / images, 1),
         "parts": rows,
+        "machine_gflops_per_s": machine_rates(model.vit.config, grid, len(batches[0]), channels, device, dtype),
     }
 
 
+def _rates(pairs: Sequence[Pair[Cost]], watched: Sequence[Pair[dict[str, float]]]) -> dict[str, float]:
+    """GF/s of the sparse passes, by the parts that took time and have counted operations; medians over the batches."""
+    rates = {}
+    for name in COUNTED:
+        gflops = [pair.sparse.more["parts"][name] for pair in pairs]
+        spent = [
+            sum(ms for part, ms in pair.sparse.items() if part == name or part.startswith(f"{name}: "))
+            for pair in watched
+        ]
+        reached = [2e3 * counted / ms for counted, ms in zip(gflops, spent, strict=True) if counted and ms]
+        if reached:
+            rates[name] = round(statistics.median(reached), 1)
+    return rates
+
+
+PRODUCTS = {"linear": "linear layer", "conv3x3": "3x3 convolution", "attention": "attention"}
+"""What a table calls those of `machine_rates`."""
+
+
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="detectors by parts, dense against sparse", box=SIMPLE, collapse_padding=True)
-    for column in ("part", "dense\nms", "sparse\nms", "share of\nsparse", "dense\nGFLOPs", "sparse\nGFLOPs"):
+    table = Table(
+        title="detectors by parts, dense against sparse",
+        caption="GFLOPs: 1e9 multiply-adds per image; GF/s: two operations per multiply-add",
+        box=SIMPLE,
+        collapse_padding=True,
+    )
+    columns = ("part", "dense\nms", "sparse\nms", "share of\nsparse", "dense\nGFLOPs", "sparse\nGFLOPs", "sparse\nGF/s")
+    for column in columns:
         table.add_column(column, justify="left" if column == "part" else "right", no_wrap=True)
     for row in rows:
         size = "x".join(map(str, row["size"]))
@@ -303,6 +325,10 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         for name, part in row["parts"].items():
             share = f"{part['sparse_ms'] / row['sparse_ms']:.0%}"
             gflops = [f"{part[key]:.1f}" if key in part else "" for key in ("dense_gflops", "sparse_gflops")]
-            table.add_row(f"  {name}", f"{part['dense_ms']:.1f}", f"{part['sparse_ms']:.1f}", share, *gflops)
+            rate = f"{part['sparse_gflops_per_s']:.0f}" if "sparse_gflops_per_s" in part else ""
+            table.add_row(f"  {name}", f"{part['dense_ms']:.1f}", f"{part['sparse_ms']:.1f}", share, *gflops, rate)
+        table.add_row("this machine, alone:")
+        for name, rate in row["machine_gflops_per_s"].items():
+            table.add_row(f"  {PRODUCTS[name]}", "", "", "", "", "", f"{rate:.0f}")
         table.add_section()
     return table

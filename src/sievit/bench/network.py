@@ -6,7 +6,7 @@ answers on the pixels of the images, resizing, padding and windows included.
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,23 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sievit.bench.common import (
-    SIZES,
-    Cost,
-    ModesBench,
-    Pair,
-    Place,
-    check_known,
-    kept,
-    percent,
-    run,
-    table_of,
-    time_modes,
-)
+from sievit.bench.common import SIZES, ModesBench, Place, check_known, kept, percent, run, table_of
 from sievit.bench.modes import Way, is_static, no_static, static_config
+from sievit.bench.timing import Cost, Pair, time_modes
 from sievit.config import ConfigError, kind_of
 from sievit.detector import Output
-from sievit.execution import Execution
 from sievit.flops import model_gflops
 from sievit.heads import ATM, ATMConfig, SemanticHead
 from sievit.hub import Pretrained
@@ -96,34 +84,38 @@ def bench_network(config: NetworkBench, console: Console | None = None) -> dict[
         raise ConfigError("--policy and --thresholds are for trained models; give --checkpoints, or --left instead")
     check_known(config.models, SEGMENTERS)
 
-    def rows_of(model: str, size: Size | None, batch: int, place: Place) -> list[dict[str, Any]]:
+    def rows_of(
+        model: str, size: Size | None, batch: int, place: Place, modes: tuple[str, ...]
+    ) -> Iterator[dict[str, Any]]:
         assert size is not None
         pictures = place.pictures(size, batch)
         segmenter = random_segmenter(SIZES[model], *SEGMENTERS[model])
         segmenter.eval().to(pictures)
         policy = calibrated_exits(segmenter, pictures[:CALIBRATED], config.left, config.keep_per_class)
-        return time_network(segmenter, policy, pictures.split(batch), config)
+        return time_network(segmenter, policy, pictures.split(batch), replace(config, modes=modes))
 
     def table(rows: list[dict[str, Any]]) -> Table:
         left = [percent(row["left"]) for row in rows]
         return table_of("network: dense against DToP, heads included", rows, {"left": left})
 
-    return run("network", config, config.models, config.sizes or PAPER_SIZES, rows_of, table, console)
+    return run("network", config, config.models, config.sizes or PAPER_SIZES, config.modes, rows_of, table, console)
 
 
 def _bench_checkpoints(config: NetworkBench, console: Console | None) -> dict[str, Any]:
     models = {name: opened(path, config.policy, config.thresholds) for name, path in named(config.checkpoints).items()}
 
-    def rows_of(name: str, size: Size | None, batch: int, place: Place) -> list[dict[str, Any]]:
+    def rows_of(
+        name: str, size: Size | None, batch: int, place: Place, modes: tuple[str, ...]
+    ) -> Iterator[dict[str, Any]]:
         model = models[name].to(place.device)
         if size is not None:
             model = as_given(model)
-        return time_model(model, place.images(size, batch), config, place.dtype)
+        return time_model(model, place.images(size, batch), replace(config, modes=modes), place.dtype)
 
     def table(rows: list[dict[str, Any]]) -> Table:
         return table_of("network: dense against its policy, everything included", rows, {"keep": kept(rows)})
 
-    return run("network", config, models, config.sizes or (None,), rows_of, table, console)
+    return run("network", config, models, config.sizes or (None,), config.modes, rows_of, table, console)
 
 
 def named(paths: Sequence[Path]) -> dict[str, Path]:
@@ -170,7 +162,7 @@ def as_given(model: M) -> M:
 
 def time_model(
     model: Model, batches: Sequence[list[Tensor]], config: ModesBench, dtype: torch.dtype = torch.float32
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """A trained model with every token computed and with its own policy, alternately on the same images.
 
     What is compiled in the compiled modes is the network from a batch to its maps or scores; resizing, proposals,
@@ -196,10 +188,10 @@ def time_model(
         def of(images: list[Tensor]) -> Output | Segmentation:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32):
                 if way.how == "eager":
-                    return model(images, policy=policy, mode=way.executor, execution=Execution())
+                    return model(images, policy=policy, mode=way.executor)
                 own.__dict__["forward"] = lambda *args, **kwargs: fast((args, kwargs))
                 try:
-                    return model(images, policy=policy, mode=way.executor, execution=Execution())
+                    return model(images, policy=policy, mode=way.executor)
                 finally:
                     del own.__dict__["forward"]
 
@@ -220,7 +212,7 @@ def time_model(
             ways["static"] = _same_weights(model, static)
     more = None if isinstance(model, Segmenter) else _of_detections
     rows = time_modes(config, ways, call_of, batches, device, cost, list(model.vit.blocks), more)
-    return [{**row, "kind": kind_of(model.config), "policy": kind_of(model.config.policy)} for row in rows]
+    return ({**row, "kind": kind_of(model.config), "policy": kind_of(model.config.policy)} for row in rows)
 
 
 def _same_weights(model: Model, config: PolicyConfig) -> Policy:
@@ -236,7 +228,7 @@ def _same_weights(model: Model, config: PolicyConfig) -> Policy:
 
 def time_network(
     segmenter: Segmenter, policy: Policy, batches: Sequence[Tensor], config: ModesBench
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """A whole network without early exits and with those of `policy`, alternately on the same images, by modes.
 
     Without, only the last head is computed. `predicted_with_heads` is the ratio of multiply-adds to a dense network
