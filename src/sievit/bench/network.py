@@ -21,6 +21,7 @@ from sievit.bench.modes import Way, is_static, no_static, static_config
 from sievit.bench.timing import Cost, Pair, time_modes
 from sievit.config import ConfigError, kind_of
 from sievit.detector import Output
+from sievit.execution import Execution
 from sievit.flops import model_gflops
 from sievit.heads import ATM, ATMConfig, SemanticHead
 from sievit.hub import Pretrained
@@ -188,10 +189,10 @@ def time_model(
         def of(images: list[Tensor]) -> Output | Segmentation:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32):
                 if way.how == "eager":
-                    return model(images, policy=policy, mode=way.executor)
+                    return model(images, policy=policy, mode=way.executor, execution=Execution())
                 own.__dict__["forward"] = lambda *args, **kwargs: fast((args, kwargs))
                 try:
-                    return model(images, policy=policy, mode=way.executor)
+                    return model(images, policy=policy, mode=way.executor, execution=Execution())
                 finally:
                     del own.__dict__["forward"]
 
