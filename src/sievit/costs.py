@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,8 @@ def per_image(
             except ConfigError as error:
                 failures.append(str(error))
         if images:
-            rows += _rows(model, model(images), names)
+            as_it_stands = replace(model.config.execution, compiled=False)
+            rows += _rows(model, model(images, execution=as_it_stands), names)
     if not rows:
         raise ConfigError(f"{folder}: none of its {len(paths)} images can be read; the first: {failures[0]}")
     figures = {**_summary([row["gflops"] for row in rows]), **_means(rows), "images": rows}
