@@ -1,0 +1,86 @@
+"""What can be asked of tuning."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sievit.config import ConfigError
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What is wanted; at most one of them. Without any the model's own setting stays, where it pays.
+
+    Attributes:
+        target_ms: milliseconds per image, at most; everything from images in memory to answers on their pixels.
+        target_gflops: GFLOPs per image, at most, mean over the images.
+        max_drop: points of AP or mIoU, at most, below the dense model; needs annotated images.
+    """
+
+    target_ms: float | None = None
+    target_gflops: float | None = None
+    max_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {f"--{name.replace('_', '-')}": v for name, v in vars(self).items() if v is not None}
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)}: give one target at a time")
+        for name, value in given.items():
+            if value < 0 or (value == 0 and name != "--max-drop"):
+                raise ConfigError(f"{name} {value:g}: must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Annotated images, for the accuracy.
+
+    Attributes:
+        annotations: COCO annotation file, for a detector.
+        labels: folder of label images, for a segmenter.
+        eval_limit: only the first so many annotated images are judged.
+    """
+
+    annotations: Path | None = None
+    labels: Path | None = None
+    eval_limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How it is measured.
+
+    Attributes:
+        size: height and width that images are cropped and resized to; by default the model's own rule decides.
+        batch_size: images at once.
+        repeats: timed rounds, in each of which everything that is compared runs once; at least 3.
+        num_images: so many images of the folder, evenly spread, are timed and counted.
+        modes: `dynamic` chooses by image, `bucketed` too, but computes counts of few sizes, `static` as many tokens in
+            every image; by default the first and the last, and on CUDA with --compile all.
+        precision: float32, or bfloat16 under autocast; of everything, and of the model that is written.
+        compile: the dense model and the modes of few shapes race under torch.compile too, on CUDA with CUDA graphs;
+            takes minutes for each.
+        quantile: of the shares that the images keep, for static counts; by default their mean.
+        multiple: static counts are rounded up to a multiple of it.
+    """
+
+    size: Size | None = None
+    batch_size: int = 1
+    repeats: int = 15
+    num_images: int = 16
+    modes: tuple[str, ...] = ()
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    quantile: float | None = None
+    multiple: int = 8
+
+    def __post_init__(self) -> None:
+        if self.repeats < 3 or self.batch_size < 1 or self.num_images < 1 or self.multiple < 1:
+            raise ConfigError("--repeats is at least 3; --batch-size, --num-images and --multiple are at least 1")
+        if self.quantile is not None and not 0 <= self.quantile <= 1:
+            raise ConfigError(f"--quantile {self.quantile:g}: is from 0 to 1")
+        if not set(self.modes) <= {"dynamic", "bucketed", "static"}:
+            raise ConfigError(f"--modes {' '.join(self.modes)}: are dynamic, bucketed and static")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ConfigError(f"--precision {self.precision}: is float32 or bfloat16")
