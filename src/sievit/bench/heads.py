@@ -26,6 +26,7 @@ from sievit.bench.rates import machine_rates
 from sievit.bench.timing import Cost, Pair, alternately, clocked, figures_of, memory_figures
 from sievit.config import ConfigError
 from sievit.detector import Detector, DetectorConfig, Output
+from sievit.execution import Execution
 from sievit.flops import by_module
 from sievit.heads import MaskRCNN, MaskRCNNConfig
 from sievit.inputs import InputConfig, Size
@@ -224,7 +225,7 @@ def time_parts(model: Detector, batches: Sequence[list[Tensor]], dtype: torch.dt
     def whole(policy: Policy | None) -> Callable[[list[Tensor]], Output]:
         def of(images: list[Tensor]) -> Output:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32):
-                return model(images, policy=policy)
+                return model(images, policy=policy, execution=Execution())
 
         return of
 
