@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sievit
+import sievit.vit.model
 from sievit.config import ConfigError
 from sievit.detector import Detector, DetectorConfig
+from sievit.execution import Execution
 from sievit.heads import MaskRCNNConfig
 from sievit.inputs import InputConfig
 from sievit.model import build, load, save
@@ -24,7 +26,7 @@ from sievit.necks import NeckConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import KeepAllConfig, PolicyConfig, RandomConfig, SViTConfig, build_policy
-from sievit.vit import ViTConfig
+from sievit.vit import ViTConfig, execute
 
 HEAD = MaskRCNNConfig(
     num_classes=3,
@@ -244,6 +246,28 @@ def test_a_run_folder(model, tmp_path) -> None:
 def stored(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         return load_file(path), dict(file.metadata())
+
+
+def test_answers_are_found_as_the_configuration_says(tmp_path, monkeypatch) -> None:
+    """Losses are not."""
+    own = Execution(mode="bucketed", backend="padded", precision="bfloat16")
+    save(
+        build(replace(tiny_config(neck=AdapterConfig(conv_inplane=8, deform_num_heads=2)), execution=own)),
+        tmp_path / "m.safetensors",
+    )
+    seen = set()
+
+    def spy(blocks, tokens, **options):
+        seen.add((options["mode"], options["backend"], torch.is_autocast_enabled("cpu")))
+        return execute(blocks, tokens, **options)
+
+    monkeypatch.setattr(sievit.vit.model, "execute", spy)
+    again = Detector.from_pretrained(tmp_path / "m.safetensors")
+    again.predict(random_images((60, 90)))
+    assert seen == {("bucketed", "padded", True)}
+    seen.clear()
+    again.train()([torch.rand(3, 64, 64)], [random_target(64, 64)])
+    assert seen == {("auto", "auto", False)}
 
 
 def test_files_that_are_no_model(model, tmp_path) -> None:

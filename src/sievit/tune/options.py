@@ -57,7 +57,7 @@ class Tuning:
         repeats: timed rounds, in each of which everything that is compared runs once; at least 3.
         num_images: so many images of the folder, evenly spread, are timed and counted.
         modes: `dynamic` chooses by image, `bucketed` too, but computes counts of few sizes, `static` as many tokens in
-            every image; by default the first and the last, and on CUDA with --compile all.
+            every image; by default the first and the last, and on CUDA with --compile True all.
         precision: float32, or bfloat16 under autocast; of everything, and of the model that is written.
         compile: the dense model and the modes of few shapes race under torch.compile too, on CUDA with CUDA graphs;
             takes minutes for each.
