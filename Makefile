@@ -45,12 +45,14 @@ EVERY_MODE := dense dense_compiled dense_graphs dynamic bucketed bucketed_graphs
 BATCHES_GPU := 1 4 8 32
 SIZES_GPU := 512 512 800 1216 1024 1024
 
-bench-gpu: $(READY)  ## the tests that need a GPU, then all benches there, in bfloat16 and every mode: out/bench-gpu
-	$(BIN)/pytest -m gpu
-	@$(BIN)/sievit bench blocks --models vit_s vit_b --sizes $(SIZES_GPU) --modes $(EVERY_MODE) $(ON_GPU) $(ARGS)
-	@$(BIN)/sievit bench backbone --models vit_s --sizes $(SIZES_GPU) --modes $(EVERY_MODE) $(ON_GPU) $(ARGS)
-	@$(BIN)/sievit bench network --models vit_b vit_l --modes $(EVERY_MODE) $(ON_GPU) $(ARGS)
-	@$(BIN)/sievit bench heads --sizes $(SIZES_GPU) $(ON_GPU) $(ARGS)
+bench-gpu: $(READY)  ## the tests that need a GPU, then all benches there, in bfloat16 and every mode: out/bench-gpu; fails if any did
+	@failed=0; bench() { $(BIN)/sievit bench "$$@" $(ON_GPU) $(ARGS) || failed=1; }; \
+	$(BIN)/pytest -m gpu || failed=1; \
+	bench blocks --models vit_s vit_b --sizes $(SIZES_GPU) --modes $(EVERY_MODE); \
+	bench backbone --models vit_s --sizes $(SIZES_GPU) --modes $(EVERY_MODE); \
+	bench network --models vit_b vit_l --modes $(EVERY_MODE); \
+	bench heads --sizes $(SIZES_GPU); \
+	exit $$failed
 
 clean:  ## remove what was produced; the environment stays
 	rm -rf out dist .pytest_cache .ruff_cache .hypothesis
