@@ -5,12 +5,13 @@ import contextlib
 import logging
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from sievit.config import ConfigError, kind_of, nearest
+from sievit.execution import MANY_SHAPES
 from sievit.policies import DToPConfig, Policy, PolicyConfig, SViTConfig
 from sievit.policies.dtop import DToP
 from sievit.policies.svit import SViT
@@ -23,8 +24,6 @@ R = TypeVar("R")
 MODES = ("dense", "dense_compiled", "dense_graphs", "dynamic", "bucketed", "bucketed_compiled", "bucketed_graphs")
 MODES += ("static", "static_compiled", "static_graphs")
 USUAL = ("dense", "dynamic", "static")
-MANY_SHAPES: dict[str, Any] = {"recompile_limit": 512, "accumulated_recompile_limit": 4096}
-"""Of torch.compile: in the bucketed mode every block is compiled for every bucket it is given."""
 
 
 @dataclass(frozen=True)

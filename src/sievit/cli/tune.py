@@ -88,7 +88,9 @@ def _run(
     console.print(table_of(figures))
     console.print(f"{out}: {figures['policy']}, {figures['mode']}; {figures['why']}", soft_wrap=True, highlight=False)
     if figures["execution"]["compiled"]:
-        console.print("it is compiled when it first sees a size; sievit.load(..., compile=False) leaves that out")
+        console.print(
+            "it is compiled when it first sees a size; sievit.load(..., compile=False) leaves that out", soft_wrap=True
+        )
     missed = figures["target"] is not None and not figures["target"]["met"]
     if missed:
         console.print("the target was missed", soft_wrap=True)
