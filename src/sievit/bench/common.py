@@ -102,8 +102,8 @@ class Place:
         return load_pictures(self.folder, size, self.count * batch).to(self.device, self.dtype)
 
     def images(self, size: Size | None, batch: int) -> list[list[Tensor]]:
-        """`count` batches of images (3, h, w) in 0..1, in memory: of their own sizes, or fitted to one."""
-        images = load_images(self.folder, size, self.count * batch)
+        """`count` batches of images (3, h, w) in 0..1, in the device's memory: of their own sizes, or fitted to one."""
+        images = [image.to(self.device) for image in load_images(self.folder, size, self.count * batch)]
         return [images[start : start + batch] for start in range(0, len(images), batch)]
 
 

@@ -123,6 +123,7 @@ def _time_mode(
     if way.how == "graphs" and device.type != "cuda":
         return {"mode": way.name, "skipped": "graphs are CUDA's"}
     reference, call = call_of(dense, Way.of("dense")), call_of(policy, way)
+    new_each_time = not way.one_graph and (way.how != "eager" or device.type == "cuda")  # kernels, chosen by shape
     with way.many_shapes():
         pairs = alternately(
             (reference, lambda result: cost(dense, result)),
@@ -130,7 +131,7 @@ def _time_mode(
             inputs,
             device,
             warm_up=3 if way.how == "graphs" else 2,
-            warm_on=len(inputs) if way.how != "eager" and not way.one_graph else 1,
+            warm_on=len(inputs) if new_each_time else 1,
         )
         own = (
             None
