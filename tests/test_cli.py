@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from sievit import cli
+from sievit.policies import RandomConfig
+from sievit.recipes import recipe
 
 
 def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]):
@@ -27,6 +30,7 @@ def test_no_command_is_a_mistake(capsys: pytest.CaptureFixture[str]):
         (["data", "scene"], ["unknown command 'data scene'", "did you mean 'data scenes'?"]),
         (["train"], ["needs a recipe first"]),
         (["train", "nuclei_svti"], ["nuclei_svti", "did you mean 'nuclei_svit'?"]),
+        (["train", "nowhere.json"], ["nowhere.json", "cannot be read"]),
         (["recipes", "scene_vit"], ["scene_vit", "did you mean 'scenes_vit'?"]),
         (["predict", "nowhere.safetensors", ".", "--out", "x"], ["nowhere.safetensors", "no such file"]),
     ],
@@ -83,6 +87,20 @@ def test_recipes_and_policies_are_listed(capsys: pytest.CaptureFixture[str]):
 def test_a_recipe_is_printed_as_json(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["recipes", "scenes_svit"]) == 0
     assert json.loads(capsys.readouterr().out)["model"]["policy"]["kind"] == "svit"
+
+
+def test_a_printed_recipe_can_be_changed_and_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["recipes", "nuclei_segvit"]) == 0
+    changed = json.loads(capsys.readouterr().out)
+    changed["model"]["policy"] = {"kind": "random", "shares": [0.5]}
+    (tmp_path / "mine.json").write_text(json.dumps(changed))
+    assert recipe(str(tmp_path / "mine.json")).model.policy == RandomConfig(shares=(0.5,))
+    assert cli.main(["recipes", str(tmp_path / "mine.json")]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["policy"]["shares"] == [0.5]
+    changed["train"]["epcohs"] = 3
+    (tmp_path / "mine.json").write_text(json.dumps(changed))
+    assert cli.main(["train", str(tmp_path / "mine.json")]) == 2
+    assert "epcohs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 1)])

@@ -17,7 +17,7 @@ def train(args: list[str]) -> int:
         if args and args[0] in ("-h", "--help"):
             print(
                 f"usage: sievit train RECIPE [OPTIONS]\n\n{recipe_list()}\n\n"
-                "RECIPE may be a file too: `sievit recipes NAME > mine.json` writes one to change, another policy, say.\n"
+                "RECIPE may be a file too: `sievit recipes NAME > mine.json` writes one to change.\n"
                 "sievit train RECIPE --help lists options"
             )
             return 0
