@@ -1,6 +1,6 @@
 """A backbone with its neck, ViT-Adapter, dense against SViT."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sievit.bench.blocks import CALIBRATED, BlocksBench, calibrated, frozen
 from sievit.bench.common import SIZES, ModesBench, Place, check_known, kept, run, table_of
-from sievit.bench.modes import Way
+from sievit.bench.modes import calls_of
 from sievit.bench.timing import Cost, time_modes
 from sievit.flops import backbone_gflops
 from sievit.inputs import Size
@@ -74,12 +74,6 @@ def time_backbone(
     """All tokens and those of the backbone's policy alternately on the same images, a row for each mode."""
     sizes = [(batches[0].shape[2], batches[0].shape[3])] * len(batches[0])
 
-    def call_of(policy: Policy, way: Way) -> Callable[[Tensor], tuple[Maps, Trace]]:
-        def run(images: Tensor) -> tuple[Maps, Trace]:
-            return backbone(images, policy=policy, mode=way.executor)
-
-        return way.compiled(run, autotune=config.autotune)
-
     def cost(policy: Policy, result: tuple[Maps, Trace]) -> Cost:
         _, trace = result
         return Cost.of(trace, backbone_gflops(backbone, trace, sizes), policy)
@@ -87,6 +81,7 @@ def time_backbone(
     traces = [backbone(images)[1] for images in batches[:CALIBRATED]]
     sparse = backbone.policy
     ways = {"dense": dense, "dynamic": sparse, "bucketed": sparse, "static": frozen(sparse, traces, config.multiple)}
+    call_of = calls_of(backbone, autotune=config.autotune)
     return time_modes(config, ways, call_of, batches, batches[0].device, cost, list(backbone.vit.blocks))
 
 

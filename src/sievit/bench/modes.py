@@ -5,7 +5,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -93,6 +93,18 @@ class Way:
 
         with config.patch(MANY_SHAPES):
             yield
+
+
+def calls_of(network: Callable[..., Any], *, autotune: bool) -> Callable[[Policy, Way], Callable[[Tensor], Any]]:
+    """For `time_modes`: of a network that takes images, a policy and a mode, what is timed."""
+
+    def call_of(policy: Policy, way: Way) -> Callable[[Tensor], Any]:
+        def run(images: Tensor) -> Any:
+            return network(images, policy=policy, mode=way.executor)
+
+        return way.compiled(run, autotune=autotune)
+
+    return call_of
 
 
 def reason(error: Exception) -> str:

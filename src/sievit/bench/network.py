@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sievit.bench.common import SIZES, ModesBench, Place, check_known, kept, percent, run, table_of
-from sievit.bench.modes import Way, is_static, no_static, static_config
+from sievit.bench.modes import Way, calls_of, is_static, no_static, static_config
 from sievit.bench.timing import Cost, Pair, time_modes
 from sievit.config import ConfigError, kind_of
 from sievit.detector import Output
@@ -239,12 +239,6 @@ def time_network(
     net = segmenter.net
     size = (batches[0].shape[2], batches[0].shape[3])
 
-    def call_of(policy: Policy, way: Way) -> Callable[[Tensor], tuple[Tensor, Trace]]:
-        def run(images: Tensor) -> tuple[Tensor, Trace]:
-            return net(images, policy=policy, mode=way.executor)
-
-        return way.compiled(run, autotune=config.autotune)
-
     def cost(policy: Policy, result: tuple[Tensor, Trace]) -> Cost:
         _, trace = result
         gflops, heads = _gflops(segmenter, trace, size), _unasked_heads(segmenter, trace)
@@ -255,6 +249,7 @@ def time_network(
     ways: dict[str, Policy | str] = {"dense": net.build_policy(KeepAllConfig()), "dynamic": policy, "bucketed": policy}
     ways["static"] = "no static counts" if static is None else net.build_policy(static).eval()
     blocks = list(net.vit.blocks)
+    call_of = calls_of(net, autotune=config.autotune)
     return time_modes(config, ways, call_of, batches, batches[0].device, cost, blocks, _of_exits)
 
 
