@@ -29,24 +29,25 @@ from sievit.bench.backbone import ADAPTERS
 from sievit.bench.blocks import calibrated, frozen
 from sievit.bench.common import SIZES, load_images, load_pictures
 from sievit.bench.heads import COUNTED, _rates, parts_of, stopwatch
-from sievit.bench.meters import counted_syncs, memory
 from sievit.bench.modes import MODES, Way, static_config
 from sievit.bench.network import SEGMENTERS, calibrated_exits, dense_policy, random_segmenter, time_model
 from sievit.bench.plot import draw_rows
 from sievit.bench.rates import machine_rates
-from sievit.bench.timing import Cost, Pair
+from sievit.bench.timing import Cost
 from sievit.config import ConfigError
-from sievit.detector import Detector, DetectorConfig
-from sievit.flops import model_gflops
 from sievit.heads import ATMConfig, MaskRCNNConfig, build_head
-from sievit.inputs import InputConfig
+from sievit.measure.clock import Pair
+from sievit.measure.flops import model_gflops
+from sievit.measure.meters import counted_syncs, memory
+from sievit.models.detector import Detector, DetectorConfig
+from sievit.models.inputs import InputConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.necks.pyramid import PyramidConfig
-from sievit.packed import Packing
 from sievit.policies import DToPConfig, KeepAllConfig, RandomConfig, SViTConfig
 from sievit.policies.svit import SViT
 from sievit.tokens import Trace
 from sievit.vit import ViTConfig
+from sievit.vit.packed import Packing
 
 TINY = ViTConfig(grid=(4, 4), embed_dim=32, depth=6, num_heads=2)
 

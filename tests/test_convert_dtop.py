@@ -12,9 +12,9 @@ from torch import Tensor
 from sievit.config import ConfigError
 from sievit.convert import dtop_segmenter
 from sievit.heads import ATM
+from sievit.models.segmenter import SegmentationNet
 from sievit.policies import DToPConfig
 from sievit.policies.dtop import DToP
-from sievit.segmenter import SegmentationNet
 
 MODEL: dict[str, Any] = {"num_heads": 4, "head_num_heads": 2, "out_indices": (1, 3, 5), "thresholds": 0.9}
 RELEASED = {

@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 
 from sievit import cli
-from sievit.costs import costs, default_size, everyone, per_image
-from sievit.flops import model_gflops, published_gflops
 from sievit.heads import ATMConfig
-from sievit.inputs import InputConfig
-from sievit.model import build, load, save
+from sievit.measure.costs import costs, default_size, everyone, per_image
+from sievit.measure.flops import model_gflops, published_gflops
+from sievit.models.build import build, load, save
+from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import Segmenter, SegmenterConfig
 from sievit.policies import DToPConfig, KeepAllConfig, PolicyConfig
 from sievit.recipes import recipe
-from sievit.segmenter import Segmenter, SegmenterConfig
 from sievit.vit import ViTConfig
 
 

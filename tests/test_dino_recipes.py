@@ -16,19 +16,19 @@ from sievit.convert import timm_config
 from sievit.data.scenes import CLASSES, generate
 from sievit.data.semantic import SemanticAugmentConfig
 from sievit.data.transforms import AugmentConfig
-from sievit.detector import DetectorConfig
 from sievit.engine import train as engine
 from sievit.engine.initial import start_vit_from
 from sievit.engine.recipe import CocoData, LabelsData, Recipe
 from sievit.engine.train import train
 from sievit.heads import ATMConfig, MaskRCNNConfig
-from sievit.inputs import InputConfig
-from sievit.model import build, load
+from sievit.models.build import build, load
+from sievit.models.detector import DetectorConfig
+from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import SegmenterConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import DToPConfig, SViTConfig
 from sievit.recipes import recipe, recipes
 from sievit.recipes.dino import NAMES
-from sievit.segmenter import SegmenterConfig
 from sievit.vit import ViT, ViTConfig
 
 DINO = [name for name in recipes() if "_dino" in name]

@@ -18,15 +18,15 @@ from torch.nn.parallel import DistributedDataParallel
 from sievit.config import ConfigError
 from sievit.data.coco import CocoDetection
 from sievit.data.scenes import CLASSES, generate
-from sievit.detector import DetectorConfig
 from sievit.engine.batches import Batch, Losses
 from sievit.engine.evaluate import evaluate
 from sievit.engine.optim import freeze
 from sievit.engine.recipe import CocoData, Recipe, TrainConfig
 from sievit.engine.train import train
 from sievit.heads import MaskRCNNConfig
-from sievit.inputs import InputConfig
-from sievit.model import build, load
+from sievit.models.build import build, load
+from sievit.models.detector import DetectorConfig
+from sievit.models.inputs import InputConfig
 from sievit.necks import NeckConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.necks.pyramid import PyramidConfig

@@ -10,16 +10,16 @@ from rich.console import Console
 from sievit.config import ConfigError
 from sievit.data.coco import CocoDetection
 from sievit.data.scenes import CLASSES, generate
-from sievit.detector import Detector, DetectorConfig
 from sievit.engine import evaluate as engine
 from sievit.engine.evaluate import compare, evaluate, timed
-from sievit.flops import detector_gflops
 from sievit.heads import MaskRCNNConfig
-from sievit.inputs import InputConfig
-from sievit.metrics import CocoMetric
-from sievit.model import build
+from sievit.measure.flops import detector_gflops
+from sievit.models.build import build
+from sievit.models.detector import Detector, DetectorConfig
+from sievit.models.inputs import InputConfig
 from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import KeepAllConfig, PolicyConfig, TopNormConfig
+from sievit.tasks.metrics import CocoMetric
 from sievit.vit import ViTConfig
 
 

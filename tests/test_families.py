@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from sievit.config import ConfigError
 from sievit.convert import from_timm, timm_config
-from sievit.packed import Backend
 from sievit.policies import KeepAllConfig, Policy, build_policy
 from sievit.tokens import Tokens, Trace
 from sievit.vit import Mode, ViT
+from sievit.vit.packed import Backend
 
 REGISTERED = [
     name

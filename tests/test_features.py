@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import sievit
 from sievit.config import ConfigError
 from sievit.convert import from_timm
-from sievit.flops import blocks_gflops
-from sievit.necks.build import build_backbone
+from sievit.measure.flops import blocks_gflops
+from sievit.models.backbone import build_backbone
 from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import AttentionConfig, KeepAllConfig, build_policy
 from sievit.vit import ViT, ViTConfig

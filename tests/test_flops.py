@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sievit.detector import Detector, DetectorConfig
-from sievit.flops import backbone_gflops, block_macs, blocks_gflops, detector_gflops
 from sievit.heads.config import MaskRCNNConfig
-from sievit.inputs import InputConfig
-from sievit.model import build
+from sievit.measure.flops import backbone_gflops, block_macs, blocks_gflops, detector_gflops
+from sievit.models.build import build
+from sievit.models.detector import Detector, DetectorConfig
+from sievit.models.inputs import InputConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import KeepAllConfig, SViTConfig, build_policy
 from sievit.tokens import Trace

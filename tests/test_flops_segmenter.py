@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sievit.flops import by_module, model_gflops, published_gflops, published_gflops_of
 from sievit.heads import ATMConfig, MLPConfig, SemanticHeadConfig, SETRNaiveConfig, SETRPUPConfig, semantic_heads
-from sievit.inputs import InputConfig
-from sievit.model import build
+from sievit.measure.flops import by_module, model_gflops, published_gflops, published_gflops_of
+from sievit.models.build import build
+from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import Segmentation, Segmenter, SegmenterConfig
 from sievit.policies import DToPConfig, KeepAllConfig, PolicyConfig, SViTConfig
-from sievit.segmenter import Segmentation, Segmenter, SegmenterConfig
 from sievit.tokens import Trace
 from sievit.vit import ViTConfig
 

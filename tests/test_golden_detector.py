@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sievit.convert.pth import read_checkpoint
-from sievit.detector import Detector, DetectorConfig
-from sievit.flops import by_module
 from sievit.heads import MaskRCNNConfig
 from sievit.heads.masks import paste_masks
-from sievit.model import load, save
+from sievit.measure.flops import by_module
+from sievit.models.build import load, save
+from sievit.models.detector import Detector, DetectorConfig
 from sievit.policies import KeepAllConfig, build_policy
 from sievit.released.detectors import LIMITS, DetectorOptions, assemble
 
@@ -59,7 +59,7 @@ def detector(released: Path, tmp_path_factory: pytest.TempPathFactory) -> Detect
 def test_the_release_end_to_end(detector: Detector, want: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch):
     """From the padded network input that was recorded, which is noise beside the image too, to masks on the image."""
     image = want["image" if "image" in want else "input"]
-    monkeypatch.setattr("sievit.detector.batched", lambda *_: image)
+    monkeypatch.setattr("sievit.models.detector.batched", lambda *_: image)
     with torch.inference_mode():
         output = detector([torch.zeros(3, *GIVEN)])
         features, trace = detector.backbone(image)

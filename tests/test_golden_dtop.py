@@ -16,11 +16,11 @@ from sievit.convert.dtop import ATM_RULES, VIT_RULES, numbered_heads
 from sievit.convert.keys import rename
 from sievit.heads import ATM, SemanticHead
 from sievit.heads.atm import CrossAttention, SelfAttention
-from sievit.inputs import InputConfig
 from sievit.losses import ATMLossConfig, atm_loss
+from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import SegmentationNet, Segmenter, SegmenterConfig
 from sievit.policies import KeepAllConfig
 from sievit.policies.dtop import DToP
-from sievit.segmenter import SegmentationNet, Segmenter, SegmenterConfig
 from sievit.tokens import Trace
 from sievit.vit import Mode
 

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from sievit.convert import dtop_segmenter
-from sievit.flops import published_gflops, published_gflops_of
 from sievit.heads import ATMConfig
-from sievit.inputs import InputConfig
+from sievit.measure.flops import published_gflops, published_gflops_of
+from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import SegmenterConfig
 from sievit.policies import KeepAllConfig
-from sievit.segmenter import SegmenterConfig
 from sievit.vit import ViTConfig
 
 CASES = ("dense", "common_lo", "common_mid", "common_hi", "perstage", "perstage_dec", "stage1_only", "mixed")

@@ -12,8 +12,8 @@ from sievit.convert.keys import Rules, load_strictly, rename
 from sievit.heads import MLPConfig, SemanticHead, SETRNaive, SETRNaiveConfig, build_head
 from sievit.heads.semantic import resize
 from sievit.losses import pixel_loss
+from sievit.models.segmenter import SegmentationNet
 from sievit.policies import KeepAllConfig
-from sievit.segmenter import SegmentationNet
 from sievit.tokens import Tokens
 from sievit.vit import ViT, ViTConfig
 

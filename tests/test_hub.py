@@ -14,15 +14,15 @@ from safetensors.torch import save_file
 import sievit
 from sievit import Card, cli
 from sievit.config import ConfigError
-from sievit.detector import Detector, DetectorConfig
 from sievit.heads import ATMConfig, MaskRCNNConfig
 from sievit.hub import model_file
 from sievit.hub.card import read_figures
 from sievit.hub.file import read
-from sievit.inputs import InputConfig
+from sievit.models.detector import Detector, DetectorConfig
+from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import Segmenter, SegmenterConfig
 from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import DToPConfig, SViTConfig
-from sievit.segmenter import Segmenter, SegmenterConfig
 from sievit.vit import ViTConfig
 
 VIT = ViTConfig(grid=(6, 6), embed_dim=16, depth=4, num_heads=2)

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sievit.heads import ATMConfig, LinearConfig, SemanticHeadConfig, SETRNaiveConfig
-from sievit.inputs import InputConfig
 from sievit.losses import ATMLossConfig, atm_loss, dice, focal, pixel_loss, presence
-from sievit.model import build
+from sievit.models.build import build
+from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import Segmenter, SegmenterConfig
 from sievit.policies import DToPConfig
-from sievit.segmenter import Segmenter, SegmenterConfig
 from sievit.vit import ViTConfig
 
 K = 4

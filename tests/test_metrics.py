@@ -21,7 +21,7 @@ from pycocotools.cocoeval import COCOeval
 
 from sievit.config import ConfigError
 from sievit.data.masks import Masks, encode, tight_patch
-from sievit.metrics import FIGURES, CocoMetric, coco_results, encode_masks
+from sievit.tasks.metrics import FIGURES, CocoMetric, coco_results, encode_masks
 
 CATEGORY_IDS = (2, 5, 11)
 

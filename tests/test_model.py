@@ -17,16 +17,16 @@ from torch import Tensor
 import sievit
 import sievit.vit.model
 from sievit.config import ConfigError
-from sievit.detector import Detector, DetectorConfig
-from sievit.execution import Execution
 from sievit.heads import MaskRCNNConfig
-from sievit.inputs import InputConfig
-from sievit.model import build, load, save
+from sievit.models.build import build, load, save
+from sievit.models.detector import Detector, DetectorConfig
+from sievit.models.inputs import InputConfig
 from sievit.necks import NeckConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import KeepAllConfig, PolicyConfig, RandomConfig, SViTConfig, build_policy
 from sievit.vit import ViTConfig, execute
+from sievit.vit.execution import Execution
 
 HEAD = MaskRCNNConfig(
     num_classes=3,

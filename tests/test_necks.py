@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from sievit.config import ConfigError
+from sievit.models.backbone import Backbone, build_backbone
 from sievit.necks import NeckConfig
 from sievit.necks.adapter import AdapterConfig
-from sievit.necks.build import Backbone, build_backbone
 from sievit.necks.deform_attn import DeformAttn, deform_sample, reference_points
 from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import SViTConfig

@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sievit.heads import ATMConfig, build_head
+from sievit.models.backbone import build_backbone
+from sievit.models.segmenter import SegmentationNet
 from sievit.necks.adapter import AdapterConfig
-from sievit.necks.build import build_backbone
-from sievit.packed import Packed, Packing
 from sievit.policies import DToPConfig, KeepAllConfig, PolicyConfig, SViTConfig
-from sievit.segmenter import SegmentationNet
 from sievit.tokens import Tokens
 from sievit.vit import ViT, ViTConfig
+from sievit.vit.packed import Packed, Packing
 
 
 class OnHost(TorchDispatchMode):

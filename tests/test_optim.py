@@ -18,7 +18,7 @@ from sievit.engine.optim import (
     set_learning_rate,
 )
 from sievit.engine.recipe import TrainConfig
-from sievit.model import build
+from sievit.models.build import build
 from sievit.recipes import recipe
 
 CONFIG = TrainConfig(epochs=10, batch_size=4, lr=1e-3, weight_decay=0.05, warmup_steps=0, policy_lr=3.0)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sievit.packed import Backend, Masked, Packed, Packing, pack, pad, padding_mask, places, unpack
+from sievit.vit.packed import Backend, Masked, Packed, Packing, pack, pad, padding_mask, places, unpack
 
 masks = st.integers(1, 4).flatmap(
     lambda b: st.integers(1, 12).flatmap(

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from sievit.config import ConfigError, from_json, kind_of, to_json
-from sievit.detector import Detector, DetectorConfig
 from sievit.engine.recipe import Recipe, default_data_root, open_data
-from sievit.model import build
+from sievit.models.build import build
+from sievit.models.detector import Detector, DetectorConfig
 from sievit.policies import SViTConfig
 from sievit.recipes import recipe, recipes
 

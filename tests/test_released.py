@@ -17,11 +17,12 @@ from sievit.convert import vit_adapter_backbone
 from sievit.convert.family import FAMILIES, family
 from sievit.convert.pth import Checkpoint
 from sievit.data.scenes import generate
-from sievit.detector import Detector, DetectorConfig
 from sievit.engine.recipe import CocoData, Recipe, TrainConfig
 from sievit.engine.train import train
 from sievit.heads import ATMConfig
-from sievit.model import load, save
+from sievit.models.build import load, save
+from sievit.models.detector import Detector, DetectorConfig
+from sievit.models.segmenter import SegmenterConfig
 from sievit.policies import DToPConfig, KeepAllConfig, SViTConfig
 from sievit.recipes import recipe
 from sievit.recipes.coco_classes import CATEGORY_IDS, CLASSES
@@ -33,7 +34,6 @@ from sievit.released import (
     detectors,
     segmenters,
 )
-from sievit.segmenter import SegmenterConfig
 
 SMALL = DetectorOptions(num_heads=4)
 SEGMENTER: dict[str, Any] = {

@@ -13,13 +13,13 @@ from pycocotools.coco import COCO
 
 from sievit import cli, report
 from sievit.data.scenes import CLASSES, generate
-from sievit.detector import DetectorConfig
 from sievit.heads import ATMConfig, MaskRCNNConfig
-from sievit.inputs import InputConfig
-from sievit.model import build, read, save
+from sievit.models.build import build, read, save
+from sievit.models.detector import DetectorConfig
+from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import SegmenterConfig
 from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import DToPConfig, KeepAllConfig, PolicyConfig, SViTConfig
-from sievit.segmenter import SegmenterConfig
 from sievit.vit import ViTConfig
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Accuracy, JaccardIndex, Metric
 
 from sievit.config import ConfigError
-from sievit.metrics import SegmentationMetric
+from sievit.tasks.metrics import SegmentationMetric
 
 
 def images(seed: int, classes: int, count: int = 4, ignored: float = 0.2) -> list[tuple[Tensor, Tensor]]:
@@ -152,7 +152,7 @@ import json, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from sievit.metrics import SegmentationMetric
+from sievit.tasks.metrics import SegmentationMetric
 
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)

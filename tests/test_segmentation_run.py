@@ -16,7 +16,6 @@ from sievit.config import ConfigError, to_json
 from sievit.data.labels import LabelDataset
 from sievit.data.scenes import CLASSES, generate
 from sievit.data.semantic import SemanticAugmentConfig
-from sievit.detector import DetectorConfig
 from sievit.engine.batches import Batch, Losses
 from sievit.engine.checkpoint import RunFolder, read_log
 from sievit.engine.evaluate import compare, evaluate
@@ -25,11 +24,12 @@ from sievit.engine.optim import freeze
 from sievit.engine.recipe import LabelsData, Recipe, TrainConfig, open_data, with_classes
 from sievit.engine.train import train
 from sievit.heads import ATMConfig
-from sievit.inputs import InputConfig
-from sievit.model import build, load, save
+from sievit.models.build import build, load, save
+from sievit.models.detector import DetectorConfig
+from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import Segmenter, SegmenterConfig
 from sievit.policies import DToPConfig, KeepAllConfig
 from sievit.recipes import recipe as find_recipe
-from sievit.segmenter import Segmenter, SegmenterConfig
 from sievit.vit import ViTConfig
 
 NAMES = ("ground", *CLASSES)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sievit.config import ConfigError, from_json, to_json
 from sievit.heads import ATMConfig, LinearConfig, SemanticHeadConfig, SETRNaiveConfig, SETRPUPConfig
-from sievit.inputs import InputConfig, ModelConfig
-from sievit.model import build, load, save
+from sievit.models.build import build, load, save
+from sievit.models.inputs import InputConfig, ModelConfig
+from sievit.models.segmenter import Segmenter, SegmenterConfig
 from sievit.policies import DToPConfig, KeepAllConfig, PolicyConfig
-from sievit.segmenter import Segmenter, SegmenterConfig
 from sievit.tokens import Tokens, Trace
 from sievit.vit import ViTConfig
 

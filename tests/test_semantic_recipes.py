@@ -10,12 +10,12 @@ from PIL import Image
 
 from sievit.data.presets import preset
 from sievit.engine.recipe import LabelsData, Recipe, open_data, with_classes
-from sievit.flops import published_gflops
 from sievit.heads import ATMConfig, SETRNaiveConfig
-from sievit.model import build
+from sievit.measure.flops import published_gflops
+from sievit.models.build import build
+from sievit.models.segmenter import SegmenterConfig
 from sievit.policies import DToPConfig, KeepAllConfig
 from sievit.recipes import recipe, recipes
-from sievit.segmenter import SegmenterConfig
 
 PAPERS = {
     "ade20k_segvit_b": "ade20k",

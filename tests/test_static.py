@@ -8,10 +8,10 @@ from torch import Tensor
 
 from sievit.config import ConfigError
 from sievit.heads import ATMConfig, build_head
+from sievit.models.backbone import build_backbone
+from sievit.models.segmenter import SegmentationNet
 from sievit.necks.adapter import AdapterConfig
-from sievit.necks.build import build_backbone
 from sievit.policies import DToPConfig, Policy, SViTConfig, TopNormConfig, build_policy
-from sievit.segmenter import SegmentationNet
 from sievit.tokens import Tokens
 from sievit.vit import RopeConfig, ViT, ViTConfig, execute
 

@@ -14,17 +14,17 @@ from sievit import cli
 from sievit.config import ConfigError
 from sievit.data.labels import LabelDataset
 from sievit.data.scenes import CLASSES, generate
-from sievit.detector import DetectorConfig
 from sievit.engine.evaluate import evaluate
 from sievit.heads import ATMConfig, MaskRCNNConfig
-from sievit.inputs import InputConfig
-from sievit.model import build, load, save
+from sievit.models.build import build, load, save
+from sievit.models.detector import DetectorConfig
+from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import Segmenter, SegmenterConfig
 from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import DToPConfig, KeepAllConfig
 from sievit.report import sweep as module
 from sievit.report.plot import draw_curves
 from sievit.report.sweep import Curve, ExitOptions, Labelled, sweep, with_policy
-from sievit.segmenter import Segmenter, SegmenterConfig
 from sievit.vit import ViTConfig
 
 NAMES = ("ground", *CLASSES)

@@ -20,7 +20,6 @@ from torch import Tensor
 from sievit.config import ConfigError
 from sievit.data.scenes import CLASSES
 from sievit.data.transforms import AugmentConfig
-from sievit.detector import Detector, DetectorConfig
 from sievit.engine import train as engine
 from sievit.engine.batches import Batch, EpochBatches, Losses, loading
 from sievit.engine.checkpoint import RunFolder, read_log
@@ -28,8 +27,9 @@ from sievit.engine.initial import start_from, start_vit_from
 from sievit.engine.recipe import CocoData, Recipe, ScenesConfig, TrainConfig
 from sievit.engine.train import Interrupted, train
 from sievit.heads import MaskRCNNConfig
-from sievit.inputs import InputConfig
-from sievit.model import build, load, save
+from sievit.models.build import build, load, save
+from sievit.models.detector import Detector, DetectorConfig
+from sievit.models.inputs import InputConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import KeepAllConfig, SViTConfig
 from sievit.vit import ViTConfig

@@ -13,10 +13,11 @@ from PIL import Image
 from sievit import cli
 from sievit.config import ConfigError
 from sievit.data.scenes import CLASSES, draw, generate
-from sievit.detector import Detector, DetectorConfig
 from sievit.heads import ATMConfig, MaskRCNNConfig
-from sievit.inputs import InputConfig
-from sievit.model import Model, build, load, save
+from sievit.models.build import Model, build, load, save
+from sievit.models.detector import Detector, DetectorConfig
+from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import Segmenter, SegmenterConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import (
     AttentionConfig,
@@ -28,7 +29,6 @@ from sievit.policies import (
     TopNormConfig,
 )
 from sievit.report import evaluate
-from sievit.segmenter import Segmenter, SegmenterConfig
 from sievit.tokens import Tokens
 from sievit.tune import Goal, Judged, Tuning, table_of, tune
 from sievit.tune.subject import Clock, Part, Setup, Subject

@@ -9,22 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-import sievit.execution
+import sievit.vit.execution
 import sievit.vit.model
 from sievit.config import ConfigError
 from sievit.data.scenes import generate
-from sievit.execution import Execution, copied
 from sievit.heads import ATMConfig
 from sievit.hub.file import read
-from sievit.inputs import InputConfig
-from sievit.model import build, load, save
+from sievit.models.build import build, load, save
+from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import Segmenter, SegmenterConfig
 from sievit.policies import KeepAllConfig, PolicyConfig, RandomConfig, SViTConfig
 from sievit.report import evaluate
-from sievit.segmenter import Segmenter, SegmenterConfig
 from sievit.tokens import Prediction, Tokens, Trace
 from sievit.tune import Goal, Tuning, tune
 from sievit.tune.subject import Clock, Part, Setup
 from sievit.vit import ViTConfig, execute
+from sievit.vit.execution import Execution, copied
 
 R = TypeVar("R")
 GATES = SViTConfig(first_block=2, targets=(0.5,))
@@ -78,7 +78,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(options["mode"])
         return network(*args, **options)
 
-    monkeypatch.setattr(sievit.execution, "_compiled", lambda graphs, mode: call)
+    monkeypatch.setattr(sievit.vit.execution, "_compiled", lambda graphs, mode: call)
     return seen
 
 
@@ -251,7 +251,7 @@ def test_a_compiler_that_fails_is_told_of(model: Path, images: Path, out: Path, 
     def call(*args: Any, **options: Any) -> Any:
         raise TorchDynamoException("InvalidCxxCompiler: No working C++ compiler found")
 
-    monkeypatch.setattr(sievit.execution, "_compiled", lambda graphs, mode: call)
+    monkeypatch.setattr(sievit.vit.execution, "_compiled", lambda graphs, mode: call)
     with pytest.raises(ConfigError, match=r"cannot be compiled here \(InvalidCxx.*leave out --compile"):
         tune(model, images, out, tuning=replace(QUICK, compile=True), clock=clock_of({}))
 
@@ -270,7 +270,7 @@ def test_a_compiled_model_says_the_same(model: Path, monkeypatch: pytest.MonkeyP
 
     whole = torch.compile
     monkeypatch.setattr(torch, "compile", compiler)
-    sievit.execution._compiled.cache_clear()
+    sievit.vit.execution._compiled.cache_clear()
     try:
         built = load(model, policy=replace(GATES, static_shares=(0.5, 0.4)))
         assert isinstance(built, Segmenter)
@@ -282,7 +282,7 @@ def test_a_compiled_model_says_the_same(model: Path, monkeypatch: pytest.MonkeyP
             torch.testing.assert_close(got.trace.shares(), expected.trace.shares())
             assert torch.equal(got.labels[0], expected.labels[0])
     finally:
-        sievit.execution._compiled.cache_clear()
+        sievit.vit.execution._compiled.cache_clear()
     assert len(graphs) == 1
     (told,) = (record.message for record in caplog.records if record.name == "sievit")
     assert "compile=False" in told

@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from sievit import convert
     from sievit.config import ConfigError
     from sievit.convert import from_timm, from_transformers
-    from sievit.detector import Detector, DetectorConfig, Output
-    from sievit.features import Features, SievedViT, sieve
     from sievit.heads.config import MaskRCNNConfig
     from sievit.hub import Card
-    from sievit.inputs import InputConfig, ModelConfig
     from sievit.memory import keep_memory
-    from sievit.model import build, load, save
+    from sievit.models.build import build, load, save
+    from sievit.models.detector import Detector, DetectorConfig, Output
+    from sievit.models.features import Features, SievedViT, sieve
+    from sievit.models.inputs import InputConfig, ModelConfig
+    from sievit.models.segmenter import Segmentation, Segmenter, SegmenterConfig
     from sievit.policies import policy_config
-    from sievit.segmenter import Segmentation, Segmenter, SegmenterConfig
     from sievit.tokens import Tokens, Trace
     from sievit.vit import ViT, ViTConfig
 
@@ -59,29 +59,29 @@ __all__ = [
 _HOMES = {
     "Card": "sievit.hub",
     "ConfigError": "sievit.config",
-    "Detector": "sievit.detector",
-    "DetectorConfig": "sievit.detector",
-    "Features": "sievit.features",
-    "InputConfig": "sievit.inputs",
+    "Detector": "sievit.models.detector",
+    "DetectorConfig": "sievit.models.detector",
+    "Features": "sievit.models.features",
+    "InputConfig": "sievit.models.inputs",
     "MaskRCNNConfig": "sievit.heads.config",
-    "ModelConfig": "sievit.inputs",
-    "Output": "sievit.detector",
-    "Segmentation": "sievit.segmenter",
-    "Segmenter": "sievit.segmenter",
-    "SegmenterConfig": "sievit.segmenter",
-    "SievedViT": "sievit.features",
+    "ModelConfig": "sievit.models.inputs",
+    "Output": "sievit.models.detector",
+    "Segmentation": "sievit.models.segmenter",
+    "Segmenter": "sievit.models.segmenter",
+    "SegmenterConfig": "sievit.models.segmenter",
+    "SievedViT": "sievit.models.features",
     "Tokens": "sievit.tokens",
     "Trace": "sievit.tokens",
     "ViT": "sievit.vit",
     "ViTConfig": "sievit.vit",
-    "build": "sievit.model",
+    "build": "sievit.models.build",
     "from_timm": "sievit.convert",
     "from_transformers": "sievit.convert",
     "keep_memory": "sievit.memory",
-    "load": "sievit.model",
+    "load": "sievit.models.build",
     "policy_config": "sievit.policies",
-    "save": "sievit.model",
-    "sieve": "sievit.features",
+    "save": "sievit.models.build",
+    "sieve": "sievit.models.features",
 }
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sievit.config import from_json, to_json
-from sievit.flops import blocks_gflops
 from sievit.heads import ATMConfig, build_head
+from sievit.measure.flops import blocks_gflops
 from sievit.policies import KeepAllConfig, Policy, PolicyConfig, build_policy, policies
 from sievit.tokens import Tokens, Trace
 from sievit.vit import ViT, ViTConfig

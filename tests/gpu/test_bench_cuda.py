@@ -10,8 +10,8 @@ from torch import Tensor
 from sievit.bench import BlocksBench, bench_blocks
 from sievit.bench.blocks import calibrated, frozen
 from sievit.bench.common import SIZES, load_pictures
-from sievit.bench.meters import counted_syncs, memory
 from sievit.bench.modes import MODES, Way
+from sievit.measure.meters import counted_syncs, memory
 from sievit.policies import Policy
 from sievit.vit import ViT, ViTConfig
 

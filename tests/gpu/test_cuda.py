@@ -6,11 +6,11 @@ from operator import attrgetter
 import pytest
 import torch
 
+from sievit.models.backbone import build_backbone
 from sievit.necks.adapter import AdapterConfig
-from sievit.necks.build import build_backbone
-from sievit.packed import Packed, Packing
 from sievit.policies import SViTConfig
 from sievit.vit import ViTConfig
+from sievit.vit.packed import Packed, Packing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # torch's, of kernels and their layouts
 

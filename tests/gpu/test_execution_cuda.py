@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from sievit.execution import Execution
 from sievit.heads import ATMConfig
-from sievit.inputs import InputConfig
-from sievit.model import build
+from sievit.models.build import build
+from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import SegmenterConfig
 from sievit.policies import KeepAllConfig, SViTConfig
-from sievit.segmenter import SegmenterConfig
 from sievit.vit import ViTConfig
+from sievit.vit.execution import Execution
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # torch's, of compiling
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from sievit.config import ConfigError
 from sievit.heads import ATM, ATMConfig, LinearConfig, build_head
 from sievit.heads.atm import DecoderLayer
-from sievit.packed import Masked
+from sievit.models.segmenter import SegmentationNet, build_net
 from sievit.policies import DToPConfig, KeepAllConfig, build_policy
 from sievit.policies.dtop import DToP, leave
-from sievit.segmenter import SegmentationNet, build_net
 from sievit.tokens import Prediction, Tokens
 from sievit.vit import Mode, ViTConfig
+from sievit.vit.packed import Masked
 
 GRID = (5, 7)
 N = GRID[0] * GRID[1]

@@ -13,8 +13,8 @@ from sievit.bench.blocks import CALIBRATED, BlocksBench, calibrated, frozen
 from sievit.bench.common import SIZES, ModesBench, Place, check_known, kept, run, table_of
 from sievit.bench.modes import calls_of
 from sievit.bench.timing import Cost, time_modes
-from sievit.flops import backbone_gflops
-from sievit.inputs import Size
+from sievit.measure.flops import backbone_gflops
+from sievit.models.inputs import Size
 from sievit.necks.adapter import AdapterConfig, ViTAdapter
 from sievit.policies import Policy
 from sievit.tokens import Trace

@@ -12,8 +12,8 @@ from torch import Tensor
 from sievit.bench.common import SIZES, ModesBench, Place, check_known, kept, run, table_of
 from sievit.bench.modes import Way, static_config
 from sievit.bench.timing import Cost, time_modes
-from sievit.flops import blocks_gflops
-from sievit.inputs import Size
+from sievit.measure.flops import blocks_gflops
+from sievit.models.inputs import Size
 from sievit.policies import KeepAllConfig, Policy, SViTConfig, build_policy
 from sievit.policies.svit import SViT
 from sievit.tokens import Trace

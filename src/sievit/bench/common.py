@@ -22,7 +22,7 @@ from sievit.data.images import list_images, read_image, to_tensor
 from sievit.data.scenes import draw
 from sievit.devices import device_name, pick_device
 from sievit.engine.recipe import default_data_root
-from sievit.inputs import Size
+from sievit.models.inputs import Size
 from sievit.vit import ViTConfig
 
 SIZES = {

@@ -20,18 +20,19 @@ from torch import Tensor, nn
 
 from sievit.bench.backbone import ADAPTERS, random_adapter
 from sievit.bench.common import SIZES, Bench, Place, check_known, run
-from sievit.bench.meters import counted_syncs, memory
 from sievit.bench.network import as_given, dense_policy, named, opened
 from sievit.bench.rates import machine_rates
-from sievit.bench.timing import Cost, Pair, alternately, clocked, figures_of, memory_figures
+from sievit.bench.timing import Cost, figures_of, memory_figures
 from sievit.config import ConfigError
-from sievit.detector import Detector, DetectorConfig, Output
-from sievit.execution import Execution
-from sievit.flops import by_module
 from sievit.heads import MaskRCNN, MaskRCNNConfig
-from sievit.inputs import InputConfig, Size
+from sievit.measure.clock import Pair, alternately, clocked
+from sievit.measure.flops import by_module
+from sievit.measure.meters import counted_syncs, memory
+from sievit.models.detector import Detector, DetectorConfig, Output
+from sievit.models.inputs import InputConfig, Size
 from sievit.necks.adapter import ViTAdapter
 from sievit.policies import Policy, SViTConfig
+from sievit.vit.execution import Execution
 
 HEAD = MaskRCNNConfig(num_classes=80)
 """The papers' on COCO."""

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from sievit.config import ConfigError, kind_of, nearest
-from sievit.execution import MANY_SHAPES
 from sievit.policies import DToPConfig, Policy, PolicyConfig, SViTConfig
 from sievit.policies.dtop import DToP
 from sievit.policies.svit import SViT
 from sievit.tokens import Trace
 from sievit.vit import Mode
+from sievit.vit.execution import MANY_SHAPES
 
 T = TypeVar("T")
 R = TypeVar("R")

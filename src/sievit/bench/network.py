@@ -18,21 +18,22 @@ from torch import Tensor
 
 from sievit.bench.common import SIZES, ModesBench, Place, check_known, kept, percent, run, table_of
 from sievit.bench.modes import Way, calls_of, is_static, no_static, static_config
-from sievit.bench.timing import Cost, Pair, time_modes
+from sievit.bench.timing import Cost, time_modes
 from sievit.config import ConfigError, kind_of
-from sievit.detector import Output
-from sievit.execution import Execution
-from sievit.flops import model_gflops
 from sievit.heads import ATM, ATMConfig, SemanticHead
 from sievit.hub import Pretrained
 from sievit.hub.fetch import HUB
-from sievit.inputs import InputConfig, Size
-from sievit.model import Model, load
+from sievit.measure.clock import Pair
+from sievit.measure.flops import model_gflops
+from sievit.models.build import Model, load
+from sievit.models.detector import Output
+from sievit.models.inputs import InputConfig, Size
+from sievit.models.segmenter import Segmentation, Segmenter, SegmenterConfig
 from sievit.policies import DToPConfig, KeepAllConfig, Policy, PolicyConfig, build_policy
 from sievit.policies.dtop import leave
-from sievit.segmenter import Segmentation, Segmenter, SegmenterConfig
 from sievit.tokens import Prediction, Trace
 from sievit.vit import ViTConfig
+from sievit.vit.execution import Execution
 
 SEGMENTERS = {
     "vit_b": (ATMConfig(channels=384, num_heads=6), (5, 7, 11)),

@@ -5,7 +5,7 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from sievit.bench.timing import clocked
+from sievit.measure.clock import clocked
 from sievit.vit import ViTConfig
 
 CALLS = 5

@@ -128,7 +128,7 @@ def segvit(args: list[str]) -> int:
 
 def _finish(file: Path, out: Path, converted: Any) -> int:
     """Write the model and tell what it is."""
-    from sievit.model import save
+    from sievit.models.build import save
 
     out.parent.mkdir(parents=True, exist_ok=True)
     save(converted.model, out)

@@ -54,8 +54,8 @@ def _run_flops(
 ) -> int:
     from rich.console import Console
 
-    from sievit.costs import costs, per_image
-    from sievit.model import model_file, read
+    from sievit.measure.costs import costs, per_image
+    from sievit.models.build import model_file, read
     from sievit.recipes import recipe, recipes
     from sievit.report import open_model
     from sievit.report.common import find_model

@@ -38,7 +38,7 @@ def init(args: list[str]) -> int:
 def _init(recipe: str, out: Path, seed: int, force: bool) -> int:
     import torch
 
-    from sievit.model import build, save
+    from sievit.models.build import build, save
     from sievit.recipes import recipe as find
 
     config = find(recipe).model

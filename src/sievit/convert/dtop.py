@@ -9,8 +9,8 @@ from sievit.config import ConfigError
 from sievit.convert.keys import Drop, Rules, heads_of, load_strictly, need, rename
 from sievit.heads import ATMConfig
 from sievit.losses import ATMLossConfig
+from sievit.models.segmenter import SegmentationNet, build_net
 from sievit.policies import DToPConfig, KeepAllConfig, PolicyConfig
-from sievit.segmenter import SegmentationNet, build_net
 from sievit.vit import ViTConfig
 
 VIT_RULES: Rules = (

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from sievit.config import ConfigError
 from sievit.convert.keys import Rules, heads_of, load_strictly, need, rename
+from sievit.models.backbone import build_backbone
 from sievit.necks.adapter import AdapterConfig, ViTAdapter
-from sievit.necks.build import build_backbone
 from sievit.policies import KeepAllConfig, PolicyConfig, SViTConfig
 from sievit.policies.base import PAPER_SCHEDULE
 from sievit.vit import ViTConfig

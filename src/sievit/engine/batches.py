@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from sievit.config import ConfigError
 from sievit.data.coco import collate
 from sievit.engine.recipe import TrainConfig
-from sievit.model import Model
+from sievit.models.build import Model
 
 Samples = tuple[list[Tensor], list[dict[str, Any]]]
 """Images and targets, as `collate` makes them."""

@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 from sievit.config import ConfigError
 from sievit.data.coco import CocoDetection
 from sievit.data.labels import LabelDataset
-from sievit.detector import Detector, Output
 from sievit.distributed import world_size
 from sievit.engine.batches import leave_signals_to_parent, loading
-from sievit.flops import model_gflops
-from sievit.metrics import CocoMetric, SegmentationMetric
-from sievit.model import Model
-from sievit.segmenter import Segmentation, Segmenter
+from sievit.measure.flops import model_gflops
+from sievit.models.build import Model
+from sievit.models.detector import Detector, Output
+from sievit.models.segmenter import Segmentation, Segmenter
+from sievit.tasks.metrics import CocoMetric, SegmentationMetric
 
 Data = CocoDetection | LabelDataset
 Answer = Output | Segmentation

@@ -9,8 +9,8 @@ from sievit.config import ConfigError
 from sievit.convert.keys import load_strictly
 from sievit.convert.pth import read_checkpoint
 from sievit.convert.timm import from_timm, timm_state
-from sievit.detector import Detector
-from sievit.model import POLICY_PREFIXES, Model, model_file, read
+from sievit.models.build import POLICY_PREFIXES, Model, model_file, read
+from sievit.models.detector import Detector
 from sievit.vit import ViT, ViTConfig
 
 MASK_PREFIX = "head.roi_heads.mask_"

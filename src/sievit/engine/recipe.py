@@ -13,9 +13,9 @@ from sievit.data.labels import LabelDataset
 from sievit.data.scenes import generate
 from sievit.data.semantic import SemanticAugment, SemanticAugmentConfig
 from sievit.data.transforms import Augment, AugmentConfig
-from sievit.detector import DetectorConfig
-from sievit.inputs import ModelConfig
-from sievit.segmenter import SegmenterConfig
+from sievit.models.detector import DetectorConfig
+from sievit.models.inputs import ModelConfig
+from sievit.models.segmenter import SegmenterConfig
 
 CACHE = 2**30
 """Bytes of decoded training images that a process keeps."""

@@ -26,7 +26,7 @@ from sievit.engine.evaluate import Data, evaluate, headline
 from sievit.engine.initial import start_from, start_vit_from, timm_name
 from sievit.engine.optim import Average, build_optimizer, freeze, learning_rate, set_learning_rate, total_steps
 from sievit.engine.recipe import CocoData, Recipe, TrainConfig, default_data_root, open_data, with_own_classes
-from sievit.model import build, read, save
+from sievit.models.build import build, read, save
 
 
 class Interrupted(KeyboardInterrupt):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from sievit.config import ConfigError, variant
 from sievit.heads.semantic import SemanticHead, SemanticHeadConfig, on_canvas, register_head
 from sievit.losses import ATMLossConfig, atm_loss
-from sievit.packed import Packing, any_length, pad, padding_mask
 from sievit.tokens import Prediction, Tokens
+from sievit.vit.packed import Packing, any_length, pad, padding_mask
 
 
 @variant("atm")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sievit.config import ConfigError, variants
 from sievit.losses import pixel_loss
-from sievit.packed import Packing, unpack
 from sievit.tokens import Prediction, Tokens
+from sievit.vit.packed import Packing, unpack
 
 
 @dataclass(frozen=True)

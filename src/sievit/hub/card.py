@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from sievit.config import ConfigError, kind_of
-from sievit.inputs import ModelConfig
+from sievit.models.inputs import ModelConfig
 
 TASKS = {"detector": "object-detection", "segmenter": "image-segmentation"}
 """What the hub calls them."""

@@ -15,10 +15,10 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from sievit.config import ConfigError, from_json, kind_of, load_json, to_json
-from sievit.execution import Execution
 from sievit.files import write_atomically
-from sievit.inputs import ModelConfig
+from sievit.models.inputs import ModelConfig
 from sievit.policies import PolicyConfig, policy_config
+from sievit.vit.execution import Execution
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -17,10 +17,10 @@ from sievit.config import ConfigError, variant
 from sievit.necks import NeckConfig
 from sievit.necks.deform_attn import DeformAttn, Shapes, reference_points
 from sievit.necks.norm import BatchNorm2d, conv_norm_relu
-from sievit.packed import Backend
 from sievit.policies.base import Policy
 from sievit.tokens import Tokens, Trace
 from sievit.vit import Mode, Sizes, ViT
+from sievit.vit.packed import Backend
 
 
 @variant("adapter")

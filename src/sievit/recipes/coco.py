@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from sievit.data.transforms import AugmentConfig
-from sievit.detector import DetectorConfig
 from sievit.engine.recipe import CocoData, Recipe, TrainConfig
 from sievit.heads.config import MaskRCNNConfig
-from sievit.inputs import InputConfig
+from sievit.models.detector import DetectorConfig
+from sievit.models.inputs import InputConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import KeepAllConfig, SViTConfig
 from sievit.recipes.coco_classes import CATEGORY_IDS, CLASSES

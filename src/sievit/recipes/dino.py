@@ -16,10 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from sievit.data.semantic import SemanticAugmentConfig
-from sievit.detector import DetectorConfig
 from sievit.engine.recipe import CocoData, Recipe
 from sievit.heads.config import MaskRCNNConfig
-from sievit.inputs import InputConfig
+from sievit.models.detector import DetectorConfig
+from sievit.models.inputs import InputConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import KeepAllConfig
 from sievit.recipes import ade20k, coco, folders

@@ -16,9 +16,9 @@ from sievit.data.presets import LabelPreset
 from sievit.data.semantic import SemanticAugmentConfig
 from sievit.engine.recipe import LabelsData, Recipe, TrainConfig
 from sievit.heads import ATMConfig, SemanticHeadConfig
-from sievit.inputs import InputConfig
+from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import SegmenterConfig
 from sievit.policies import DToPConfig, KeepAllConfig
-from sievit.segmenter import SegmenterConfig
 from sievit.vit import ViTConfig
 
 TRAIN = TrainConfig(

@@ -3,13 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-from sievit.detector import DetectorConfig
 from sievit.engine.recipe import Recipe, TrainConfig
 from sievit.heads import ATMConfig, MaskRCNNConfig
-from sievit.inputs import InputConfig
+from sievit.models.detector import DetectorConfig
+from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import SegmenterConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import DToPConfig, KeepAllConfig, SViTConfig
-from sievit.segmenter import SegmenterConfig
 from sievit.vit import ViTConfig
 
 

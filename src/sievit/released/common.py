@@ -9,8 +9,8 @@ from sievit.convert import read_checkpoint
 from sievit.convert.family import require_family
 from sievit.convert.pth import Checkpoint
 from sievit.data.label_files import read_text
-from sievit.detector import Detector
-from sievit.segmenter import Segmenter
+from sievit.models.detector import Detector
+from sievit.models.segmenter import Segmenter
 from sievit.vit import ViT
 
 

@@ -11,8 +11,8 @@ from sievit.convert import mmdet_heads, svit_backbone, vit_adapter_backbone
 from sievit.convert.mmdet_heads import HEAD_PREFIXES
 from sievit.convert.pth import Checkpoint
 from sievit.data.label_files import read_text
-from sievit.detector import Detector, DetectorConfig
 from sievit.heads.config import MaskRCNNConfig
+from sievit.models.detector import Detector, DetectorConfig
 from sievit.necks.adapter import ViTAdapter
 from sievit.policies import KeepAllConfig, SViT, SViTConfig
 from sievit.recipes import recipe

@@ -13,11 +13,11 @@ from sievit.convert.pth import Checkpoint
 from sievit.data.label_files import read_palette
 from sievit.data.presets import preset
 from sievit.heads import ATM, ATMConfig
-from sievit.inputs import InputConfig
+from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import Segmenter, SegmenterConfig
 from sievit.policies import DToPConfig, KeepAllConfig
 from sievit.recipes import recipe
 from sievit.released.common import Converted, described, lines, of_file
-from sievit.segmenter import Segmenter, SegmenterConfig
 from sievit.vit import ViTConfig
 
 Kind = Literal["dtop", "segvit"]

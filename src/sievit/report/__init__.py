@@ -11,15 +11,15 @@ from sievit.config import ConfigError, kind_of
 from sievit.data.coco import CocoDetection
 from sievit.data.labels import LabelDataset
 from sievit.data.scenes import generate
-from sievit.detector import Detector
 from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import evaluate as run_evaluation
 from sievit.engine.recipe import default_data_root
 from sievit.files import write_atomically
-from sievit.model import Model, load, model_file, read
+from sievit.models.build import Model, load, model_file, read
+from sievit.models.detector import Detector
+from sievit.models.segmenter import Segmenter
 from sievit.policies import DToPConfig, SViTConfig
 from sievit.report import common, detection, semantic
-from sievit.segmenter import Segmenter
 
 DEMO_SIZE = (512, 512)
 """Height and width in pixels of the demonstration's scenes."""

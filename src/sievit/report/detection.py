@@ -13,12 +13,12 @@ from sievit import viz
 from sievit.config import ConfigError
 from sievit.data.coco import CocoDetection
 from sievit.data.images import read_image, to_tensor
-from sievit.detector import Detector, Output
 from sievit.engine.evaluate import compare, timed
 from sievit.files import write_atomically
-from sievit.flops import detector_gflops
-from sievit.metrics import coco_results
+from sievit.measure.flops import detector_gflops
+from sievit.models.detector import Detector, Output
 from sievit.report.common import images_below, picture_names, progress, save_picture, tell_failures
+from sievit.tasks.metrics import coco_results
 
 MIN_SCORE = 0.5
 """Objects under it are left out of the demonstration's pictures."""

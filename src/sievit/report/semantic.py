@@ -19,9 +19,9 @@ from sievit.data.images import read_image, to_tensor
 from sievit.data.labels import LabelDataset
 from sievit.engine.evaluate import compare, timed
 from sievit.files import write_atomically
-from sievit.flops import segmenter_gflops
+from sievit.measure.flops import segmenter_gflops
+from sievit.models.segmenter import Segmentation, Segmenter
 from sievit.report.common import images_below, picture_names, progress, save_picture, tell_failures
-from sievit.segmenter import Segmentation, Segmenter
 
 
 def predict(model: Segmenter, images: Path, out: Path) -> int:

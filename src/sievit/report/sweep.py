@@ -20,12 +20,12 @@ from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import evaluate, timed
 from sievit.files import write_atomically
 from sievit.heads import SemanticHead
-from sievit.model import load, model_file
+from sievit.models.build import load, model_file
+from sievit.models.segmenter import SegmentationNet, Segmenter
 from sievit.policies import DToPConfig, KeepAllConfig, PolicyConfig
 from sievit.report.common import find_model, progress
 from sievit.report.plot import draw_curves
 from sievit.report.semantic import LabelFiles, open_labels
-from sievit.segmenter import SegmentationNet, Segmenter
 
 DENSE = 1.0
 """The threshold that lets nobody leave: the dense model."""

@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from sievit.config import ConfigError
-from sievit.execution import Execution
 from sievit.policies import PolicyConfig
 from sievit.tune.goals import Aim, AsItIs, Drop, Found, Milliseconds, Operations
 from sievit.tune.guard import Verdict, judge, loses, unsure
 from sievit.tune.kinds import Kind, StaticExits, StaticGates, Turn
 from sievit.tune.options import Tuning
 from sievit.tune.subject import DENSE, Ratio, Setup, Subject
+from sievit.vit.execution import Execution
 
 
 @dataclass

@@ -17,12 +17,11 @@ from sievit.config import ConfigError, kind_of, to_json
 from sievit.data.coco import CocoDetection
 from sievit.data.images import list_images, read_image, to_tensor
 from sievit.data.labels import LabelDataset
-from sievit.detector import Detector
 from sievit.devices import device_name
 from sievit.engine.evaluate import evaluate, headline
-from sievit.execution import Execution
 from sievit.files import write_atomically
-from sievit.model import Model, model_file, read, save
+from sievit.models.build import Model, model_file, read, save
+from sievit.models.detector import Detector
 from sievit.policies import PolicyConfig
 from sievit.report import open_model
 from sievit.report.common import find_model
@@ -33,6 +32,7 @@ from sievit.tune.kinds import kinds
 from sievit.tune.options import Goal, Judged, Tuning
 from sievit.tune.race import Outcome, candidates_of, denses_of, modes_of, run_race
 from sievit.tune.subject import DENSE, Clock, Subject, wall_clock
+from sievit.vit.execution import Execution
 
 DENSES = ("dense", "dense_compiled")
 """What the dense model is called in reports, as it stands and compiled."""

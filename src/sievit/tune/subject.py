@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from sievit.bench.timing import clocked
-from sievit.detector import Output
-from sievit.execution import Execution
-from sievit.flops import model_gflops
-from sievit.model import Model, build
+from sievit.measure.clock import clocked
+from sievit.measure.flops import model_gflops
+from sievit.models.build import Model, build
+from sievit.models.detector import Output
+from sievit.models.segmenter import Segmentation, Segmenter
 from sievit.policies import KeepAllConfig, Policy, PolicyConfig, build_policy
-from sievit.segmenter import Segmentation, Segmenter
+from sievit.vit.execution import Execution
 
 R = TypeVar("R")
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sievit.packed import Layout
 from sievit.vit.config import Activation, ViTConfig
+from sievit.vit.packed import Layout
 from sievit.vit.rope import rotate
 
 

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sievit.packed import (
+from sievit.tokens import Tokens
+from sievit.vit.block import Block
+from sievit.vit.packed import (
     Backend,
     Dense,
     Layout,
@@ -25,8 +27,6 @@ from sievit.packed import (
     padding_mask,
     unpack,
 )
-from sievit.tokens import Tokens
-from sievit.vit.block import Block
 
 Mode = Literal["auto", "packed", "padded", "bucketed", "masked", "selected"]
 

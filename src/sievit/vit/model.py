@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sievit.config import ConfigError
-from sievit.packed import Backend
 from sievit.policies.base import Policy
 from sievit.tokens import Tokens, Trace
 from sievit.vit.block import Block, norm
 from sievit.vit.config import ViTConfig
 from sievit.vit.executor import Mode, execute
+from sievit.vit.packed import Backend
 from sievit.vit.rope import rope_table, rotate, unmoved
 
 Sizes = list[tuple[int, int]]

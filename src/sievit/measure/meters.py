@@ -213,7 +213,7 @@ def _place(what: str) -> str:
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(PACKAGE) and path.parent != PACKAGE / "bench":
+        if path.is_relative_to(PACKAGE) and path.parent.name not in ("bench", "measure"):
             return f"{_shown(frame.f_code.co_filename, frame.f_lineno)} {what}"
         frame = frame.f_back
     return f"elsewhere {what}"

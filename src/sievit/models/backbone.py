@@ -6,10 +6,10 @@ from sievit.config import ConfigError, kind_of
 from sievit.necks import NeckConfig
 from sievit.necks.adapter import AdapterConfig, ViTAdapter
 from sievit.necks.pyramid import PyramidConfig, SimplePyramid
-from sievit.packed import Backend
 from sievit.policies import Policy, PolicyConfig, build_policy
 from sievit.tokens import Trace
 from sievit.vit import Mode, Sizes, ViT, ViTConfig
+from sievit.vit.packed import Backend
 
 
 class PyramidBackbone(nn.Module):

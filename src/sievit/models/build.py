@@ -6,12 +6,12 @@ from typing import overload
 import torch
 
 from sievit.config import ConfigError
-from sievit.detector import Detector, DetectorConfig
 from sievit.hub.fetch import model_file
 from sievit.hub.file import FORMAT, POLICY_PREFIXES, read, restored, write
-from sievit.inputs import ModelConfig
+from sievit.models.detector import Detector, DetectorConfig
+from sievit.models.inputs import ModelConfig
+from sievit.models.segmenter import Segmenter, SegmenterConfig
 from sievit.policies import PolicyConfig
-from sievit.segmenter import Segmenter, SegmenterConfig
 
 __all__ = ["FORMAT", "POLICY_PREFIXES", "Model", "build", "load", "model_file", "read", "save"]
 

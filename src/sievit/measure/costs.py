@@ -14,12 +14,12 @@ from torch import Tensor
 
 from sievit.config import ConfigError, kind_of
 from sievit.data.images import list_images, read_image, to_tensor
-from sievit.detector import Output
-from sievit.flops import by_module, model_gflops, published_gflops, published_gflops_of
-from sievit.inputs import ModelConfig, Size
-from sievit.model import Model, build
+from sievit.measure.flops import by_module, model_gflops, published_gflops, published_gflops_of
+from sievit.models.build import Model, build
+from sievit.models.detector import Output
+from sievit.models.inputs import ModelConfig, Size
+from sievit.models.segmenter import Segmentation, Segmenter, SegmenterConfig
 from sievit.policies import DToP, SViT
-from sievit.segmenter import Segmentation, Segmenter, SegmenterConfig
 from sievit.tokens import Trace
 
 BINS = 8

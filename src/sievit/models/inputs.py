@@ -13,9 +13,9 @@ from torch import Tensor
 
 from sievit.config import ConfigError
 from sievit.data.images import read_image, to_rgb, to_tensor
-from sievit.execution import Execution
 from sievit.policies import PolicyConfig
 from sievit.vit import ViTConfig
+from sievit.vit.execution import Execution
 
 Size = tuple[int, int]
 

@@ -22,7 +22,6 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from sievit.config import ConfigError, kind_of
-from sievit.detector import Detector, Output
 from sievit.heads import (
     SETRPUP,
     ATMConfig,
@@ -34,10 +33,11 @@ from sievit.heads import (
     SETRPUPConfig,
 )
 from sievit.heads.semantic import extents
+from sievit.models.backbone import Backbone
+from sievit.models.detector import Detector, Output
+from sievit.models.segmenter import Segmentation, SegmentationNet, Segmenter, SegmenterConfig
 from sievit.necks.adapter import ViTAdapter
-from sievit.necks.build import Backbone
 from sievit.policies import KeepAllConfig, build_policy
-from sievit.segmenter import Segmentation, SegmentationNet, Segmenter, SegmenterConfig
 from sievit.tokens import Trace
 from sievit.vit import Sizes, ViTConfig
 

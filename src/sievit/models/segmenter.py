@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sievit.config import ConfigError, variant
-from sievit.execution import Execution
 from sievit.heads.semantic import SemanticHead, SemanticHeadConfig, build_head, extents, repeat_edges, resize
 from sievit.hub import Pretrained
-from sievit.inputs import ModelConfig, Size, batched, in_batches, normalised
-from sievit.packed import Backend
+from sievit.models.inputs import ModelConfig, Size, batched, in_batches, normalised
 from sievit.policies import Policy, PolicyConfig, build_policy
 from sievit.policies.base import Head
 from sievit.tokens import Prediction, Tokens, Trace
 from sievit.vit import Mode, Sizes, ViT, ViTConfig
+from sievit.vit.execution import Execution
+from sievit.vit.packed import Backend
 
 Window = tuple[int, int, int, int]
 """y, x, height, width in pixels."""

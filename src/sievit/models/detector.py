@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from sievit.config import ConfigError, variant
-from sievit.execution import Execution
 from sievit.heads.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from sievit.heads.masks import paste_masks
 from sievit.hub import Pretrained
-from sievit.inputs import ModelConfig, Size, batched, in_batches
+from sievit.models.backbone import Backbone, build_backbone
+from sievit.models.inputs import ModelConfig, Size, batched, in_batches
 from sievit.necks import NeckConfig
-from sievit.necks.build import Backbone, build_backbone
 from sievit.policies import Policy
 from sievit.tokens import Trace
 from sievit.vit import Mode, ViT
+from sievit.vit.execution import Execution
 
 
 @variant("detector")

@@ -1,0 +1,1 @@
+"""Tasks: how answers are judged, drawn and written. One file for each task."""
