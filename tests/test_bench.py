@@ -415,7 +415,7 @@ def test_what_asks_for_a_value_is_counted_with_its_place() -> None:
     with counted_syncs(CPU) as places:
         Packing.of(mask[None])
     assert sorted(place.partition(" ")[2] for place in places) == ["nonzero", "tolist"]
-    assert all(place.startswith("packed.py:") for place in places)
+    assert all(place.startswith("vit/packed.py:") for place in places)
 
 
 def test_the_picture_of_rows(tmp_path: Path) -> None:
