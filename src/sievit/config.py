@@ -1,7 +1,8 @@
 """Configurations are frozen dataclasses; this file turns them into JSON and back, and finds what a typo meant.
 
 A field that may hold one of several configurations (a policy, a neck) is annotated with their base class; each of them
-is registered under a name with `variant`, and that name is stored in the JSON under "kind".
+is registered under a name with `variant`, and that name is stored in the JSON under "kind". A configuration whose fields
+were renamed has a class method `upgraded`, which turns the JSON object of an older version into today's.
 """
 
 import dataclasses
@@ -142,8 +143,10 @@ def _from_json_dataclass(cls: Any, data: Any, where: str) -> Any:
         if kind not in known:
             raise ConfigError(f"{where}: unknown kind {kind!r}{nearest(str(kind), known)}")
         cls = known[kind]
+    if hasattr(cls, "upgraded"):
+        data = cls.upgraded(data)
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
+    names = [f.name for f in dataclasses.fields(cls) if f.init]
     for name in data:
         if name not in names:
             raise ConfigError(f"{where}: unknown field {name!r}{nearest(name, names)}")
