@@ -28,7 +28,7 @@ from sievit.models.segmenter import SegmenterConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import DToPConfig, SViTConfig
 from sievit.recipes import recipe, recipes
-from sievit.recipes.dino import NAMES
+from sievit.recipes.backbones import NAMES
 from sievit.vit import ViT, ViTConfig
 
 DINO = [name for name in recipes() if "_dino" in name]

@@ -25,7 +25,7 @@ from sievit.models.detector import Detector, DetectorConfig
 from sievit.models.segmenter import SegmenterConfig
 from sievit.policies import DToPConfig, KeepAllConfig, SViTConfig
 from sievit.recipes import recipe
-from sievit.recipes.coco_classes import CATEGORY_IDS, CLASSES
+from sievit.recipes.detectors import CATEGORY_IDS, CLASSES
 from sievit.released import (
     DetectorOptions,
     SegmenterOptions,

@@ -1,8 +1,8 @@
 """Configurations are frozen dataclasses; this file turns them into JSON and back, and finds what a typo meant.
 
 A field that may hold one of several configurations (a policy, a neck) is annotated with their base class; each of them
-is registered under a name with `variant`, and that name is stored in the JSON under "kind". A configuration whose fields
-were renamed has a class method `upgraded`, which turns the JSON object of an older version into today's.
+is registered under a name with `variant`, and that name is stored in the JSON under "kind". A configuration whose
+fields were renamed has a class method `upgraded`, which turns the JSON object of an older version into today's.
 """
 
 import dataclasses

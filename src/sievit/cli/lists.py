@@ -24,7 +24,7 @@ def recipes(args: list[str]) -> int:
 def recipe_list() -> str:
     from sievit.recipes import recipes
 
-    return "\n".join(f"  {name:<22} {first_line(function)}" for name, function in recipes().items())
+    return "\n".join(f"  {name:<28} {summary}" for name, summary in recipes().items())
 
 
 def policies(args: list[str]) -> int:

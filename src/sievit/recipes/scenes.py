@@ -1,21 +1,17 @@
-"""Generated scenes, trained from scratch."""
+"""Generated scenes, trained from scratch with the models of `nuclei`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from sievit.data.scenes import CLASSES
 from sievit.data.semantic import SemanticAugmentConfig
 from sievit.data.transforms import AugmentConfig
 from sievit.engine.recipe import CocoData, LabelsData, Recipe, ScenesConfig
-from sievit.recipes.small import (
-    small_dtop,
-    small_model,
-    small_segmenter,
-    small_semantic_training,
-    small_sparse,
-    small_training,
-)
+from sievit.models.inputs import InputConfig
+from sievit.recipes import nuclei
+from sievit.recipes.common import pair
 
-DATA = CocoData(
+BOXES = CocoData(
     train_images=Path("scenes/train/images"),
     train_annotations=Path("scenes/train/annotations.json"),
     val_images=Path("scenes/val/images"),
@@ -24,49 +20,55 @@ DATA = CocoData(
     scenes=ScenesConfig(num_train=1200, num_val=100, size=(512, 512)),
     augment=AugmentConfig(flip=0.5, scales=(352, 416, 480, 544), crop=(256, 256)),
 )
-
-
-def scenes_vit() -> Recipe:
-    """Dense detector of generated scenes, from scratch."""
-    return Recipe(
-        model=small_model(
-            classes=CLASSES, test_size=(512, 1024), anchors=(16.0, 32.0, 64.0, 128.0, 256.0), max_detections=100
-        ),
-        data=DATA,
-        train=small_training(epochs=5, val_every=2, val_images=40),
-    )
-
-
-def scenes_svit() -> Recipe:
-    """SViT from the dense detector of scenes."""
-    return small_sparse(scenes_vit(), start=Path("runs/scenes_vit"), epochs=1)
-
-
 LABELS = LabelsData(
     train_images=Path("scenes/train/images"),
     train_labels=Path("scenes/train/labels"),
     val_images=Path("scenes/val/images"),
     val_labels=Path("scenes/val/labels"),
     root=Path("out"),
-    scenes=DATA.scenes,
+    scenes=BOXES.scenes,
     augment=SemanticAugmentConfig(flip=0.5, scales=(256, 320, 384, 448), crop=(192, 192), cat_max_ratio=0.97),
 )
+DETECTOR = replace(
+    nuclei.DETECTOR,
+    head=replace(nuclei.DETECTOR.head, num_classes=len(CLASSES), box_max_detections=100),
+    input=InputConfig(min_size=512, max_size=1024),
+    classes=CLASSES,
+    category_ids=tuple(range(1, len(CLASSES) + 1)),
+)
+SEGMENTER = replace(
+    nuclei.SEGMENTER,
+    vit=replace(nuclei.SEGMENTER.vit, embed_dim=96),
+    input=InputConfig(min_size=320, max_size=640, size_divisor=8),
+    classes=("ground", *CLASSES),
+    palette=((92, 84, 72), (255, 99, 72), (46, 196, 182), (124, 207, 70), (255, 200, 40), (178, 120, 255)),
+)
+DENSE = Recipe(model=DETECTOR, data=BOXES, train=replace(nuclei.TRAIN, epochs=5, val_every=2, val_images=40))
+DENSE_LABELS = Recipe(
+    model=SEGMENTER,
+    data=LABELS,
+    train=replace(nuclei.DENSE_LABELS.train, epochs=6, val_every=3, val_images=40),
+)
 
-
-def scenes_segvit() -> Recipe:
-    """Dense segmenter of generated scenes, from scratch."""
-    return Recipe(
-        model=small_segmenter(
-            classes=("ground", *CLASSES),
-            palette=((92, 84, 72), (255, 99, 72), (46, 196, 182), (124, 207, 70), (255, 200, 40), (178, 120, 255)),
-            test_size=(320, 640),
-            embed_dim=96,
-        ),
-        data=LABELS,
-        train=small_semantic_training(epochs=6, val_every=3, val_images=40),
-    )
-
-
-def scenes_segvit_dtop() -> Recipe:
-    """DToP, fine-tuned from the dense segmenter of scenes."""
-    return small_dtop(scenes_segvit(), start=Path("runs/scenes_segvit"), epochs=2)
+RECIPES = {
+    **pair(
+        "scenes_vit",
+        "detector of generated scenes",
+        DENSE,
+        nuclei.SVIT,
+        sparse_name="scenes_svit",
+        epochs=1,
+        val_every=1,
+        lr=3e-4,
+        policy_lr=3.0,
+    ),
+    **pair(
+        "scenes_segvit",
+        "segmenter of generated scenes",
+        DENSE_LABELS,
+        nuclei.DTOP,
+        epochs=2,
+        val_every=2,
+        lr=3e-4,
+    ),
+}

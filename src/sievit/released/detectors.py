@@ -16,7 +16,7 @@ from sievit.models.detector import Detector, DetectorConfig
 from sievit.necks.adapter import ViTAdapter
 from sievit.policies import KeepAllConfig, SViT, SViTConfig
 from sievit.recipes import recipe
-from sievit.recipes.coco_classes import CATEGORY_IDS, CLASSES
+from sievit.recipes.detectors import CATEGORY_IDS, CLASSES
 from sievit.released.common import Converted, described, lines, of_file
 
 Kind = Literal["svit", "vit_adapter"]
