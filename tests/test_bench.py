@@ -46,7 +46,7 @@ from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import DToPConfig, KeepAllConfig, RandomConfig, SViTConfig
 from sievit.policies.svit import SViT
 from sievit.tokens import Trace
-from sievit.vit import ViTConfig
+from sievit.vit import Execution, ViTConfig
 from sievit.vit.packed import Packing
 
 TINY = ViTConfig(grid=(4, 4), embed_dim=32, depth=6, num_heads=2)
@@ -105,8 +105,8 @@ def test_what_is_timed_is_what_the_model_says(mode: str) -> None:
     vit, (_, sparse) = calibrated(TINY, pictures, (0.7, 0.3))
     _, trace = vit(pictures, sparse)
     policy = frozen(sparse, [trace], 8) if mode == "static" else sparse
-    got, own = vit(pictures, policy, mode=Way.of(mode).executor)
-    expected, _ = vit(pictures, policy, mode="masked")
+    got, own = vit(pictures, policy, execution=Way.of(mode).execution)
+    expected, _ = vit(pictures, policy, execution=Execution(mode="masked"))
     torch.testing.assert_close(got.x, expected.x, atol=1e-5, rtol=1e-4)
     if mode == "static":
         wanted = (trace.shares()[3:].mean(1) * 48 / 8 - 1e-6).ceil() * 8

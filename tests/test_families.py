@@ -13,8 +13,8 @@ from sievit.config import ConfigError
 from sievit.convert import from_timm, timm_config
 from sievit.policies import KeepAllConfig, Policy, build_policy
 from sievit.tokens import Tokens, Trace
-from sievit.vit import Mode, ViT
-from sievit.vit.packed import Backend
+from sievit.vit import Execution, ViT
+from sievit.vit.execution import AttentionName, Mode
 
 REGISTERED = [
     name
@@ -188,18 +188,20 @@ def test_choosing_all_is_dense(pair) -> None:
     images = of_grid(vit, GRID)
     expected, _ = vit(images, dense(vit))
     for mode in ("packed", "padded", "masked"):
-        torch.testing.assert_close(vit(images, All(), mode=mode)[0].x, expected.x, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            vit(images, All(), execution=Execution(mode=mode))[0].x, expected.x, atol=2e-5, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize(
-    ("mode", "backend"),
-    [("packed", "per_image"), ("packed", "padded"), ("padded", "auto"), ("bucketed", "auto"), ("masked", "auto")],
+    ("mode", "attention"),
+    [("packed", "per_image"), ("packed", "batched"), ("padded", "auto"), ("bucketed", "auto"), ("masked", "auto")],
 )
 @torch.inference_mode()
-def test_half_of_a_batch_equals_image_by_image(pair, mode: Mode, backend: Backend) -> None:
+def test_half_of_a_batch_equals_image_by_image(pair, mode: Mode, attention: AttentionName) -> None:
     vit = pair[1]
     images = of_grid(vit, GRID)
-    got, trace = vit(images, Half(), mode=mode, backend=backend)
+    got, trace = vit(images, Half(), execution=Execution(mode=mode, attention=attention))
     assert 0.4 < trace.shares().min() <= trace.shares().max() < 0.6, "the policy skips half of the tokens"
     for i, image in enumerate(images):
         alone, _ = vit(image[None], Half(i))

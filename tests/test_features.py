@@ -88,7 +88,7 @@ def test_attention_is_that_of_the_class_token(family: str) -> None:
     x = model._pos_embed(model.patch_embed(images))
     x, rope = x if isinstance(x, tuple) else (x, None)
     expected = attention_by_hand(model, model.norm_pre(x), 3, rope)[:, :, 0, model.num_prefix_tokens :].mean(1)
-    torch.testing.assert_close(vit.attention_to(3, tokens), expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(vit.project(3, tokens).attention(), expected, atol=1e-6, rtol=1e-4)
 
 
 @torch.inference_mode()
@@ -97,8 +97,8 @@ def test_padding_gets_no_attention() -> None:
         vit = from_timm(model_of(name))
         images = torch.randn(1, 3, 112, 112)
         images[..., 48:, :] = images[..., :, 80:] = 0
-        got = vit.attention_to(1, vit.embed(images, [(48, 80)]))[0].unflatten(0, (7, 7))
-        alone = vit.attention_to(1, vit.embed(images[..., :48, :80]))[0].unflatten(0, (3, 5))
+        got = vit.project(1, vit.embed(images, [(48, 80)])).attention()[0].unflatten(0, (7, 7))
+        alone = vit.project(1, vit.embed(images[..., :48, :80])).attention()[0].unflatten(0, (3, 5))
         torch.testing.assert_close(got[:3, :5], alone, atol=1e-6, rtol=1e-4)
         assert got[3:].sum() == 0 and got[:, 5:].sum() == 0
 

@@ -48,7 +48,7 @@ def test_gates_equal_torchs_counter(model: Detector) -> None:
     with FlopCounterMode(display=False) as counter:
         for index in range(4):
             chosen, aux = model.policy.before_block(index, tokens, trace)
-            trace = trace.record(chosen, aux)
+            trace = trace.record(chosen, aux, [False, True])
     assert model.policy.macs(trace).item() == pytest.approx(counter.get_total_flops() / 2)
 
 

@@ -22,7 +22,8 @@ from sievit.models.segmenter import SegmentationNet, Segmenter, SegmenterConfig
 from sievit.policies import KeepAllConfig
 from sievit.policies.dtop import DToP
 from sievit.tokens import Trace
-from sievit.vit import Mode
+from sievit.vit import Execution
+from sievit.vit.execution import Mode
 
 MODEL: dict[str, Any] = {"num_heads": 4, "head_num_heads": 2, "out_indices": (1, 3, 5)}
 CASES = ["dense", "common_lo", "common_mid", "common_hi", "perstage", "perstage_dec", "stage1_only", "mixed"]
@@ -56,7 +57,7 @@ def asking_every_head(net: SegmentationNet) -> SegmentationNet:
 def check_stages(net: SegmentationNet, images: Tensor, case: dict[str, Tensor], mode: Mode = "auto") -> None:
     """Who left at each stage, and what each head said."""
     with torch.inference_mode():
-        said, trace = asking_every_head(net).predictions(images, mode=mode)
+        said, trace = asking_every_head(net).predictions(images, execution=Execution(mode=mode))
     assert list(said) == [1, 3, 5] and len(trace.exited) == 3
     for stage, (prediction, exited) in enumerate(zip(said.values(), trace.exited, strict=True)):
         assert torch.equal(exited, case[f"stage{stage}.mask_out"]), stage
@@ -90,7 +91,7 @@ def test_evaluation_equals_the_release(golden: Path, weights, name: str, batch: 
     images = load_file(golden / "eval_A_input.safetensors")["input"][: int(batch[1])]
     net = dtop_segmenter(weights, **MODEL, thresholds=thresholds)
     with torch.inference_mode():
-        logits, trace = net(images, mode=mode)
+        logits, trace = net(images, execution=Execution(mode=mode))
     tokens = trace.predictions[-1].scores().unflatten(2, trace.grid)
     torch.testing.assert_close(tokens, case["out.pred_tokens"], atol=PRED, rtol=0)
     assert (logits.argmax(1) != case["out.argmax"]).sum() <= 1

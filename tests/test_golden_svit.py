@@ -15,6 +15,8 @@ from sievit.convert.keys import rename
 from sievit.convert.svit import ADAPTER_RULES, SPARSE_RULES, _number_extra_extractors
 from sievit.necks.adapter import ViTAdapter
 from sievit.policies import svit
+from sievit.vit import Execution
+from sievit.vit.execution import Mode
 
 HEADS: dict[str, Any] = {"num_heads": 4, "deform_num_heads": 4}
 
@@ -43,9 +45,9 @@ def cases(golden: Path) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def check(backbone: ViTAdapter, images: Tensor, case: dict[str, Tensor], mode: str) -> None:
+def check(backbone: ViTAdapter, images: Tensor, case: dict[str, Tensor], mode: Mode) -> None:
     with torch.inference_mode():
-        features, trace = backbone(images, mode=mode)
+        features, trace = backbone(images, execution=Execution(mode=mode))
     chosen = torch.stack(trace.keep, 1).unflatten(2, trace.grid)
     assert torch.equal(chosen, case["selectors"].bool())
     for i in range(4):

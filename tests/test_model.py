@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sievit
-import sievit.vit.model
+import sievit.vit.loop
 from sievit.config import ConfigError
 from sievit.heads import MaskRCNNConfig
 from sievit.models.build import build, load, save
@@ -25,8 +25,9 @@ from sievit.necks import NeckConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import KeepAllConfig, PolicyConfig, RandomConfig, SViTConfig, build_policy
-from sievit.vit import ViTConfig, execute
+from sievit.vit import ViTConfig
 from sievit.vit.execution import Execution
+from sievit.vit.executor import execute_run
 
 HEAD = MaskRCNNConfig(
     num_classes=3,
@@ -250,21 +251,21 @@ def stored(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def test_answers_are_found_as_the_configuration_says(tmp_path, monkeypatch) -> None:
     """Losses are not."""
-    own = Execution(mode="bucketed", backend="padded", precision="bfloat16")
+    own = Execution(mode="bucketed", attention="batched", precision="bfloat16")
     save(
         build(replace(tiny_config(neck=AdapterConfig(conv_inplane=8, deform_num_heads=2)), execution=own)),
         tmp_path / "m.safetensors",
     )
     seen = set()
 
-    def spy(blocks, tokens, **options):
-        seen.add((options["mode"], options["backend"], torch.is_autocast_enabled("cpu")))
-        return execute(blocks, tokens, **options)
+    def spy(run, tokens, execution, **options):
+        seen.add((execution.mode, execution.attention, torch.is_autocast_enabled("cpu")))
+        return execute_run(run, tokens, execution, **options)
 
-    monkeypatch.setattr(sievit.vit.model, "execute", spy)
+    monkeypatch.setattr(sievit.vit.loop, "execute_run", spy)
     again = Detector.from_pretrained(tmp_path / "m.safetensors")
     again.predict(random_images((60, 90)))
-    assert seen == {("bucketed", "padded", True)}
+    assert seen == {("bucketed", "batched", True)}
     seen.clear()
     again.train()([torch.rand(3, 64, 64)], [random_target(64, 64)])
     assert seen == {("auto", "auto", False)}

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sievit.vit.packed import Backend, Masked, Packed, Packing, pack, pad, padding_mask, places, unpack
+from sievit.vit.execution import AttentionName
+from sievit.vit.packed import Masked, Packed, Packing, pack, pad, padding_mask, positions, unpack
 
 masks = st.integers(1, 4).flatmap(
     lambda b: st.integers(1, 12).flatmap(
@@ -21,7 +22,7 @@ def test_pack_and_unpack_are_inverse(rows: list[list[bool]]) -> None:
     part = torch.tensor(rows)
     canvas = torch.randn(*part.shape, 3)
     packing = Packing.of(part)
-    assert torch.equal(packing.index, places(part.flatten(), int(part.sum())))
+    assert torch.equal(packing.index, positions(part.flatten(), int(part.sum())))
     packed = pack(canvas, packing)
     torch.testing.assert_close(packed, canvas[part], atol=0, rtol=0)
     assert packing.lengths == tuple(part.sum(1).tolist())
@@ -48,13 +49,13 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor
     return torch.cat(out).to(q.dtype)
 
 
-@pytest.mark.parametrize("backend", ["auto", "per_image", "padded"])
+@pytest.mark.parametrize("attention", ["auto", "per_image", "batched"])
 @pytest.mark.parametrize("lengths", [(5,), (4, 4, 4), (3, 0, 7, 1), (0, 2)])
-def test_attention_stays_within_images(backend: Backend, lengths: tuple[int, ...]) -> None:
+def test_attention_stays_within_images(attention: AttentionName, lengths: tuple[int, ...]) -> None:
     total, longest = sum(lengths), max(lengths)
     part = torch.arange(longest) < torch.tensor(lengths)[:, None]
     q, k, v = (torch.randn(total, 3, 8) for _ in range(3))
-    out = Packed(Packing.of(part), backend).attend(q, k, v)
+    out = Packed(Packing.of(part), attention).attend(q, k, v)
     torch.testing.assert_close(out, by_hand(q, k, v, lengths), atol=1e-5, rtol=1e-5)
 
 

@@ -216,9 +216,9 @@ def test_windows_of_which_only_some_remember_context_are_joined(turned: bool) ->
     """With `preserve`, a batch in which nobody has left has no context to remember."""
     tokens = Tokens(torch.zeros(2, 6, 3), (2, 3))
     gone = torch.tensor([[True, False] * 3, [True] * 6])
-    without = Trace.start(tokens).record(tokens, {"maps": torch.ones(2, 4, 6)}).finish({})
+    without = Trace.start(tokens).record(tokens, {"maps": torch.ones(2, 4, 6)}, [False, True]).finish(None, {})
     chosen = tokens.select(~gone, context=gone)
-    context = Trace.start(tokens).record(chosen, {"maps": torch.ones(2, 4, 6)}).finish({})
+    context = Trace.start(tokens).record(chosen, {"maps": torch.ones(2, 4, 6)}, [False, True]).finish(None, {})
     joined = Trace.join([context, without] if turned else [without, context])
     parts = (context, without) if turned else (without, context)
     assert torch.equal(joined.seen(), torch.cat([part.seen() for part in parts], dim=1))

@@ -13,7 +13,8 @@ from sievit.models.segmenter import SegmentationNet
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import DToPConfig, Policy, SViTConfig, TopNormConfig, build_policy
 from sievit.tokens import Tokens
-from sievit.vit import RopeConfig, ViT, ViTConfig, execute
+from sievit.vit import Execution, RopeConfig, ViT, ViTConfig, execute
+from sievit.vit.execution import Mode
 
 DEPTH = 6
 
@@ -178,7 +179,7 @@ def test_equal_counts_need_no_synchronisation(monkeypatch: pytest.MonkeyPatch) -
 
 
 @torch.no_grad()
-def test_buckets_are_few_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buckets_are_few_and_change_nothing() -> None:
     vit, seen = backbone(), []
     block: Any = vit.blocks[0]
     images = torch.randn(2, 3, 24, 32)
@@ -186,15 +187,13 @@ def test_buckets_are_few_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         tokens = vit.embed(images)
         keep = torch.arange(48)[None] * torch.tensor([[5], [7]]) % 48 < count
         chosen = tokens.select(keep & (torch.arange(2)[:, None] * 3 + count > 3))
-        expected = execute([block], chosen, mode="packed")
+        expected = execute([block], chosen, Execution(mode="packed"))
 
-        def noted(x: Tensor, *rest: Any) -> Tensor:
-            seen.append(x.shape[1])
-            return block(x, *rest)
-
-        monkeypatch.setattr("sievit.vit.executor._through", lambda blocks, x, layout, b: noted(x, layout, b))
-        torch.testing.assert_close(execute([block], chosen, mode="bucketed").x, expected.x, atol=1e-5, rtol=1e-4)
-        monkeypatch.undo()
+        handle = block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        torch.testing.assert_close(
+            execute([block], chosen, Execution(mode="bucketed")).x, expected.x, atol=1e-5, rtol=1e-4
+        )
+        handle.remove()
     assert set(seen) == {1 + 6 * i for i in range(9)}
 
 
@@ -221,10 +220,11 @@ def test_gradients_of_selected_tokens_equal_those_of_masking_where_nothing_is_sk
     for share in (0.0, 0.5):
         keep = torch.rand(2, 48, generator=torch.Generator().manual_seed(5)) >= share
         found = []
-        for mode in ("masked", "selected"):
+        modes: tuple[Mode, ...] = ("masked", "selected")
+        for mode in modes:
             gate = keep.float().requires_grad_()
             tokens: Tokens = x.select(keep, gate)
-            out = execute([block], tokens, mode=mode).x
+            out = execute([block], tokens, Execution(mode=mode)).x
             out.square().sum().backward()
             assert gate.grad is not None
             found.append((out.detach(), gate.grad))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sievit.vit.execution
-import sievit.vit.model
+import sievit.vit.loop
 from sievit.config import ConfigError
 from sievit.data.scenes import generate
 from sievit.heads import ATMConfig
@@ -23,8 +23,9 @@ from sievit.report import evaluate
 from sievit.tokens import Prediction, Tokens, Trace
 from sievit.tune import Goal, Tuning, tune
 from sievit.tune.subject import Clock, Part, Setup
-from sievit.vit import ViTConfig, execute
+from sievit.vit import ViTConfig
 from sievit.vit.execution import Execution, copied
+from sievit.vit.executor import execute_run
 
 R = TypeVar("R")
 GATES = SViTConfig(first_block=2, targets=(0.5,))
@@ -75,7 +76,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
 
     def call(network: Any, *args: Any, **options: Any) -> Any:
-        seen.append(options["mode"])
+        seen.append(options["execution"].mode)
         return network(*args, **options)
 
     monkeypatch.setattr(sievit.vit.execution, "_compiled", lambda graphs, mode: call)
@@ -84,15 +85,16 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def executed(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str, torch.dtype]]:
-    """Mode, back-end and type of autocast that blocks were executed with."""
+    """Mode, attention and type of autocast that blocks were executed with."""
     seen: set[tuple[str, str, torch.dtype]] = set()
 
-    def spy(blocks: Any, tokens: Tokens, **options: Any) -> Tokens:
+    def spy(run: Any, tokens: Tokens, execution: Execution, **options: Any) -> Any:
         mixed = torch.is_autocast_enabled("cpu")
-        seen.add((options["mode"], options["backend"], torch.get_autocast_dtype("cpu") if mixed else torch.float32))
-        return execute(blocks, tokens, **options)
+        precision = torch.get_autocast_dtype("cpu") if mixed else torch.float32
+        seen.add((execution.mode, execution.attention, precision))
+        return execute_run(run, tokens, execution, **options)
 
-    monkeypatch.setattr(sievit.vit.model, "execute", spy)
+    monkeypatch.setattr(sievit.vit.loop, "execute_run", spy)
     return seen
 
 
@@ -102,7 +104,7 @@ def name_of(setup: Setup) -> str:
     if isinstance(policy, SViTConfig) and policy.static_shares is not None:
         mode = "static"
     mode = execution.mode if execution.mode != "auto" else mode
-    return mode + "_padded" * (execution.backend == "padded") + "_compiled" * execution.compiled
+    return mode + "_batched" * (execution.attention == "batched") + "_compiled" * execution.compiled
 
 
 def clock_of(fast: Mapping[str, float]) -> Clock:
@@ -118,7 +120,7 @@ def clock_of(fast: Mapping[str, float]) -> Clock:
 
 @pytest.mark.parametrize(
     "winner",
-    ["dynamic", "dynamic_padded", "bucketed", "static", "bucketed_compiled", "static_compiled", "dense_compiled"],
+    ["dynamic", "dynamic_batched", "bucketed", "static", "bucketed_compiled", "static_compiled", "dense_compiled"],
 )
 def test_the_fastest_is_written_and_is_what_the_model_runs(
     winner: str, model: Path, images: Path, out: Path, compiled: list[str], executed: set[tuple[str, str, torch.dtype]]
@@ -128,16 +130,16 @@ def test_the_fastest_is_written_and_is_what_the_model_runs(
     assert figures["mode"] == winner and figures["speedup"]["median"] == (1 if winner == "dense_compiled" else 2)
     assert figures["tuned"]["ms"] == 15
     ran = {row["mode"] for row in figures["candidates"]}
-    assert {"dynamic", "dynamic_padded", "bucketed", "static"} <= ran
+    assert {"dynamic", "dynamic_batched", "bucketed", "static"} <= ran
     assert ("static_compiled" in ran) == ("bucketed_compiled" in ran) == tuning.compile
     assert "dynamic_compiled" not in ran, "its shapes are many"
     written = load(out)
-    bucketed, padded = "bucketed" in winner, "padded" in winner
-    expected = Execution("bucketed" if bucketed else "auto", "padded" if padded else "auto", "compiled" in winner)
+    bucketed, padded = "bucketed" in winner, "batched" in winner
+    expected = Execution("bucketed" if bucketed else "auto", "batched" if padded else "auto", "compiled" in winner)
     assert written.config.execution == expected
     compiled.clear(), executed.clear()
     written.predict(sorted(images.iterdir())[:2], batch_size=2)
-    assert executed == {(expected.mode, expected.backend, torch.float32)}
+    assert executed == {(expected.mode, expected.attention, torch.float32)}
     assert compiled == [expected.mode] * expected.compiled
     compiled.clear()
     load(out, compile=False).predict(sorted(images.iterdir())[:1])
@@ -290,7 +292,7 @@ def test_a_compiled_model_says_the_same(model: Path, monkeypatch: pytest.MonkeyP
 
 def test_what_a_graph_returns_is_copied():
     x = torch.ones(2, 3)
-    trace = Trace(grid=(1, 3), num_prefix=0, valid=x > 0, keep=(x > 0,), aux=({"logits": x},))
+    trace = Trace(grid=(1, 3), valid=x > 0, keep=(x > 0,), aux=({"logits": x},))
     said, (other, copy) = copied(({"0": x}, (Prediction(maps=x), trace)))
     x.zero_()
     trace.valid.zero_(), trace.keep[0].zero_()

@@ -14,7 +14,7 @@ from sievit.convert.keys import load_strictly
 from sievit.convert.timm import timm_state
 from sievit.policies import KeepAllConfig, Policy, SViTConfig, build_policy
 from sievit.tokens import Tokens, Trace
-from sievit.vit import ViT, ViTConfig
+from sievit.vit import Execution, ViT, ViTConfig
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"embed_dim": 192, "num_heads": 3, "depth": 12, "patch_size": 16, "img_size": 224},
@@ -146,7 +146,7 @@ def test_packed_gradients_equal_masked_ones() -> None:
     gradients = []
     for mode in ("packed", "masked", "padded"):
         vit.zero_grad()
-        vit(images, _Half(keep), mode=mode)[0].x.square().sum().backward()
+        vit(images, _Half(keep), execution=Execution(mode=mode))[0].x.square().sum().backward()
         gradients.append([p.grad.clone() for p in vit.parameters() if p.grad is not None])
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):

@@ -23,7 +23,7 @@ def detections(*, count: int = 1, score: float = 0.9, size: tuple[int, int] = (4
 
 def trace_of(keep: Tensor, grid: tuple[int, int]) -> Trace:
     """A trace of one image in which every block of `keep` (depth, n) took that."""
-    return Trace(grid=grid, num_prefix=0, valid=torch.ones_like(keep[:1]), keep=tuple(block[None] for block in keep))
+    return Trace(grid=grid, valid=torch.ones_like(keep[:1]), keep=tuple(block[None] for block in keep))
 
 
 def changed(picture: np.ndarray, plain: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,17 +16,20 @@ class Tokens:
     """A batch of token canvases. A value: operations return a new one.
 
     Attributes:
-        x: (b, p+n, c); the p prefix tokens (class, registers) stand first and always take part.
+        x: (b, p+n, c); the p prefix tokens stand first and always take part: class token, registers, extra tokens.
         grid: (h, w) in tokens.
         num_prefix: p.
+        num_extra: how many of the prefix tokens, the last ones, were added by a policy (`with_extra`).
         valid: (b, n) bool, the tokens that stand on pixels of their image; None when all do. Tokens on pixels that
-            only pad a batch are never computed, whatever a policy says.
+            only pad a batch are never computed, whatever a policy chooses.
         keep: (b, n) bool, the tokens that take part in the next block; None when all valid ones do.
-        gate: (b, n) float, the value of `keep` with the straight-through gradient of whatever decided; training only.
-        context: (b, n) bool, tokens that do not take part but are seen by those that do; None for none.
-        order: (b, k) int64, rising: places of tokens, equally many in every image, the ones of `keep` among them. Where
-            a policy gives it, no shape depends on what is in the images.
+        gate: (b, n) float, the value of `keep` with the straight-through gradient of the decision; training only.
+        context: (b, n) bool, tokens that do not take part but are visible, as keys and values, to those that do; None
+            for none.
+        order: (b, k) int64, rising: positions on the grid, equally many in every image, the ones of `keep` among them.
+            With it no shape depends on what is in the images.
         real: (b, k) bool, which of `order` take part; None for all of them.
+        owner: (b, n) int64: the position of the token that stands for each token (`merge`); None: each for itself.
         rope: (b or 1, p+n, 2d), sines and cosines of each token's rotary position, which goes wherever the token goes;
             None in families without.
     """
@@ -33,18 +37,20 @@ class Tokens:
     x: Tensor
     grid: tuple[int, int]
     num_prefix: int = 0
+    num_extra: int = 0
     valid: Tensor | None = None
     keep: Tensor | None = None
     gate: Tensor | None = None
     context: Tensor | None = None
     order: Tensor | None = None
     real: Tensor | None = None
+    owner: Tensor | None = None
     rope: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = self.grid[0] * self.grid[1]
         assert self.x.ndim == 3 and self.x.shape[1] == self.num_prefix + n, (self.x.shape, self.grid, self.num_prefix)
-        for mask in (self.valid, self.keep, self.gate, self.context):
+        for mask in (self.valid, self.keep, self.gate, self.context, self.owner):
             assert mask is None or mask.shape == (self.x.shape[0], n), (mask.shape, self.grid)
         assert self.rope is None or (
             len(self.rope) in (1, len(self.x)) and self.rope.shape[1] == self.x.shape[1] and self.rope.ndim == 3
@@ -54,6 +60,11 @@ class Tokens:
     def patches(self) -> Tensor:
         """(b, n, c): the grid tokens without the prefix."""
         return self.x[:, self.num_prefix :]
+
+    @property
+    def extra(self) -> Tensor:
+        """(b, e, c): the tokens without a place on the grid that a policy added."""
+        return self.x[:, self.num_prefix - self.num_extra : self.num_prefix]
 
     def map(self) -> Tensor:
         """(b, c, h, w): the grid tokens as a feature map, channels last."""
@@ -65,6 +76,21 @@ class Tokens:
             return replace(self, x=patches)
         return replace(self, x=torch.cat([self.x[:, : self.num_prefix], patches], dim=1))
 
+    def with_extra(self, extra: Tensor | None) -> "Tokens":
+        """The canvas with extra tokens (b, e, c), instead of those that it has; None for none.
+
+        They have no place on the grid, always take part, and rotary positions leave them as they are.
+        """
+        first = self.num_prefix - self.num_extra
+        added = self.x[:, :0] if extra is None else extra.to(self.x.dtype)
+        rope = self.rope
+        if rope is not None:
+            still = rope.new_zeros(len(rope), added.shape[1], rope.shape[2])
+            still[..., rope.shape[2] // 2 :] = 1
+            rope = torch.cat([rope[:, :first], still, rope[:, self.num_prefix :]], dim=1)
+        x = torch.cat([self.x[:, :first], added, self.patches], dim=1)
+        return replace(self, x=x, num_prefix=first + added.shape[1], num_extra=added.shape[1], rope=rope)
+
     def select(self, keep: Tensor | None, gate: Tensor | None = None, context: Tensor | None = None) -> "Tokens":
         """The canvas with another choice for the next block: (b, n) bool, None for all; padding never takes part."""
         if keep is not None and self.valid is not None:
@@ -72,7 +98,7 @@ class Tokens:
         return replace(self, keep=keep, gate=gate, context=context, order=None, real=None)
 
     def select_order(self, order: Tensor, keep: Tensor | None = None) -> "Tokens":
-        """The canvas with another choice: equally many places in every image, (b, k), rising.
+        """The canvas with another choice: equally many positions in every image, (b, k), rising.
 
         Args:
             keep: (b, n) bool, those of `order` that take part; None for all, where no image has padding.
@@ -84,13 +110,48 @@ class Tokens:
         assert chosen.keep is not None
         return replace(chosen, order=order, real=chosen.keep.gather(1, order))
 
+    def merge(self, owner: Tensor) -> "Tokens":
+        """Groups of grid tokens become one token each, which alone takes part; its value is the mean of its group.
+
+        Args:
+            owner: (b, n) int64, the position of the token that stands for each token; such a token owns itself. Where
+                tokens are merged already, whole groups go on to their new owner's.
+        """
+        first = torch.arange(owner.shape[1], device=owner.device)
+        if self.owner is not None:
+            owner = owner.gather(1, self.owner)
+        whole = self.unmerge().patches
+        weight = self.valid_or_all()[..., None].to(whole.dtype)
+        rows = owner[..., None].expand_as(whole)
+        sums = torch.zeros_like(whole).scatter_add(1, rows, whole * weight)
+        total = torch.zeros_like(weight).scatter_add(1, owner[..., None], weight)
+        stands = owner == first
+        mean = torch.where(stands[..., None], sums / total.clamp(min=1), whole)
+        keep = stands if self.keep is None else stands & self.keep
+        return replace(self.replace_patches(mean).select(keep), owner=owner)
+
+    def unmerge(self) -> "Tokens":
+        """The canvas with each merged token at the value of its owner, and each for itself again."""
+        if self.owner is None:
+            return self
+        patches = self.patches.gather(1, self.owner[..., None].expand_as(self.patches))
+        return replace(self.replace_patches(patches), owner=None)
+
+    def sizes(self) -> Tensor | None:
+        """(b, n) float: how many tokens each one stands for, itself included; None where each is for itself."""
+        if self.owner is None:
+            return None
+        weight = self.valid_or_all().to(torch.float32)
+        return torch.zeros_like(weight).scatter_add(1, self.owner, weight)
+
     def taking_part(self) -> Tensor | None:
         """(b, p+n) bool: what the next block computes, prefix included; None when it is everything."""
         keep = self.valid if self.keep is None else self.keep
-        if keep is None:
-            return None
-        prefix = keep.new_ones(keep.shape[0], self.num_prefix)
-        return torch.cat([prefix, keep], dim=1) if self.num_prefix else keep
+        return None if keep is None else self.with_prefix(keep, value=True)
+
+    def with_prefix(self, values: Tensor, *, value: float) -> Tensor:
+        """(b, p+n) of values (b, n) of the grid tokens, and `value` for the prefix."""
+        return F.pad(values, (self.num_prefix, 0), value=value) if self.num_prefix else values
 
     def valid_or_all(self) -> Tensor:
         """(b, n) bool, never None."""
@@ -133,38 +194,58 @@ class Trace:
 
     Attributes:
         grid: (h, w) in tokens.
-        num_prefix: prefix tokens per image, which took part everywhere.
         valid: (b, n) bool.
-        keep: per block a (b, n) bool tensor: who took part.
-        aux: per block what the policy wants remembered, by name, e.g. `logits` (b, n, 2), `gate` (b, n); and at the end
-            of the pass once more, what it remembered after the last block.
+        keep: per block (b, n) bool: the tokens that took part in its attention.
+        mlp: per block (b, n) bool: the tokens that its MLP computed; others than `keep` only where a policy decides
+            between the two.
+        prefix: per block the number of prefix tokens, which always take part, in its attention and in its MLP.
+        aux: per block what the policy remembers, by name, e.g. `logits` (b, n, 2), `gate` (b, n); and at the end of the
+            pass once more, what it remembers after the last block.
+        tokens: in training the canvas at the end of the pass, for losses.
     """
 
     grid: tuple[int, int]
-    num_prefix: int
     valid: Tensor
     keep: tuple[Tensor, ...] = ()
+    mlp: tuple[Tensor, ...] = ()
+    prefix: tuple[tuple[int, int], ...] = ()
     aux: tuple[dict[str, Tensor], ...] = field(default=())
+    tokens: Tokens | None = None
 
     @classmethod
     def start(cls, tokens: Tokens) -> "Trace":
         """The trace before the first block."""
-        return cls(grid=tokens.grid, num_prefix=tokens.num_prefix, valid=tokens.valid_or_all())
+        return cls(grid=tokens.grid, valid=tokens.valid_or_all())
 
-    def record(self, tokens: Tokens, aux: dict[str, Tensor]) -> "Trace":
-        """The trace with one more block."""
-        keep = self.valid if tokens.keep is None else tokens.keep
-        if tokens.context is not None:
-            aux = {**aux, "context": tokens.context}
-        return replace(self, keep=(*self.keep, keep), aux=(*self.aux, aux))
+    def record(self, tokens: Tokens, aux: dict[str, Tensor], parts: Sequence[bool]) -> "Trace":
+        """The trace with what was computed of one choice.
 
-    def finish(self, aux: dict[str, Tensor]) -> "Trace":
+        Args:
+            aux: what the policy remembers of the choice.
+            parts: the halves of blocks that were computed, in their order: False an attention, True an MLP.
+        """
+        chosen = self.valid if tokens.keep is None else tokens.keep
+        keep, mlp, prefix, notes = list(self.keep), list(self.mlp), list(self.prefix), list(self.aux)
+        if parts[0]:  # the choice was made inside a block
+            notes[-1], aux = {**notes[-1], **aux}, {}
+        for is_mlp in parts:
+            if is_mlp:
+                mlp.append(chosen)
+                prefix[-1] = (prefix[-1][0], tokens.num_prefix)
+                continue
+            keep.append(chosen)
+            prefix.append((tokens.num_prefix, tokens.num_prefix))
+            notes.append(aux if tokens.context is None else {**aux, "context": tokens.context})
+            aux = {}
+        return replace(self, keep=tuple(keep), mlp=tuple(mlp), prefix=tuple(prefix), aux=tuple(notes))
+
+    def finish(self, tokens: Tokens | None, aux: dict[str, Tensor]) -> "Trace":
         """The trace of a pass that is over."""
-        return replace(self, aux=(*self.aux, aux))
+        return replace(self, aux=(*self.aux, aux), tokens=tokens)
 
     @property
     def predictions(self) -> tuple[Prediction, ...]:
-        """What the heads said, in the order of the stages that were computed."""
+        """The predictions of the heads, in the order of the stages that were computed."""
         return tuple(Prediction(aux["maps"], aux.get("classes"), aux.get("fine")) for aux in self.aux if "maps" in aux)
 
     @property
@@ -181,7 +262,7 @@ class Trace:
     def join(traces: Sequence["Trace"]) -> "Trace":
         """One trace of several batches with canvases of the same grid.
 
-        What one batch remembers and another does not (there was nothing to remember) is zero in the other.
+        What is remembered of one batch and not of another (there was nothing to remember) is zero in the other.
         """
         first = traces[0]
         if len(traces) == 1:
@@ -190,25 +271,37 @@ class Trace:
             first,
             valid=torch.cat([trace.valid for trace in traces]),
             keep=tuple(torch.cat(parts) for parts in zip(*(trace.keep for trace in traces), strict=True)),
+            mlp=tuple(torch.cat(parts) for parts in zip(*(trace.mlp for trace in traces), strict=True)),
             aux=tuple(
                 {name: _joined(name, parts, traces) for name in dict.fromkeys(key for part in parts for key in part)}
                 for parts in zip(*(trace.aux for trace in traces), strict=True)
             ),
+            tokens=None,
         )
 
     def counts(self) -> Tensor:
-        """(depth, b) int: tokens that each block computed per image, prefix included."""
-        return torch.stack([keep.sum(1) for keep in self.keep]) + self.num_prefix
+        """(depth, b) int: tokens that the attention of each block computed per image, prefix included."""
+        return _counted(self.keep, [before for before, _ in self.prefix])
+
+    def mlp_counts(self) -> Tensor:
+        """(depth, b) int: tokens that the MLP of each block computed per image, prefix included."""
+        return _counted(self.mlp, [after for _, after in self.prefix])
 
     def seen(self) -> Tensor:
-        """(depth, b) int: tokens that those were computed from: themselves, and what else was visible as context."""
+        """(depth, b) int: tokens that the attention was computed from: its own, and others that were visible."""
         pairs = zip(self.keep, self.aux[: len(self.keep)], strict=True)
-        return torch.stack([(k | a["context"] if "context" in a else k).sum(1) for k, a in pairs]) + self.num_prefix
+        visible = [k | a["context"] if "context" in a else k for k, a in pairs]
+        return _counted(visible, [before for before, _ in self.prefix])
 
     def shares(self) -> Tensor:
         """(depth, b) float: the share of an image's valid grid tokens that took part in each block."""
         kept = torch.stack([keep.sum(1) for keep in self.keep])
         return kept / self.valid.sum(1).clamp(min=1)
+
+
+def _counted(masks: Sequence[Tensor], prefix: Sequence[int]) -> Tensor:
+    """(depth, b) int: of masks (b, n) the tokens, and so many more."""
+    return torch.stack([mask.sum(1) + more for mask, more in zip(masks, prefix, strict=True)])
 
 
 def _joined(name: str, parts: Sequence[dict[str, Tensor]], traces: Sequence[Trace]) -> Tensor:

@@ -13,7 +13,7 @@ from sievit.heads import ATMConfig, build_head
 from sievit.measure.flops import blocks_gflops
 from sievit.policies import KeepAllConfig, Policy, PolicyConfig, build_policy, policies
 from sievit.tokens import Tokens, Trace
-from sievit.vit import ViT, ViTConfig
+from sievit.vit import Execution, ViT, ViTConfig
 
 GRID = (5, 7)
 DEPTH = 6
@@ -57,7 +57,7 @@ def built(name: str, vit: ViT) -> Policy:
                     )
                 elif key == "class_embed.bias":
                     parameter.data[0] += 2
-    return build_policy(configured(name), embed_dim=24, depth=DEPTH, heads=heads, attention=vit.attention_to)
+    return build_policy(configured(name), embed_dim=24, depth=DEPTH, heads=heads, project=vit.project)
 
 
 @pytest.fixture(params=sorted([*policies(), *OPTIONS]))
@@ -143,14 +143,14 @@ def test_keeping_nothing_leaves_grid_tokens_alone(vit, policy, images) -> None:
 
 
 @pytest.mark.parametrize("mode", ["packed", "padded", "bucketed", "masked"])
-@pytest.mark.parametrize("backend", ["per_image", "padded"])
-def test_alone_equals_in_a_batch_in_every_mode(vit, policy, images, mode, backend) -> None:
-    reference, trace = vit(images, policy, mode="masked")
-    got, got_trace = vit(images, policy, mode=mode, backend=backend)
+@pytest.mark.parametrize("attention", ["per_image", "batched"])
+def test_alone_equals_in_a_batch_in_every_mode(vit, policy, images, mode, attention) -> None:
+    reference, trace = vit(images, policy, execution=Execution(mode="masked"))
+    got, got_trace = vit(images, policy, execution=Execution(mode=mode, attention=attention))
     assert all(torch.equal(a, b) for a, b in zip(trace.keep, got_trace.keep, strict=True))
     torch.testing.assert_close(got.x, reference.x, atol=1e-5, rtol=1e-5)
     for i in range(len(images)):
-        alone, _ = vit(images[i : i + 1], policy, mode=mode, backend=backend)
+        alone, _ = vit(images[i : i + 1], policy, execution=Execution(mode=mode, attention=attention))
         torch.testing.assert_close(alone.x[0], reference.x[i], atol=1e-5, rtol=1e-5)
 
 

@@ -13,7 +13,7 @@ from sievit.bench.common import SIZES, load_pictures
 from sievit.bench.modes import MODES, Way
 from sievit.measure.meters import counted_syncs, memory
 from sievit.policies import Policy
-from sievit.vit import ViT, ViTConfig
+from sievit.vit import Execution, ViT, ViTConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # torch's, of compiling
 
@@ -38,10 +38,12 @@ def test_every_mode_gives_the_numbers_of_the_reference(name: str, model: Any) ->
     vit, policies, pictures = model
     way = Way.of(name)
     policy = policies[way.base]
-    call = way.compiled(lambda images: vit(images, policy, mode=way.executor)[0].x)
+    call = way.compiled(lambda images: vit(images, policy, execution=way.execution)[0].x)
     with way.many_shapes():
         for images in (pictures, pictures, pictures, pictures.flip(0), pictures.flip(3)):
-            expected = vit(images, policy, mode="padded" if way.base in ("dynamic", "bucketed") else "auto")[0].x
+            expected = vit(
+                images, policy, execution=Execution(mode="padded" if way.base in ("dynamic", "bucketed") else "auto")
+            )[0].x
             torch.testing.assert_close(call(images).clone(), expected, atol=5e-2, rtol=5e-2)
 
 
@@ -51,7 +53,7 @@ def test_static_counts_never_wait_and_dynamic_ones_once_a_choice(model: Any) -> 
     tokens = vit.embed(pictures)
     counts = {}
     for base in ("dense", "static", "bucketed", "dynamic"):
-        call = lambda base=base: vit(pictures, policies[base], mode=Way.of(base).executor)  # noqa: E731
+        call = lambda base=base: vit(pictures, policies[base], execution=Way.of(base).execution)  # noqa: E731
         call()
         with counted_syncs(tokens.x.device) as places:
             call()

@@ -22,7 +22,7 @@ def test_varlen_attention_equals_one_image_at_a_time(dtype: torch.dtype, lengths
     packing = Packing.of(part)
     q, k, v = (torch.randn(sum(lengths), 3, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
     results = []
-    for backend in ("varlen", "per_image", "padded"):
+    for backend in ("varlen", "per_image", "batched"):
         out = Packed(packing, backend).attend(q, k, v)
         results.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
     for other in results[1:]:

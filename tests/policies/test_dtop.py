@@ -18,7 +18,8 @@ from sievit.models.segmenter import SegmentationNet, build_net
 from sievit.policies import DToPConfig, KeepAllConfig, build_policy
 from sievit.policies.dtop import DToP, leave
 from sievit.tokens import Prediction, Tokens
-from sievit.vit import Mode, ViTConfig
+from sievit.vit import Execution, ViTConfig
+from sievit.vit.execution import Mode
 from sievit.vit.packed import Masked
 
 GRID = (5, 7)
@@ -192,13 +193,13 @@ def test_tokens_that_left_stay_away_and_keep_their_maps(head) -> None:
 def test_alone_equals_in_a_batch_in_every_mode(mode: Mode, options: dict) -> None:
     net, images = built(replace(MIDDLE, **options)), pictures()
     with torch.no_grad():
-        expected, reference = net(images, mode="masked")
-        got, trace = net(images, mode=mode)
+        expected, reference = net(images, execution=Execution(mode="masked"))
+        got, trace = net(images, execution=Execution(mode=mode))
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
         for a, b in zip(trace.exited, reference.exited, strict=True):
             assert torch.equal(a, b)
         for i in range(len(images)):
-            alone, own = net(images[i : i + 1], mode=mode)
+            alone, own = net(images[i : i + 1], execution=Execution(mode=mode))
             torch.testing.assert_close(alone[0], expected[i], atol=1e-5, rtol=1e-5)
             assert torch.equal(own.exited[1][0], trace.exited[1][i])
 
@@ -328,7 +329,7 @@ def reference(net: SegmentationNet, images: Tensor, trace, *, preserve: bool) ->
 def test_preserved_tokens_are_seen_and_not_computed(preserve: bool, mode: Mode) -> None:
     net, images = built(replace(MIDDLE, preserve=preserve)), pictures()
     with torch.no_grad():
-        tokens, trace = net.vit(images, net.policy, mode=mode)
+        tokens, trace = net.vit(images, net.policy, execution=Execution(mode=mode))
         assert trace.exited[0].any(1).all()
         torch.testing.assert_close(tokens.x, reference(net, images, trace, preserve=preserve), atol=1e-5, rtol=1e-5)
         assert not torch.allclose(tokens.x, reference(net, images, trace, preserve=not preserve), atol=1e-3)

@@ -26,7 +26,7 @@ def trace_of(gates: torch.Tensor, valid: torch.Tensor | None = None) -> Trace:
     """A trace whose gated blocks chose `gates` (blocks, b, n)."""
     b, n = gates.shape[1:]
     valid = torch.ones(b, n, dtype=torch.bool) if valid is None else valid
-    return Trace(grid=(1, n), num_prefix=0, valid=valid, keep=(), aux=tuple({"gate": gate} for gate in gates))
+    return Trace(grid=(1, n), valid=valid, keep=(), aux=tuple({"gate": gate} for gate in gates))
 
 
 def test_targets_spread_over_the_gated_blocks() -> None:

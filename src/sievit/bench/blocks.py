@@ -67,7 +67,7 @@ def time_blocks(
     def call_of(policy: Policy, way: Way) -> Callable[[Tensor], tuple[Tensor, Trace]]:
         def run(x: Tensor) -> tuple[Tensor, Trace]:
             tokens = replace(canvases[0], x=x)
-            tokens, trace = vit.run_blocks(tokens, policy, Trace.start(tokens), mode=way.executor)
+            tokens, trace = vit.run_blocks(tokens, policy, Trace.start(tokens), execution=way.execution)
             return tokens.x, trace
 
         return way.compiled(run, autotune=config.autotune)

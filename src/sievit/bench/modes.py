@@ -15,7 +15,7 @@ from sievit.policies import DToPConfig, Policy, PolicyConfig, SViTConfig
 from sievit.policies.dtop import DToP
 from sievit.policies.svit import SViT
 from sievit.tokens import Trace
-from sievit.vit import Mode
+from sievit.vit import Execution
 from sievit.vit.execution import MANY_SHAPES
 
 T = TypeVar("T")
@@ -54,9 +54,9 @@ class Way:
         return Way(name, base, how or "eager")
 
     @property
-    def executor(self) -> Mode:
-        """The executor's mode."""
-        return "bucketed" if self.base == "bucketed" else "auto"
+    def execution(self) -> Execution:
+        """How the executor runs it."""
+        return Execution(mode="bucketed" if self.base == "bucketed" else "auto")
 
     @property
     def one_graph(self) -> bool:
@@ -100,7 +100,7 @@ def calls_of(network: Callable[..., Any], *, autotune: bool) -> Callable[[Policy
 
     def call_of(policy: Policy, way: Way) -> Callable[[Tensor], Any]:
         def run(images: Tensor) -> Any:
-            return network(images, policy=policy, mode=way.executor)
+            return network(images, policy=policy, execution=way.execution)
 
         return way.compiled(run, autotune=autotune)
 

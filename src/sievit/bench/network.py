@@ -33,7 +33,6 @@ from sievit.policies import DToPConfig, KeepAllConfig, Policy, PolicyConfig, bui
 from sievit.policies.dtop import leave
 from sievit.tokens import Prediction, Trace
 from sievit.vit import ViTConfig
-from sievit.vit.execution import Execution
 
 SEGMENTERS = {
     "vit_b": (ATMConfig(channels=384, num_heads=6), (5, 7, 11)),
@@ -190,10 +189,10 @@ def time_model(
         def of(images: list[Tensor]) -> Output | Segmentation:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32):
                 if way.how == "eager":
-                    return model(images, policy=policy, mode=way.executor, execution=Execution())
+                    return model(images, policy=policy, execution=way.execution)
                 own.__dict__["forward"] = lambda *args, **kwargs: fast((args, kwargs))
                 try:
-                    return model(images, policy=policy, mode=way.executor, execution=Execution())
+                    return model(images, policy=policy, execution=way.execution)
                 finally:
                     del own.__dict__["forward"]
 

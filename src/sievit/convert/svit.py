@@ -10,7 +10,7 @@ from sievit.convert.keys import Rules, heads_of, load_strictly, need, rename
 from sievit.models.backbone import build_backbone
 from sievit.necks.adapter import AdapterConfig, ViTAdapter
 from sievit.policies import KeepAllConfig, PolicyConfig, SViTConfig
-from sievit.policies.base import PAPER_SCHEDULE
+from sievit.policies.selection import PAPER_SCHEDULE
 from sievit.vit import ViTConfig
 
 ADAPTER_RULES: Rules = (

@@ -13,6 +13,7 @@ from sievit.config import ConfigError
 from sievit.data.coco import collate
 from sievit.engine.recipe import TrainConfig
 from sievit.models.build import Model
+from sievit.vit import Execution
 
 Samples = tuple[list[Tensor], list[dict[str, Any]]]
 """Images and targets, as `collate` makes them."""
@@ -39,7 +40,7 @@ class Losses(nn.Module):
     def forward(self, batch: Batch, *, selected: bool = False) -> tuple[dict[str, Tensor], Tensor]:
         """`selected`: of a policy with gates, blocks compute the chosen tokens alone."""
         selected = selected and self.model.policy.gates_in_training
-        output = self.model(batch.images, batch.targets, mode="selected" if selected else "auto")
+        output = self.model(batch.images, batch.targets, execution=Execution(mode="selected" if selected else "auto"))
         losses, trace = dict(output.losses), output.trace
         if selected:
             # blocks without a token get gradients of zero, not none: those of another process may have some

@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
 from sievit.config import ConfigError, kind_of
 from sievit.data.images import list_images, read_image, to_tensor
@@ -19,7 +18,6 @@ from sievit.models.build import Model, build
 from sievit.models.detector import Output
 from sievit.models.inputs import ModelConfig, Size
 from sievit.models.segmenter import Segmentation, Segmenter, SegmenterConfig
-from sievit.policies import DToP, SViT
 from sievit.tokens import Trace
 
 BINS = 8
@@ -82,17 +80,10 @@ def everyone(model: Model, size: Size) -> Segmentation | Output:
         divisor = model.backbone.size_divisor
         padded = tuple(-(-edge // divisor) * divisor for edge in size)
         grid = (padded[0] // stride, padded[1] // stride)
-    all_of_them = torch.ones(1, grid[0] * grid[1], dtype=torch.bool)
-    remembered: list[dict[str, Tensor]] = [{} for _ in range(depth + 1)]
-    policy = model.policy
-    if isinstance(policy, DToP):
-        for block, threshold in policy.thresholds.items():
-            asked = {"maps": all_of_them[:, None]} if threshold < 1 or block == depth - 1 else {}
-            remembered[block + 1] = {"exited": ~all_of_them, **asked}
-    elif isinstance(policy, SViT):
-        for block in range(policy.config.first_block, depth):
-            remembered[block] = {"logits": all_of_them}
-    trace = Trace(grid, model.vit.num_prefix, all_of_them, (all_of_them,) * depth, tuple(remembered))
+    valid = torch.ones(1, grid[0] * grid[1], dtype=torch.bool)
+    notes = tuple(model.policy.dense_notes(index, valid) for index in range(depth + 1))
+    prefix = ((model.vit.num_prefix, model.vit.num_prefix),) * depth
+    trace = Trace(grid, valid, (valid,) * depth, (valid,) * depth, prefix, notes)
     if isinstance(model, Segmenter):
         return Segmentation([], {}, trace, (0,), ((0, 0, *size),), [size], (grid[0] * stride, grid[1] * stride))
     detections = [{"boxes": torch.zeros(model.config.head.box_max_detections, 4)}]

@@ -60,20 +60,28 @@ def by_module(model: Detector | Segmenter, output: Output | Segmentation) -> dic
     return _detector_by_module(model, output)
 
 
-def block_macs(config: ViTConfig, tokens: Tensor, seen: Tensor | None = None) -> Tensor:
-    """Multiply-adds of one block on `tokens` tokens of one image, which see `seen` tokens (None: just themselves).
+def block_macs(config: ViTConfig, tokens: Tensor, seen: Tensor | None = None, mlp: Tensor | None = None) -> Tensor:
+    """Multiply-adds of one block.
 
-    2 t c^2 + 2 s c^2 for queries, keys, values and the projection, 2 t s c for the attention, 2 t c (mlp c), or of a
-    gated MLP 3 t c (mlp c). Without tokens the block is not computed.
+    Its attention computes `tokens` tokens of an image from `seen` visible ones, its MLP `mlp` tokens (None: the same).
+
+    2 t c^2 + 2 s c^2 for queries, keys, values and the projection, 2 t s c for the attention, 2 m c (mlp c), or of a
+    gated MLP 3 m c (mlp c). Without tokens the block is not computed.
     """
     t, c = tokens.double(), config.embed_dim
     s = t if seen is None else seen.double() * (t > 0)
-    return 2 * t * c**2 + 2 * s * c**2 + 2 * t * s * c + (3 if config.gated_mlp else 2) * t * c * config.hidden_dim
+    m = t if mlp is None else mlp.double()
+    return 2 * t * c**2 + 2 * s * c**2 + 2 * t * s * c + (3 if config.gated_mlp else 2) * m * c * config.hidden_dim
+
+
+def traced_macs(config: ViTConfig, trace: Trace) -> Tensor:
+    """(b,) multiply-adds of all blocks of a trace."""
+    return block_macs(config, trace.counts(), trace.seen(), trace.mlp_counts()).sum(0)
 
 
 def blocks_gflops(config: ViTConfig, trace: Trace) -> Tensor:
-    """(b,) GFLOPs of all blocks that the trace has seen."""
-    return block_macs(config, trace.counts(), trace.seen()).sum(0) / 1e9
+    """(b,) GFLOPs of all blocks of a trace."""
+    return traced_macs(config, trace) / 1e9
 
 
 def backbone_gflops(backbone: Backbone, trace: Trace, sizes: Sizes) -> Tensor:
@@ -96,7 +104,7 @@ def _segmenter_by_module(model: Segmenter, output: Segmentation) -> dict[str, Te
     config = net.vit.config
     parts = {
         "patch_embed": trace.valid.sum(1).double() * 3 * config.patch_size**2 * config.embed_dim,
-        "blocks": block_macs(config, trace.counts(), trace.seen()).sum(0),
+        "blocks": traced_macs(config, trace),
         "policy": net.policy.macs(trace).double(),
     }
     parts |= {f"heads.{i}": macs for i, macs in enumerate(heads_macs(net, trace))}
@@ -255,7 +263,7 @@ def _backbone_by_module(backbone: Backbone, trace: Trace, sizes: Sizes) -> dict[
     per_pixel = 3 * config.embed_dim * (config.patch_size / config.stride) ** 2
     patches = [per_pixel * height * width for height, width in padded]
     rest = [_rest_of_backbone(backbone, size) - embed for size, embed in zip(padded, patches, strict=True)]
-    blocks = block_macs(config, trace.counts(), trace.seen()).sum(0)
+    blocks = traced_macs(config, trace)
     parts = {
         "patch_embed": torch.tensor(patches, dtype=torch.float64, device=blocks.device),
         "blocks": blocks,

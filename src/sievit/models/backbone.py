@@ -8,8 +8,7 @@ from sievit.necks.adapter import AdapterConfig, ViTAdapter
 from sievit.necks.pyramid import PyramidConfig, SimplePyramid
 from sievit.policies import Policy, PolicyConfig, build_policy
 from sievit.tokens import Trace
-from sievit.vit import Mode, Sizes, ViT, ViTConfig
-from sievit.vit.packed import Backend
+from sievit.vit import Execution, Sizes, ViT, ViTConfig
 
 
 class PyramidBackbone(nn.Module):
@@ -32,12 +31,11 @@ class PyramidBackbone(nn.Module):
         sizes: Sizes | None = None,
         *,
         policy: Policy | None = None,
-        mode: Mode = "auto",
-        backend: Backend = "auto",
+        execution: Execution = Execution(),
     ) -> tuple[dict[str, Tensor], Trace]:
         """See `ViTAdapter.forward`."""
         policy = self.policy if policy is None else policy
-        tokens, trace = self.vit(images, policy, sizes, mode=mode, backend=backend)
+        tokens, trace = self.vit(images, policy, sizes, execution=execution)
         return self.pyramid(tokens.map()), trace
 
 
@@ -49,7 +47,7 @@ def build_backbone(neck: NeckConfig, vit: ViTConfig, policy: PolicyConfig) -> Ba
     net = ViT(vit)
     parts = {
         "vit": net,
-        "policy": build_policy(policy, embed_dim=vit.embed_dim, depth=vit.depth, attention=net.attention_to),
+        "policy": build_policy(policy, embed_dim=vit.embed_dim, depth=vit.depth, project=net.project),
     }
     if isinstance(neck, AdapterConfig):
         return ViTAdapter(neck, **parts)

@@ -19,7 +19,7 @@ from sievit.models.inputs import ModelConfig, Size, batched, in_batches
 from sievit.necks import NeckConfig
 from sievit.policies import Policy
 from sievit.tokens import Trace
-from sievit.vit import Mode, ViT
+from sievit.vit import ViT
 from sievit.vit.execution import Execution
 
 
@@ -106,7 +106,6 @@ class Detector(Pretrained):
         targets: list[dict[str, Tensor]] | None = None,
         *,
         policy: Policy | None = None,
-        mode: Mode = "auto",
         execution: Execution | None = None,
     ) -> Output:
         """Losses when `targets` are given, detections when not.
@@ -116,8 +115,7 @@ class Detector(Pretrained):
                 without they are resized to the test size.
             targets: per image `boxes` (g, 4), `labels` (g,), and `masks` (g, h, w) for a mask branch.
             policy: takes the place of the model's own.
-            mode: the executor's, see `ViT.forward`; takes the place of the execution's.
-            execution: how detections are found, in place of the model's own; losses do not look at it.
+            execution: how the pass is run, in place of the model's own; by default losses run as `Execution()`.
         """
         given = [(image.shape[-2], image.shape[-1]) for image in images]
         sizes = given if targets is not None else [self.config.input.test_size(size) for size in given]
@@ -125,12 +123,12 @@ class Detector(Pretrained):
         image_size = (batch.shape[-2], batch.shape[-1])
         own = sizes if self.config.padding == "hidden" else None
         if targets is not None:
-            execution = Execution()
+            execution = execution or Execution()
             targets = [{name: x.to(self.device) for name, x in t.items() if isinstance(x, Tensor)} for t in targets]
         elif execution is None:
             execution = self.config.execution
         with execution.autocast(self.device):
-            features, trace = execution.run(self.backbone, batch, own, policy=policy, mode=mode)
+            features, trace = execution.run(self.backbone, batch, own, policy=policy)
             detections, losses = self.head(features, image_size, sizes, targets)
         if targets is not None:
             chosen = self.policy if policy is None else policy

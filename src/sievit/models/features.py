@@ -10,7 +10,7 @@ from sievit.config import ConfigError
 from sievit.convert import from_timm, from_transformers
 from sievit.policies import Policy, PolicyConfig, build_policy, policy_config
 from sievit.tokens import Trace
-from sievit.vit import Mode, Sizes, ViT
+from sievit.vit import Execution, Sizes, ViT
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,12 @@ class SievedViT(nn.Module):
         self.policy = policy
 
     def forward(
-        self, images: Tensor, sizes: Sizes | None = None, *, policy: Policy | None = None, mode: Mode = "auto"
+        self,
+        images: Tensor,
+        sizes: Sizes | None = None,
+        *,
+        policy: Policy | None = None,
+        execution: Execution = Execution(),
     ) -> Features:
         """Features of normalised images (b, 3, H, W), H and W multiples of the patch size, of any shape.
 
@@ -47,7 +52,7 @@ class SievedViT(nn.Module):
         """
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         with torch.set_grad_enabled(learning):
-            tokens, trace = self.vit(images, self.policy if policy is None else policy, sizes, mode=mode)
+            tokens, trace = self.vit(images, self.policy if policy is None else policy, sizes, execution=execution)
         return Features(map=tokens.map(), prefix=tokens.x[:, : tokens.num_prefix], trace=trace)
 
 
@@ -75,7 +80,7 @@ def sieve(
         raise ConfigError(f"the policy {policy!r} has no such option: {error}") from error
     backbone = as_vit(vit)
     own = backbone.config
-    chooser = build_policy(config, embed_dim=own.embed_dim, depth=own.depth, attention=backbone.attention_to)
+    chooser = build_policy(config, embed_dim=own.embed_dim, depth=own.depth, project=backbone.project)
     sieved = SievedViT(backbone, chooser).eval()
     return sieved.requires_grad_(False) if freeze else sieved
 

@@ -18,9 +18,7 @@ from sievit.models.inputs import ModelConfig, Size, batched, in_batches, normali
 from sievit.policies import Policy, PolicyConfig, build_policy
 from sievit.policies.base import Head
 from sievit.tokens import Prediction, Tokens, Trace
-from sievit.vit import Mode, Sizes, ViT, ViTConfig
-from sievit.vit.execution import Execution
-from sievit.vit.packed import Backend
+from sievit.vit import Execution, Sizes, ViT, ViTConfig
 
 Window = tuple[int, int, int, int]
 """y, x, height, width in pixels."""
@@ -132,7 +130,7 @@ class SegmentationNet(nn.Module):
     def build_policy(self, config: PolicyConfig) -> Policy:
         """A policy that asks the heads of this network."""
         own = self.vit.config
-        asked = {"heads": self._behind, "attention": self.vit.attention_to}
+        asked = {"heads": self._behind, "project": self.vit.project}
         return build_policy(config, embed_dim=own.embed_dim, depth=own.depth, **asked)
 
     def forward(
@@ -141,8 +139,7 @@ class SegmentationNet(nn.Module):
         sizes: Sizes | None = None,
         *,
         policy: Policy | None = None,
-        mode: Mode = "auto",
-        backend: Backend = "auto",
+        execution: Execution = Execution(),
         head_size: Size | None = None,
     ) -> tuple[Tensor, Trace]:
         """Normalised images (b, 3, H, W) to logits (b, k, H, W) and the trace.
@@ -156,7 +153,7 @@ class SegmentationNet(nn.Module):
             head_size: the released DToP heads first resize what they say to a fixed size, that of the training
                 images, whatever the input's is; this does so too.
         """
-        predictions, trace = self.predictions(images, sizes, policy=policy, mode=mode, backend=backend)
+        predictions, trace = self.predictions(images, sizes, policy=policy, execution=execution)
         logits = picture(predictions[self.out_indices[-1]], trace.grid, self._canvas(images), via=head_size)
         return logits[..., : images.shape[2], : images.shape[3]], trace
 
@@ -166,8 +163,7 @@ class SegmentationNet(nn.Module):
         sizes: Sizes | None = None,
         *,
         policy: Policy | None = None,
-        mode: Mode = "auto",
-        backend: Backend = "auto",
+        execution: Execution = Execution(),
     ) -> tuple[dict[int, Prediction], Trace]:
         """What the heads say, by the block that they stand behind: in training all of them, else those that were asked;
         the last one's is the answer. On padding stands what they say of the edge of the image."""
@@ -176,15 +172,13 @@ class SegmentationNet(nn.Module):
         images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
         tokens = self.vit.embed(images, sizes)
         trace = Trace.start(tokens)
-        if policy.needs_heads:
-            tokens, trace = self.vit.run_blocks(tokens, policy, trace, mode=mode, backend=backend)
+        if "heads" in policy.needs:
+            tokens, trace = self.vit.run_blocks(tokens, policy, trace, execution=execution)
             said = dict(zip(trace.asked, trace.predictions, strict=True))
             return {block: _filled(prediction, tokens) for block, prediction in said.items()}, trace
         said, start = {}, 0
         for block, head in self._behind.items() if self.training else list(self._behind.items())[-1:]:
-            tokens, trace = self.vit.run_blocks(
-                tokens, policy, trace, start=start, stop=block + 1, mode=mode, backend=backend
-            )
+            tokens, trace = self.vit.run_blocks(tokens, policy, trace, start=start, stop=block + 1, execution=execution)
             said[block] = _filled(head(tokens, tokens.valid, None), tokens)
             start = block + 1
         return said, trace
@@ -265,7 +259,6 @@ class Segmenter(Pretrained):
         targets: list[dict[str, Tensor]] | None = None,
         *,
         policy: Policy | None = None,
-        mode: Mode = "auto",
         execution: Execution | None = None,
     ) -> Segmentation:
         """Losses when `targets` are given (of all heads in training, else of those that were asked), labels when not.
@@ -275,17 +268,18 @@ class Segmenter(Pretrained):
                 without they are resized to the test size and, if there is a crop, looked at window by window.
             targets: per image `labels` (h, w) int64, the size of the image.
             policy: takes the place of the model's own.
-            mode: the executor's, see `ViT.forward`; takes the place of the execution's.
-            execution: how labels are found, in place of the model's own; losses do not look at it.
+            execution: how the pass is run, in place of the model's own; by default losses run as `Execution()`.
         """
         if targets is not None:
-            return self._losses(images, [target["labels"] for target in targets], policy, mode)
-        scores, output = self._score(images, policy, mode, self.config.execution if execution is None else execution)
+            return self._losses(images, [target["labels"] for target in targets], policy, execution or Execution())
+        scores, output = self._score(images, policy, self.config.execution if execution is None else execution)
         given = [(image.shape[-2], image.shape[-1]) for image in images]
         labels = [resize(m[None], own)[0].argmax(0) for m, own in zip(scores, given, strict=True)]
         return replace(output, labels=labels)
 
-    def _losses(self, images: list[Tensor], labels: list[Tensor], policy: Policy | None, mode: Mode) -> Segmentation:
+    def _losses(
+        self, images: list[Tensor], labels: list[Tensor], policy: Policy | None, execution: Execution
+    ) -> Segmentation:
         config = self.config
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         batch = batched(images, sizes, replace(config.input, size_divisor=config.vit.stride), self.device)
@@ -295,7 +289,7 @@ class Segmenter(Pretrained):
             if own.shape != (h, w):
                 raise ConfigError(f"image {i} is {h}x{w} pixels, its labels are {tuple(own.shape)}")
             truth[i, :h, :w] = own.to(self.device)
-        said, trace = self.net.predictions(batch, sizes, policy=policy, mode=mode)
+        said, trace = self.net.predictions(batch, sizes, policy=policy, execution=execution)
         losses = {}
         for stage, (block, head) in enumerate(zip(self.net.out_indices, self.net.heads, strict=True)):
             if block not in said:
@@ -308,15 +302,15 @@ class Segmenter(Pretrained):
         whole = tuple((0, 0, *own) for own in sizes)
         return Segmentation([], losses, trace, tuple(range(len(images))), whole, sizes, size)
 
-    def scores(self, images: list[Tensor], *, policy: Policy | None = None, mode: Mode = "auto") -> list[Tensor]:
+    def scores(self, images: list[Tensor], *, policy: Policy | None = None) -> list[Tensor]:
         """Per image (k, h, w), on its pixels as the network sees them: what the labels are the largest of.
 
         Where windows overlap it is their mean. Arguments as of `forward`.
         """
-        return self._score(images, policy, mode, self.config.execution)[0]
+        return self._score(images, policy, self.config.execution)[0]
 
     def _score(
-        self, images: list[Tensor], policy: Policy | None, mode: Mode, execution: Execution
+        self, images: list[Tensor], policy: Policy | None, execution: Execution
     ) -> tuple[list[Tensor], Segmentation]:
         """The scores of all images, and everything else there is to tell."""
         config = self.config
@@ -335,7 +329,7 @@ class Segmenter(Pretrained):
                 row[:, :h, :w] = pictures[i][:, y : y + h, x : x + w]
             own_sizes = [window[2:] for _, window in part]
             with execution.autocast(self.device):
-                logits, trace = execution.run(self.net, batch, own_sizes, policy=policy, mode=mode)
+                logits, trace = execution.run(self.net, batch, own_sizes, policy=policy)
             traces.append(trace)
             for said, (i, (y, x, h, w)) in zip(logits, part, strict=True):
                 sums[i][:, y : y + h, x : x + w] += said[:, :h, :w]

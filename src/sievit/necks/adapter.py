@@ -19,8 +19,7 @@ from sievit.necks.deform_attn import DeformAttn, Shapes, reference_points
 from sievit.necks.norm import BatchNorm2d, conv_norm_relu
 from sievit.policies.base import Policy
 from sievit.tokens import Tokens, Trace
-from sievit.vit import Mode, Sizes, ViT
-from sievit.vit.packed import Backend
+from sievit.vit import Execution, Sizes, ViT
 
 
 @variant("adapter")
@@ -190,8 +189,7 @@ class ViTAdapter(nn.Module):
         sizes: Sizes | None = None,
         *,
         policy: Policy | None = None,
-        mode: Mode = "auto",
-        backend: Backend = "auto",
+        execution: Execution = Execution(),
     ) -> tuple[dict[str, Tensor], Trace]:
         """Features.
 
@@ -220,7 +218,7 @@ class ViTAdapter(nn.Module):
             x = injector(tokens.patches, c, own_points, shapes, masks.rows((8, 16, 32)))
             tokens = tokens.replace_patches(x)
             tokens, trace = self.vit.run_blocks(
-                tokens, policy, trace, start=i * group, stop=(i + 1) * group, mode=mode, backend=backend
+                tokens, policy, trace, start=i * group, stop=(i + 1) * group, execution=execution
             )
             last = i + 1 == len(self.injectors)
             for extractor in self.extractors[i:] if last else self.extractors[i : i + 1]:

@@ -1,7 +1,16 @@
 """Policies: which tokens take part in which block. One file per method; importing this package registers them all."""
 
 from sievit.policies.attention import Attention, AttentionConfig
-from sievit.policies.base import Policy, PolicyConfig, build_policy, policies, policy_config
+from sievit.policies.base import (
+    Notes,
+    Policy,
+    PolicyConfig,
+    Projections,
+    build_policy,
+    policies,
+    policy_config,
+    register,
+)
 from sievit.policies.dtop import DToP, DToPConfig
 from sievit.policies.keep_all import KeepAll, KeepAllConfig
 from sievit.policies.random import Random, RandomConfig
@@ -15,8 +24,10 @@ __all__ = [
     "DToPConfig",
     "KeepAll",
     "KeepAllConfig",
+    "Notes",
     "Policy",
     "PolicyConfig",
+    "Projections",
     "Random",
     "RandomConfig",
     "SViT",
@@ -26,4 +37,5 @@ __all__ = [
     "build_policy",
     "policies",
     "policy_config",
+    "register",
 ]

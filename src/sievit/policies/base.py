@@ -1,44 +1,96 @@
-"""What a policy is, and the registry that tests, recipes and the command line go through."""
+"""The protocol of pruning methods: everything that the rest of the project asks of one, and the registry of all.
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+A policy decides which tokens of the canvas take part in the next block, or half of a block. It may also change values
+(merge tokens, add tokens without a place on the grid), learn, and answer for itself: what it costs, how it is turned
+and made static, what a report shows of it. A policy that needs none of this writes `before_block` alone.
+
+Letters: b images, n grid tokens, p prefix tokens, d channels per head.
+"""
+
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib import import_module
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from sievit.config import ConfigError, kind_of, nearest, variants
+from sievit.config import ConfigError, kind_of, nearest, to_json, variants
 from sievit.tokens import Prediction, Tokens, Trace
 
+Notes = dict[str, Tensor]
+"""What a policy remembers of a decision in the trace, by name."""
+
 Head = Callable[[Tokens, Tensor | None, Prediction | None], Prediction]
-"""Looks at the tokens of a choice (b, n) (None: all valid ones) and says what it sees; where it does not look, the
-earlier prediction stands."""
+"""Judges the tokens of a choice (b, n) (None: all valid ones); for all others the earlier prediction stands."""
+
+Dial = Callable[[float], "PolicyConfig"]
+"""A setting of a policy by its position, from 0, where every token takes part, to 1, where hardly any does."""
+
+FEWEST = 0.02
+"""Share of the tokens at which a dial ends."""
 
 
-Attend = Callable[[int, Tokens], Tensor]
-"""Block index and canvas to (b, n): how much attention each grid token gets there."""
+class Projections(Protocol):
+    """What a policy may ask of the attention of one block, over the tokens that take part in it."""
+
+    def attention(self) -> Tensor:
+        """(b, n): the attention that the class token (without one: the mean query) gives to each grid token."""
+        ...
+
+    def keys(self) -> Tensor:
+        """(b, n, d): the keys of the grid tokens, mean over heads."""
+        ...
+
+    def value_norms(self) -> Tensor:
+        """(b, n): the norm of the value of each grid token."""
+        ...
+
+
+Project = Callable[[int, Tokens], Projections]
+"""Block index and canvas to the projections of that block, before it is computed."""
+
+
+@dataclass(frozen=True)
+class BlockRange:
+    """Blocks `start` to `stop` (0-based, without `stop`)."""
+
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
 class PolicyConfig:
     """Base of every policy's configuration; each policy file has one, registered under the policy's name."""
 
+    swept: ClassVar[tuple[str, tuple[Any, ...]] | None] = None
+    """The field that a sweep varies where none is named, and its values."""
+
 
 class Policy(nn.Module):
-    """Decides, before each block, which tokens take part in it.
+    """Decides which tokens take part in which half of a block.
 
-    A policy sees the canvas and the trace so far and returns values; it writes nothing on itself during `forward`.
+    A policy sees the canvas and the trace so far and returns values; it writes nothing on itself during `forward`. Its
+    constructor takes its configuration, `embed_dim`, `depth`, and by name what it needs of the model.
     """
 
-    needs_heads: ClassVar[bool] = False
-    """Whether it asks the heads that stand behind some of the blocks; they are given to it and stay the model's."""
-    needs_attention: ClassVar[bool] = False
-    """Whether it asks the blocks whom they attend to."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """What its constructor takes of the model: `heads`, the heads behind some blocks, by block; `project`, which gives
+    the projections of a block before it."""
+    needs_teacher: ClassVar[bool] = False
+    """Whether `loss` compares with the trace of the dense model that the training started from."""
     gates_in_training: ClassVar[bool] = False
     """Whether its choices in training are gates (`Tokens.gate`), which can be computed masked or selected."""
+    cascades: ClassVar[bool] = False
+    """Whether a token that is left out at one place is left out to the end."""
 
-    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
+    config: Any
+    depth: int
+
+    # Decide
+
+    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         """Choose for block `index` (0-based).
 
         Returns:
@@ -47,27 +99,114 @@ class Policy(nn.Module):
         raise NotImplementedError
 
     def decides_at(self, index: int) -> bool:
-        """Whether it has anything to say before block `index`; where not, it is not asked and its last choice stands.
+        """Whether it decides before block `index`; where not, its last choice stands.
 
-        It is asked before the first block of every run of the loop in any case.
+        `before_block` is called before the first block of every piece of the loop in any case.
         """
         return True
 
-    def after_blocks(self, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
-        """The last word, when all blocks are done; returns what `before_block` returns."""
+    def inside_block(self, index: int, tokens: Tokens, trace: Trace, projections: Projections) -> tuple[Tokens, Notes]:
+        """Choose between the attention and the MLP of block `index`, for that MLP and the blocks behind it."""
+        raise NotImplementedError
+
+    def decides_inside(self, index: int) -> bool:
+        """Whether it decides between the attention and the MLP of block `index`."""
+        return False
+
+    def after_piece(self, tokens: Tokens, trace: Trace) -> Tokens:
+        """The canvas with its grid tokens whole, after a piece of the loop, for whatever reads it: adapters, heads."""
+        return tokens
+
+    def after_blocks(self, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
+        """As `before_block`, when all blocks are done."""
         return tokens, {}
 
-    def loss(self, trace: Trace) -> dict[str, Tensor]:
-        """Training losses by name, already weighted; empty for a policy that learns nothing."""
+    # Learn
+
+    def loss(
+        self, trace: Trace, *, teacher: Trace | None = None, targets: Sequence[Mapping[str, Tensor]] | None = None
+    ) -> dict[str, Tensor]:
+        """Training losses by name, already weighted; empty for a policy that learns nothing.
+
+        Args:
+            trace: of the pass; its `tokens` are the canvas at the end.
+            teacher: of the dense model on the same images, where `needs_teacher`.
+            targets: of the images, where the model's own losses have some.
+        """
         return {}
 
+    # Cost
+
     def macs(self, trace: Trace) -> Tensor:
-        """(b,) multiply-adds per image that this policy's own products took in the pass; by default none."""
+        """(b,) multiply-adds per image of this policy's own products in the pass; by default none."""
         return torch.zeros(len(trace.valid), device=trace.valid.device)
+
+    def dense_notes(self, index: int, valid: Tensor) -> Notes:
+        """What `macs` finds of block `index` in a trace (of `depth`: after the last block) if no token is left out.
+
+        Only names and the shape of `valid` (b, n) count, not values.
+        """
+        return {}
+
+    # Tune
+
+    @property
+    def is_static(self) -> bool:
+        """Whether no shape depends on what is in the images."""
+        return False
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the images of a batch may keep different numbers of tokens."""
+        return not self.is_static
+
+    def ranges(self) -> list[BlockRange]:
+        """The runs of blocks before which tokens are chosen, and could be left alone; empty where none can."""
+        return []
+
+    def without(self, starts: Collection[int]) -> PolicyConfig:
+        """The configuration that leaves no token out in the ranges that start at these blocks."""
+        return self.config
+
+    def dynamic(self) -> PolicyConfig:
+        """The configuration without static counts."""
+        return self.config
+
+    def dials(self, passes: Callable[[PolicyConfig], Iterable[Trace]]) -> list[Dial]:
+        """Dials of the cost, the best first, further ones for what that one does not reach; empty where there is none.
+
+        Args:
+            passes: of a configuration, its traces on sample images.
+        """
+        return []
+
+    def made_static(
+        self, kept: Sequence[float], *, multiple: int = 1, position: float | None = None
+    ) -> PolicyConfig | None:
+        """The configuration with static counts; None for a policy that has none.
+
+        Args:
+            kept: per block the share of tokens to keep, as measured with `dynamic`.
+            multiple: counts are rounded up to a multiple of it.
+            position: of a dial; None: as many tokens as in `kept`.
+        """
+        return None
+
+    # Report
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of the configuration that differ from their defaults."""
+        values = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
+        defaults = {f.name: f.default for f in fields(self.config)}
+        return {name: to_json(value) for name, value in values.items() if value != defaults[name]}
+
+    def report(self, trace: Trace) -> dict[str, Tensor]:
+        """Further figures of a pass by name: (b, k) numbers of tokens, for k stages or blocks."""
+        return {}
 
 
 P = TypeVar("P", bound=type[Policy])
-_POLICIES: dict[type[PolicyConfig], Any] = {}
+_POLICIES: dict[type[PolicyConfig], type[Policy]] = {}
 
 
 def register(config_class: type[PolicyConfig]) -> Callable[[P], P]:
@@ -80,95 +219,62 @@ def register(config_class: type[PolicyConfig]) -> Callable[[P], P]:
     return mark
 
 
-def build_policy(
-    config: PolicyConfig,
-    *,
-    embed_dim: int,
-    depth: int,
-    heads: Mapping[int, Head] | None = None,
-    attention: Attend | None = None,
-) -> Policy:
+def build_policy(config: PolicyConfig, *, embed_dim: int, depth: int, **parts: Any) -> Policy:
     """The policy that `config` describes, for a backbone of `depth` blocks of `embed_dim` channels.
 
     Args:
-        heads: by block, the head that stands behind it; for policies that ask heads (`Policy.needs_heads`).
-        attention: of the backbone, `ViT.attention_to`; for policies that ask it (`Policy.needs_attention`).
+        parts: what the model has for policies that need it, see `Policy.needs`.
 
     Raises:
-        ConfigError: a policy that needs heads, or the backbone's attention, where there are none.
+        ConfigError: a policy that needs a part which the model does not have.
     """
-    builder = _POLICIES.get(type(config))
-    if builder is None:
+    policy = _POLICIES.get(type(config))
+    if policy is None:
         raise ConfigError(f"no policy is registered for {type(config).__name__}{nearest('', policies())}")
-    if builder.needs_attention:
-        if attention is None:
-            raise ConfigError(f"the policy {kind_of(config)!r} needs a backbone whose attention it can ask")
-        return builder(config, embed_dim=embed_dim, depth=depth, attention=attention)
-    if not builder.needs_heads:
-        return builder(config, embed_dim=embed_dim, depth=depth)
-    if not heads:
-        raise ConfigError(
-            f"the policy {kind_of(config)!r} lets tokens leave with the prediction of a head; it goes with a segmenter"
-        )
-    return builder(config, embed_dim=embed_dim, depth=depth, heads=heads)
+    missing = [name for name in policy.needs if not parts.get(name)]
+    if missing:
+        hints = {"heads": "tokens leave with the prediction of a head; it goes with a segmenter"}
+        hint = hints.get(missing[0], f"this model has no {missing[0]!r}")
+        raise ConfigError(f"the policy {kind_of(config)!r} does not go with this model: {hint}")
+    builder: Callable[..., Policy] = policy
+    return builder(config, embed_dim=embed_dim, depth=depth, **{name: parts[name] for name in policy.needs})
 
 
 def policies() -> dict[str, type[PolicyConfig]]:
-    """Every registered policy's configuration class, by name."""
+    """The configuration class of every registered policy, by name."""
     return variants(PolicyConfig)
 
 
 def policy_config(name: str) -> PolicyConfig:
-    """The default configuration of the policy called `name`; an unknown name is an error with the nearest match."""
+    """The default configuration of the policy called `name`.
+
+    Args:
+        name: of a registered policy, or `my_package.module:MyPolicy`, a class in a module of your own.
+
+    Raises:
+        ConfigError: an unknown name (with the nearest match), a module that cannot be imported, or no policy in it.
+    """
+    if ":" in name:
+        return _outside(name)()
     if name not in policies():
-        raise ConfigError(f"unknown policy {name!r}{nearest(name, policies())}")
+        raise ConfigError(
+            f"unknown policy {name!r}{nearest(name, policies())}; one of your own is package.module:ClassName"
+        )
     return policies()[name]()
 
 
-PAPER_SCHEDULE = (0.7, 0.7, 0.7, 0.49, 0.49, 0.49, 0.343, 0.343, 0.343)
-"""SViT's share of tokens to keep, for blocks 3 to 11 of twelve."""
-
-
-def spread(shares: tuple[float, ...], *, first_block: int, depth: int) -> tuple[float, ...]:
-    """One share per block from `first_block` on: the given ones in equal runs, in their order.
-
-    Raises:
-        ConfigError: a share outside 0..1, more shares than blocks, or no block left to choose for.
-    """
-    blocks = depth - first_block
-    if not 0 <= first_block < depth:
-        raise ConfigError(f"first_block {first_block}: the backbone has blocks 0 to {depth - 1}")
-    if not shares or any(not 0.0 <= share <= 1.0 for share in shares):
-        raise ConfigError(f"shares of tokens to keep must be between 0 and 1, got {shares}")
-    if blocks < len(shares) and len(set(shares)) > blocks:
-        raise ConfigError(
-            f"{len(shares)} shares for {blocks} blocks from block {first_block} on; give {blocks} or fewer"
-        )
-    return tuple(shares[i * len(shares) // blocks] for i in range(blocks))
-
-
-ROUNDING = 1e-6
-"""Of shares, so that 0.7 of ten tokens are seven."""
-
-
-def select_top(tokens: Tokens, scores: Tensor, share: float, *, multiple: int = 1, static: bool = False) -> Tokens:
-    """The canvas with a choice: of each image's tokens the `share` with the highest scores (b, n), rounded up.
-
-    Args:
-        multiple: counts are rounded up to a multiple of it.
-        static: no shape may depend on the sizes of the images either.
-    """
-    if share >= 1:
-        return tokens.select(None)
-    valid, scores = tokens.valid, scores.double()
-    if valid is not None:
-        scores = scores.masked_fill(~valid, -math.inf)
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    n = order.shape[1]
-    most = min(n, -(-math.ceil(share * n - ROUNDING) // multiple) * multiple)
-    if valid is None:
-        return tokens.select_order(order[:, :most].sort(dim=1).values)
-    count = ((valid.sum(1, keepdim=True).double() * share - ROUNDING).ceil() / multiple).ceil() * multiple
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(n, device=order.device).expand_as(order))
-    keep = valid & (rank < count)
-    return tokens.select_order(order[:, :most].sort(dim=1).values, keep) if static else tokens.select(keep)
+def _outside(name: str) -> type[PolicyConfig]:
+    """The configuration of a policy class (or that class itself) in a user's module."""
+    module, _, attribute = name.partition(":")
+    try:
+        import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"policy {name!r}: {error}; is the folder of {module!r} on PYTHONPATH?") from error
+    found = getattr(sys.modules[module], attribute, None)
+    for config, policy in _POLICIES.items():
+        if found in (config, policy):
+            return config
+    raise ConfigError(
+        f"policy {name!r}: {module} has no policy {attribute!r}; decorate the class with "
+        "@register(ItsConfig) of sievit.policies"
+    )

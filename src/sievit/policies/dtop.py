@@ -1,15 +1,16 @@
 """DToP: tokens whose prediction is certain leave early (ICCV 2023, arXiv 2308.01045)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from sievit.config import ConfigError, variant
-from sievit.policies.base import Head, Policy, PolicyConfig, register, select_top
+from sievit.policies.base import FEWEST, BlockRange, Dial, Head, Notes, Policy, PolicyConfig, register
+from sievit.policies.selection import Scale, select_top, tidy
 from sievit.tokens import Prediction, Tokens, Trace
 
 
@@ -32,6 +33,8 @@ class DToPConfig(PolicyConfig):
             and no shape depends on what is in the image. A head at which nobody more leaves is not asked.
         multiple: the counts of those that are left are rounded up to a multiple of it.
     """
+
+    swept: ClassVar = ("thresholds", (0.8, 0.85, 0.9, 0.95, 0.98))
 
     thresholds: tuple[float, ...] = (0.9,)
     keep_per_class: int = 5
@@ -81,13 +84,14 @@ class DToP(Policy):
     `classes`.
     """
 
-    needs_heads = True
+    needs = ("heads",)
+    cascades = True
 
     def __init__(self, config: DToPConfig, *, embed_dim: int, depth: int, heads: Mapping[int, Head]) -> None:
         super().__init__()
         if max(heads) != depth - 1 or min(heads) < 0:
             raise ConfigError(f"dtop: heads stand behind the blocks {sorted(heads)}; the last is behind {depth - 1}")
-        self.config = config
+        self.config: DToPConfig = config
         self.heads = dict(sorted(heads.items()))
         self.thresholds = dict(zip(self.heads, config.per_stage(len(heads)), strict=True))
         if config.static_left is not None and len(config.static_left) != len(heads) - 1:
@@ -99,7 +103,7 @@ class DToP(Policy):
     def decides_at(self, index: int) -> bool:
         return index == 0 or index - 1 in self.heads or (self.config.rejoin and index == self.depth - 1)
 
-    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
+    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         if index == 0:
             return tokens.select(None), {}
         exited, aux = _exited(trace), {}
@@ -118,23 +122,23 @@ class DToP(Policy):
         context = exited & tokens.valid_or_all() if self.config.preserve else None
         return tokens.select(~exited, context=context), aux
 
-    def after_blocks(self, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
+    def after_blocks(self, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         exited = _exited(trace)
         if self.config.static_left is not None and not self.training:
             exited = torch.zeros_like(tokens.valid_or_all()) if exited is None else exited
             return tokens, {"exited": exited, **self._ask(self.depth - 1, tokens, trace).tensors}
         return tokens, self._stage(self.depth - 1, tokens, trace, exited)
 
-    def _static(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
+    def _static(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         """As many leave as `static_left` says."""
-        aux: dict[str, Tensor] = {}
+        aux: Notes = {}
         if index - 1 in self.heads:
             tokens, aux = self._static_stage(index - 1, tokens, trace)
         if self.config.rejoin and index == self.depth - 1:
             return tokens.select(None), aux
         return tokens, aux
 
-    def _static_stage(self, block: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
+    def _static_stage(self, block: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         assert self.config.static_left is not None
         shares, stage = (0.0, *self.config.static_left), list(self.heads).index(block) + 1
         valid, exited = tokens.valid_or_all(), _exited(trace)
@@ -165,7 +169,7 @@ class DToP(Policy):
             maps = torch.where(tokens.real[:, None], maps, earlier.maps.gather(2, order))
         return replace(prediction, maps=earlier.maps.scatter(2, order, maps.to(earlier.maps.dtype)))
 
-    def _stage(self, block: int, tokens: Tokens, trace: Trace, exited: Tensor | None) -> dict[str, Tensor]:
+    def _stage(self, block: int, tokens: Tokens, trace: Trace, exited: Tensor | None) -> Notes:
         """Ask the head behind `block`, and let tokens go."""
         threshold, last = self.thresholds[block], block == self.depth - 1
         valid = tokens.valid_or_all()
@@ -179,6 +183,89 @@ class DToP(Policy):
         prediction = self.heads[block](tokens, part, earlier)
         leaving = leave(prediction, left, threshold, keep_per_class=self.config.keep_per_class, grade=self.config.grade)
         return {"exited": exited | leaving, **prediction.tensors}
+
+    def dense_notes(self, index: int, valid: Tensor) -> Notes:
+        if index - 1 not in self.heads:
+            return {}
+        stage, last = list(self.heads).index(index - 1), index == self.depth
+        left = (0.0, *(self.config.static_left or ()), 0.0)
+        computed = self.thresholds[index - 1] < 1 if self.config.static_left is None else left[stage + 1] > left[stage]
+        none = torch.zeros_like(valid)
+        return {"exited": none, "maps": none[:, None]} if computed or last else {"exited": none}
+
+    @property
+    def is_static(self) -> bool:
+        return self.config.static_left is not None
+
+    @property
+    def is_ragged(self) -> bool:
+        return not self.is_static and not self.config.preserve
+
+    @property
+    def _stages(self) -> tuple[int, ...]:
+        """The blocks of the auxiliary heads."""
+        return tuple(self.heads)[:-1]
+
+    def ranges(self) -> list[BlockRange]:
+        left = self.config.static_left
+        if left is None:
+            leaving = [self.thresholds[block] < 1 for block in self._stages]
+        else:
+            leaving = [share > before for share, before in zip(left, (0.0, *left), strict=False)]
+        return [BlockRange(block + 1, self.depth) for block, yes in zip(self._stages, leaving, strict=True) if yes]
+
+    def without(self, starts: Collection[int]) -> PolicyConfig:
+        off = [block + 1 in starts for block in self._stages]
+        if self.config.static_left is None:
+            pairs = zip([*off, False], self.thresholds.values(), strict=True)
+            return replace(self.config, thresholds=tuple(1.0 if o else t for o, t in pairs))
+        left, gone = [], 0.0
+        for o, share in zip(off, self.config.static_left, strict=True):
+            gone = gone if o else share
+            left.append(gone)
+        return replace(self.config, static_left=tuple(left))
+
+    def dynamic(self) -> PolicyConfig:
+        if not self._stages:
+            raise ConfigError("the model has no auxiliary head behind which tokens could leave")
+        return replace(self.config, thresholds=tuple(self.thresholds.values()), static_left=None, multiple=1)
+
+    def dials(self, passes: Callable[[PolicyConfig], Iterable[Trace]]) -> list[Dial]:
+        """One threshold for all auxiliary heads, by the share of all grades that are above it."""
+        stages, last = len(self._stages), self.thresholds[self.depth - 1]
+        nobody = replace(self.config, thresholds=(*[math.nextafter(1.0, 0.0)] * stages, 1.0))
+        grades = [
+            graded(prediction.scores(), self.config.grade)[trace.valid].float().cpu()
+            for trace in passes(nobody)
+            for prediction in trace.predictions[:-1]
+        ]
+        scale = Scale(torch.cat(grades))
+
+        def turn(position: float) -> PolicyConfig:
+            value = 1.0 if position <= 0 else 0.0 if position >= 1 else min(1.0, max(0.0, scale.at(1 - position)))
+            return replace(self.config, thresholds=(*[value] * stages, last))
+
+        return [turn]
+
+    def made_static(
+        self, kept: Sequence[float], *, multiple: int = 1, position: float | None = None
+    ) -> PolicyConfig | None:
+        if self.config.preserve:
+            return None
+        stay = [kept[block + 1] for block in self._stages]
+        if self.config.rejoin and self._stages[-1] + 1 == self.depth - 1:
+            stay[-1] = stay[-2] if len(stay) > 1 else 1.0  # all tokens are back by then
+        left = [max(0.0, 1 - max(stay[i:])) for i in range(len(stay))]
+        factor = 1.0
+        if position is not None:
+            factor = position / min(share for share in (*left, max(*left, FEWEST)) if share > 0)
+        shares = tuple(tidy(min(1 - FEWEST, share * factor), up=False) for share in left)
+        return replace(self.config, static_left=shares, multiple=multiple)
+
+    def report(self, trace: Trace) -> dict[str, Tensor]:
+        """`left_at`: tokens that leave at each stage."""
+        gone = torch.stack([exited.sum(1) for exited in trace.exited], dim=1)
+        return {"left_at": gone.diff(dim=1, prepend=torch.zeros_like(gone[:, :1]))}
 
 
 def _exited(trace: Trace) -> Tensor | None:

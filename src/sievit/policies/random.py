@@ -6,43 +6,32 @@ import torch
 from torch import Tensor
 
 from sievit.config import variant
-from sievit.policies.base import PAPER_SCHEDULE, Policy, PolicyConfig, register, select_top, spread
-from sievit.tokens import Tokens, Trace
+from sievit.policies.base import register
+from sievit.policies.selection import SharesConfig, SharesPolicy
+from sievit.tokens import Tokens
 
 
 @variant("random")
 @dataclass(frozen=True)
-class RandomConfig(PolicyConfig):
+class RandomConfig(SharesConfig):
     """A fixed share of tokens per block, drawn by a seeded hash.
 
     Attributes:
-        shares: share of tokens kept, spread over the blocks from `first_block` on.
         seed: the draw of a token depends on the seed, the block and its place, and not on the image or the batch.
     """
 
-    first_block: int = 3
-    shares: tuple[float, ...] = PAPER_SCHEDULE
     seed: int = 0
 
 
 @register(RandomConfig)
-class Random(Policy):
-    """Control: a fixed share of tokens per block, at random places."""
+class Random(SharesPolicy):
+    """Control: a fixed share of tokens per block, at random positions."""
 
-    def __init__(self, config: RandomConfig, *, embed_dim: int, depth: int) -> None:
-        super().__init__()
-        self.config = config
-        self.shares = spread(config.shares, first_block=config.first_block, depth=depth)
+    config: RandomConfig
 
-    def decides_at(self, index: int) -> bool:
-        return index == 0 or index >= self.config.first_block
-
-    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
-        if index < self.config.first_block:
-            return tokens.select(None), {}
-        scores = draw(tokens.grid, seed=self.config.seed * 1000 + index, device=tokens.x.device)
-        share = self.shares[index - self.config.first_block]
-        return select_top(tokens, scores.expand(len(tokens.x), -1), share), {}
+    def scores(self, index: int, tokens: Tokens) -> Tensor:
+        drawn = draw(tokens.grid, seed=self.config.seed * 1000 + index, device=tokens.x.device)
+        return drawn.expand(len(tokens.x), -1)
 
 
 def draw(grid: tuple[int, int], *, seed: int, device: torch.device) -> Tensor:

@@ -1,7 +1,10 @@
 """SViT: dynamic token selection with preserved and reactivated tokens (WACV 2024, arXiv 2306.07050)."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,8 @@ from torch import Tensor, nn
 
 from sievit.config import ConfigError, variant
 from sievit.distributed import from_first, global_sum
-from sievit.policies.base import PAPER_SCHEDULE, Policy, PolicyConfig, register, select_top, spread
+from sievit.policies.base import FEWEST, BlockRange, Dial, Notes, Policy, PolicyConfig, register
+from sievit.policies.selection import PAPER_SCHEDULE, Scale, scaled, select_top, spread, tidy
 from sievit.tokens import Tokens, Trace
 
 
@@ -32,14 +36,15 @@ class SViTConfig(PolicyConfig):
         hidden_ratio: hidden width of a gate, relative to the embedding.
         threshold: a token takes part where its logit is so much above the other one's.
         static_shares: static counts: these shares of an image's tokens, one per gated block, those with the highest
-            logits; the threshold then says nothing, and no shape depends on what is in the image. 1 does without the
-            gate.
+            logits, in place of the threshold; no shape depends on what is in the image. At 1 the gate is not computed.
         multiple: static counts are rounded up to a multiple of it.
-        dense_blocks: blocks whose gate is not asked, where leaving tokens out costs more than it saves.
+        dense_blocks: blocks whose gate is not computed, where leaving tokens out costs more than it saves.
         budgets: one model for a range of budgets: (least, most), factors on the targets. In training each step draws
-            one, and the gates are told; None: the targets alone.
+            one, which is an input of the gates; None: the targets alone.
         budget: the factor at inference, within the range.
     """
+
+    swept: ClassVar = ("threshold", (-0.5, -0.2, 0.0, 0.2, 0.5))
 
     first_block: int = 3
     targets: tuple[float, ...] = PAPER_SCHEDULE
@@ -93,23 +98,9 @@ class SViT(Policy):
 
     def __init__(self, config: SViTConfig, *, embed_dim: int, depth: int) -> None:
         super().__init__()
-        if config.reactivate and not config.preserve:
-            raise ConfigError("svit: preserve=False leaves nothing to come back; set reactivate=False with it")
-        if config.temperature <= 0 or config.noise < 0:
-            raise ConfigError(f"svit: temperature must be positive and noise not negative, got {config}")
-        self.config = config
-        gated = depth - config.first_block
-        if config.static_shares is not None and (
-            len(config.static_shares) != gated or not all(0 < s <= 1 for s in config.static_shares)
-        ):
-            raise ConfigError(
-                f"svit: static_shares are {gated}, one per gated block, above 0 and up to 1, not {config.static_shares}"
-            )
-        if config.static_shares is not None and (config.sample or not config.reactivate):
-            raise ConfigError("svit: static_shares go with the arg-max and with reactivation")
-        if config.multiple < 1:
-            raise ConfigError(f"svit: multiple is at least 1, not {config.multiple}")
-        _check_budgets(config)
+        _check(config, gated=depth - config.first_block)
+        self.config: SViTConfig = config
+        self.depth = depth
         self.targets = spread(config.targets, first_block=config.first_block, depth=depth)
         hidden_dim = int(embed_dim * config.hidden_ratio)
         budgets = config.budgets is not None
@@ -121,7 +112,7 @@ class SViT(Policy):
         return index == 0 or index >= self.config.first_block
 
     def _is_dense(self, index: int) -> bool:
-        """Whether the gate of a gated block is not asked in inference."""
+        """Whether the gate of a gated block is not computed in inference."""
         shares = self.config.static_shares
         return index in self.config.dense_blocks or (
             shares is not None and shares[index - self.config.first_block] == 1
@@ -135,11 +126,11 @@ class SViT(Policy):
         least, most = self.config.budgets
         return (2 * budget - least - most) / (most - least)
 
-    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
+    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         config = self.config
         if index < config.first_block or (not self.training and self._is_dense(index)):
             return tokens.select(None), {}
-        aux: dict[str, Tensor] = {}
+        aux: Notes = {}
         if self.training and config.budgets is not None and index == config.first_block:
             aux["budget"] = _drawn(config.budgets, tokens.x)
         budget = self._budget(aux if index == config.first_block else trace.aux[config.first_block])
@@ -167,7 +158,9 @@ class SViT(Policy):
             tokens = tokens.replace_patches(tokens.patches * left[..., None].to(tokens.x.dtype))
         return tokens.select(keep, gate), aux
 
-    def loss(self, trace: Trace) -> dict[str, Tensor]:
+    def loss(
+        self, trace: Trace, *, teacher: Trace | None = None, targets: Sequence[Mapping[str, Tensor]] | None = None
+    ) -> dict[str, Tensor]:
         """The ratio loss: squared distance of the kept share from its target, mean over gated blocks, weighted.
 
         The share is that of the whole batch, over all processes, or of each image with `per_sample`. With `budgets` the
@@ -178,26 +171,118 @@ class SViT(Policy):
             return {}
         kept = torch.stack([gate.sum(1) for gate in gates])  # (gates, b)
         total = trace.valid.sum(1).to(kept.dtype)  # (b,)
-        targets = kept.new_tensor(self.targets)[:, None]
+        wanted = kept.new_tensor(self.targets)[:, None]
         if self.config.budgets is not None:
             factor = next(aux["budget"] for aux in trace.aux if "budget" in aux)  # (b,)
-            targets = (targets * factor).clamp(max=1.0)
+            wanted = (wanted * factor).clamp(max=1.0)
         if self.config.per_sample:
             images = global_sum(torch.ones_like(total).sum())
-            error = global_sum((kept / total - targets).square().sum(1)) / images
+            error = global_sum((kept / total - wanted).square().sum(1)) / images
         else:
-            error = (global_sum(kept.sum(1)) / global_sum(total.sum()) - targets[:, 0]).square()
+            error = (global_sum(kept.sum(1)) / global_sum(total.sum()) - wanted[:, 0]).square()
         return {"ratio": self.config.loss_weight * error.mean()}
 
     def macs(self, trace: Trace) -> Tensor:
-        """A gate looks at every grid token of the canvas: n (c hidden + 2 hidden)."""
+        """A gate computes every grid token: n (c hidden + 2 hidden)."""
         per_token = sum(p.numel() for p in self.gates.parameters() if p.ndim == 2) / len(self.gates)
-        n, asked = trace.grid[0] * trace.grid[1], sum("logits" in aux for aux in trace.aux)
-        return torch.full((len(trace.valid),), float(asked * n * per_token), device=trace.valid.device)
+        return sum("logits" in aux for aux in trace.aux) * per_token * trace.valid.sum(1).double()
+
+    def dense_notes(self, index: int, valid: Tensor) -> Notes:
+        gated = self.config.first_block <= index < self.depth and not self._is_dense(index)
+        return {"logits": valid} if gated else {}
+
+    @property
+    def is_static(self) -> bool:
+        return self.config.static_shares is not None
+
+    def ranges(self) -> list[BlockRange]:
+        if not self.config.reactivate:
+            return []  # a block for all tokens would bring back those that are gone
+        gated = range(self.config.first_block, self.depth)
+        return [BlockRange(i, i + 1) for i in gated if not (self.is_static and self._is_dense(i))]
+
+    def without(self, starts: Collection[int]) -> PolicyConfig:
+        config = self.config
+        if config.static_shares is None:
+            return replace(config, dense_blocks=tuple(sorted({*config.dense_blocks, *starts})))
+        shares = enumerate(config.static_shares, start=config.first_block)
+        return replace(config, static_shares=tuple(1.0 if i in starts else share for i, share in shares))
+
+    def dynamic(self) -> PolicyConfig:
+        return replace(self.config, static_shares=None, multiple=1, dense_blocks=())
+
+    def dials(self, passes: Callable[[PolicyConfig], Iterable[Trace]]) -> list[Dial]:
+        """The threshold of the logits; of gates with budgets the budget, and the threshold beyond its range."""
+        config, budgets = self.config, self.config.budgets
+        if budgets is None:
+            return [_threshold_dial(config, passes)]
+        least, most = budgets
+
+        def budget(position: float) -> PolicyConfig:
+            return replace(config, budget=round(most + position * (least - most), 4))
+
+        below = _threshold_dial(replace(config, budget=most), passes, part="below")
+        return [budget, below, _threshold_dial(replace(config, budget=least), passes, part="above")]
+
+    def made_static(
+        self, kept: Sequence[float], *, multiple: int = 1, position: float | None = None
+    ) -> PolicyConfig | None:
+        if self.config.sample or not self.config.reactivate:
+            return None
+        shares = tuple(min(1.0, max(FEWEST, share)) for share in kept[self.config.first_block :])
+        shares = tuple(map(tidy, shares)) if position is None else scaled(shares, position)
+        return replace(self.config, static_shares=shares, multiple=multiple, dense_blocks=())
 
 
-def _check_budgets(config: SViTConfig) -> None:
-    """Raise a ConfigError about a range or a budget that there cannot be."""
+def _threshold_dial(
+    config: SViTConfig,
+    passes: Callable[[PolicyConfig], Iterable[Trace]],
+    part: Literal["all", "below", "above"] = "all",
+) -> Dial:
+    """The threshold by the share of all margins that it is above; of a part, from or to its value in `config`."""
+
+    @cache
+    def scale() -> Scale:
+        margins = [
+            (aux["logits"][..., 0] - aux["logits"][..., 1])[trace.valid].float().cpu()
+            for trace in passes(replace(config, threshold=-math.inf, sample=False))
+            for aux in trace.aux
+            if "logits" in aux
+        ]
+        return Scale(torch.cat(margins))
+
+    def turn(position: float) -> PolicyConfig:
+        values = scale().values
+        here = (values < config.threshold).double().mean().item()
+        low, high = (here if part == "above" else 0.0), (here if part == "below" else 1 - FEWEST)
+        if position <= 0 and part != "above":
+            return replace(config, threshold=values[0].item() - 1.0)
+        if position == (0 if part == "above" else 1) and part != "all":
+            return config
+        return replace(config, threshold=scale().at(low + position * max(0.0, high - low)))
+
+    return turn
+
+
+def _check(config: SViTConfig, *, gated: int) -> None:
+    """Raise a ConfigError about options that do not go together.
+
+    Args:
+        gated: number of gated blocks.
+    """
+    shares = config.static_shares
+    if config.reactivate and not config.preserve:
+        raise ConfigError("svit: preserve=False leaves nothing to come back; set reactivate=False with it")
+    if config.dense_blocks and not config.reactivate:
+        raise ConfigError("svit: dense_blocks bring all tokens back; leave them out, or set reactivate=True")
+    if config.temperature <= 0 or config.noise < 0:
+        raise ConfigError(f"svit: temperature must be positive and noise not negative, got {config}")
+    if shares is not None and (len(shares) != gated or not all(0 < s <= 1 for s in shares)):
+        raise ConfigError(f"svit: static_shares are {gated}, one per gated block, above 0 and up to 1, not {shares}")
+    if shares is not None and (config.sample or not config.reactivate):
+        raise ConfigError("svit: static_shares go with the arg-max and with reactivation")
+    if config.multiple < 1:
+        raise ConfigError(f"svit: multiple is at least 1, not {config.multiple}")
     if config.budgets is None:
         if config.budget != 1:
             raise ConfigError(

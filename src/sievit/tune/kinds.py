@@ -24,8 +24,8 @@ from sievit.policies import (
     SViTConfig,
     TopNormConfig,
 )
-from sievit.policies.base import spread
 from sievit.policies.dtop import graded
+from sievit.policies.selection import spread
 from sievit.tokens import Tokens, Trace
 from sievit.tune.subject import Part, Subject
 from sievit.vit import Block, execute

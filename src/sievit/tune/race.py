@@ -27,7 +27,7 @@ class Candidate:
     def name(self) -> str:
         """The mode, as the benches call it."""
         mode = "bucketed" if self.execution.mode == "bucketed" else self.kind.mode
-        return mode + "_padded" * (self.execution.backend == "padded") + "_compiled" * self.execution.compiled
+        return mode + "_batched" * (self.execution.attention == "batched") + "_compiled" * self.execution.compiled
 
     @property
     def setup(self) -> Setup:
@@ -150,7 +150,7 @@ def _run_in_all_ways(candidate: Candidate, subject: Subject, tuning: Tuning) -> 
     kind, plain, modes = candidate.kind, candidate.execution, modes_of(subject, tuning)
     ways = [plain] if kind.mode in modes else []
     if ways and kind.ragged and subject.ragged(candidate.config):
-        ways.append(replace(plain, backend="padded"))
+        ways.append(replace(plain, attention="batched"))
     if kind.ragged and "bucketed" in modes:
         ways.append(replace(plain, mode="bucketed"))
     if tuning.compile:

@@ -102,7 +102,7 @@ class Subject:
         batches: Sequence[list[Tensor]],
         clock: Clock = wall_clock,
         console: Console | None = None,
-        execution: Execution = Execution(),  # noqa: B008
+        execution: Execution = Execution(),
     ) -> None:
         self.model, self.batches, self.clock, self.console = model, batches, clock, console
         self.execution = execution
@@ -126,8 +126,7 @@ class Subject:
         if isinstance(model, Segmenter):
             policy = model.net.build_policy(config)
         else:
-            asked = model.vit.attention_to
-            policy = build_policy(config, embed_dim=vit.embed_dim, depth=vit.depth, attention=asked)
+            policy = build_policy(config, embed_dim=vit.embed_dim, depth=vit.depth, project=model.vit.project)
         if type(config) is type(model.config.policy):
             policy.load_state_dict(model.policy.state_dict())
         return policy.eval().to(model.device)

@@ -1,6 +1,7 @@
 """The transformer block of the plain families, with timm's parameter names; a layout says who sees whom."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,14 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+class Heads(NamedTuple):
+    """Queries, keys (normalised, not yet rotated) and values of tokens, (..., h, d) each."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; the layout knows which tokens see each other, and their rotary positions."""
 
@@ -59,17 +68,19 @@ class Attention(nn.Module):
         self.norm = norm(config, dim, there=config.attn_norm)
         self.proj = nn.Linear(dim, dim, bias=config.proj_bias)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Heads]:
+        """Of the tokens of a layout (..., c) those that it computes, and all queries, keys and values."""
         computed = layout.queries(x)
         if computed is x:
             q, k, v = self.project(x, 0, 3)
         else:
             (q,), (k, v) = self.project(computed, 0, 1), self.project(x, 1, 3)
-        q, k = self.q_norm(q), self.k_norm(k)
+        heads = Heads(self.q_norm(q), self.k_norm(k), v)
+        q, k = heads.q, heads.k
         if layout.rope is not None:
             q = rotate(q, layout.queries(layout.rope), interleaved=self.interleaved)
             k = rotate(k, layout.rope, interleaved=self.interleaved)
-        return self.proj(self.norm(layout.attend(q, k, v).flatten(-2)))
+        return self.proj(self.norm(layout.attend(q, k, v).flatten(-2))), heads
 
     def project(self, x: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
         """Of the tokens (..., c) those from `start` to `stop` of queries, keys and values, (..., h, d) each."""
@@ -115,7 +126,15 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor, layout: Layout, num_images: int) -> Tensor:
-        x = layout.queries(x) + self._dropped(self.ls1(self.attn(self.norm1(x), layout)), layout, num_images)
+        return self.feed(self.attend(x, layout, num_images)[0], layout, num_images)
+
+    def attend(self, x: Tensor, layout: Layout, num_images: int) -> tuple[Tensor, Heads]:
+        """The first half: attention, and the queries, keys and values that it used."""
+        y, heads = self.attn(self.norm1(x), layout)
+        return layout.queries(x) + self._dropped(self.ls1(y), layout, num_images), heads
+
+    def feed(self, x: Tensor, layout: Layout, num_images: int) -> Tensor:
+        """The second half: the MLP."""
         return x + self._dropped(self.ls2(self.mlp(self.norm2(x))), layout, num_images)
 
     def _dropped(self, y: Tensor, layout: Layout, num_images: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""How a trained model is run when it answers: what `sievit tune` finds for a device, and a checkpoint remembers."""
+"""How a pass is run; `sievit tune` finds what is best on a device, and a checkpoint stores it."""
 
 import logging
 from collections.abc import Callable
@@ -16,36 +16,57 @@ MANY_SHAPES: dict[str, Any] = {"recompile_limit": 512, "accumulated_recompile_li
 """Of torch.compile: in the bucketed mode every block is compiled for every bucket it is given."""
 
 
+Mode = Literal["auto", "packed", "padded", "bucketed", "masked", "selected"]
+AttentionName = Literal["auto", "per_image", "batched", "varlen"]
+
+
 @dataclass(frozen=True)
 class Execution:
-    """How a model is run when it answers; training does not look at it.
+    """How a pass is run: the one vocabulary of executor, models, checkpoints, benches and tuning.
 
     Attributes:
-        mode, backend: the executor's, see `sievit.vit.execute`.
+        mode: how the tokens that take part are arranged.
+            `auto` is `masked` where the canvas carries a gate and `packed` elsewhere.
+            `packed` computes exactly the chosen tokens, or where the policy gives positions for equally many in every
+            image (`Tokens.order`) those, so that no shape depends on the choice;
+            `padded` pads each image's chosen tokens to the longest image;
+            `bucketed` pads further, to one of eight counts per canvas: few shapes, few graphs;
+            `masked` computes everything and hides the others, which is what straight-through gates need;
+            `selected` computes the chosen tokens alone and gives gates their gradient from those.
+        attention: of packed tokens: `per_image` calls fused attention once per image (once for all when they have
+            equally many tokens), `batched` once on padded queries and keys with a mask, `varlen` is torch's
+            variable-length flash attention (CUDA, 16 bits). `auto` takes `varlen` where it runs, else `per_image`.
         compiled: the network, from a batch to its maps or scores, runs under torch.compile, on CUDA with CUDA graphs.
-            It is compiled at the first batch of each size, up to torch's limit of recompilations; the sizes behind
-            that run as they stand.
+            It is compiled at the first batch of each size, up to torch's limit of recompilations; further sizes run
+            uncompiled.
         precision: bfloat16 runs under autocast, with weights of 32 bits.
     """
 
-    mode: Literal["auto", "bucketed"] = "auto"
-    backend: Literal["auto", "padded"] = "auto"
+    mode: Mode = "auto"
+    attention: AttentionName = "auto"
     compiled: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
 
+    @classmethod
+    def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """The JSON of versions that called `attention` backend, and `batched` padded."""
+        data = dict(data)
+        backend = data.pop("backend", None)
+        return data if backend is None else {**data, "attention": "batched" if backend == "padded" else backend}
+
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """What a pass runs in; with float32 whatever is around it counts."""
+        """The context of a pass; with float32 an outer autocast stays in force."""
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16)
 
-    def run(self, network: nn.Module, images: Tensor, *args: Any, mode: str = "auto", **options: Any) -> Any:
-        """`network(images, ...)`, with this back-end, and in this mode unless another one is given.
+    def run(self, network: nn.Module, images: Tensor, *args: Any, **options: Any) -> Any:
+        """`network(images, ..., execution=self)`, compiled or not.
 
         Raises:
             ConfigError: the compiler fails, or there is none.
         """
-        options |= {"mode": self.mode if mode == "auto" else mode, "backend": self.backend}
+        options["execution"] = self
         if not self.compiled:
             return network(images, *args, **options)
         from torch._dynamo import config

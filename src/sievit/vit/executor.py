@@ -4,17 +4,15 @@ Letters: b images, n = h*w grid tokens, p prefix tokens, t packed tokens, c chan
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sievit.tokens import Tokens
-from sievit.vit.block import Block
+from sievit.vit.block import Block, Heads
+from sievit.vit.execution import Execution
 from sievit.vit.packed import (
-    Backend,
     Dense,
     Layout,
     Masked,
@@ -27,70 +25,107 @@ from sievit.vit.packed import (
     padding_mask,
     unpack,
 )
-
-Mode = Literal["auto", "packed", "padded", "bucketed", "masked", "selected"]
+from sievit.vit.projections import Rows, placed
 
 BUCKETS = 8
-"""Counts per canvas that the bucketed mode knows."""
+"""Counts per canvas of the bucketed mode."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Blocks that are computed one after the other for the same tokens.
+
+    Attributes:
+        from_mlp: begin with the MLP of the first block. to_attention: end with the attention of the last one.
+    """
+
+    blocks: Sequence[Block]
+    from_mlp: bool = False
+    to_attention: bool = False
+
+    def __call__(self, x: Tensor, layout: Layout, num_images: int) -> tuple[Tensor, Heads | None]:
+        """Tokens in the arrangement of `layout`, and the queries, keys and values of a block that ends half-way."""
+        heads, last = None, len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            if i == 0 and self.from_mlp:
+                x = block.feed(x, layout, num_images)
+            elif i == last and self.to_attention:
+                x, heads = block.attend(x, layout, num_images)
+            else:
+                x = block(x, layout, num_images)
+        return x, heads
+
+
+@dataclass(frozen=True)
+class Half:
+    """The queries, keys and values of an attention, and where its rows stand on the canvas."""
+
+    heads: Heads
+    computed: Rows
+    visible: Rows
 
 
 def execute(
-    blocks: Sequence[Block], tokens: Tokens, *, mode: Mode = "auto", backend: Backend = "auto", inplace: bool = False
+    blocks: Sequence[Block],
+    tokens: Tokens,
+    execution: Execution = Execution(),
+    *,
+    inplace: bool = False,
 ) -> Tokens:
     """Compute blocks, one after the other, for the tokens that take part; all others stay as they are.
 
     Tokens are packed once for all the blocks, and come back to the canvas behind the last.
 
     Args:
-        mode: how. `auto` is `masked` where the canvas carries a gate and `packed` elsewhere.
-            `packed` computes exactly the chosen tokens, or where the policy gives places for equally many in every
-            image (`Tokens.order`) those, so that no shape depends on the choice;
-            `padded` pads each image's chosen tokens to the longest image;
-            `bucketed` pads further, to one of eight counts per canvas: few shapes, few graphs;
-            `masked` computes everything and hides the others, which is what straight-through gates need;
-            `selected` computes the chosen tokens alone and gives gates their gradient from those.
-        backend: attention of the packed mode, see `Packed`.
         inplace: write results into the canvas that came in; for a caller that owns it and needs no gradient.
     """
-    part, b = tokens.taking_part(), tokens.x.shape[0]
+    return execute_run(Run(blocks), tokens, execution, inplace=inplace)[0]
+
+
+def execute_run(run: Run, tokens: Tokens, execution: Execution, *, inplace: bool = False) -> tuple[Tokens, Half | None]:
+    """As `execute`; of a run that ends with an attention also what the policy may ask of it."""
+    part, b, mode = tokens.taking_part(), tokens.x.shape[0], execution.mode
     if mode == "auto":
         mode = "packed" if tokens.gate is None else "masked"
+    sizes = tokens.sizes()
+    bias = None if sizes is None else tokens.with_prefix(sizes.clamp(min=1).log(), value=0.0)
     if part is None and (tokens.gate is None or mode == "selected"):
-        return replace(tokens, x=_through(blocks, tokens.x, Dense(rope=tokens.rope), b))
+        x, heads = run(tokens.x, Dense(rope=tokens.rope, bias=bias), b)
+        return replace(tokens, x=x), heads and Half(heads, _as_it_is, _as_it_is)
     if mode == "masked":
-        for block in blocks:
-            tokens = _execute_masked(block, tokens)
-        return tokens
+        return _execute_masked(run, tokens, bias)
     assert part is not None, "a gate without a choice"
     if mode == "bucketed" and tokens.context is None and tokens.order is None:
         tokens, mode = _bucketed(tokens, part[:, tokens.num_prefix :]), "packed"
     if tokens.order is not None and mode in ("packed", "bucketed"):
-        return _execute_fixed(blocks, tokens, tokens.order, inplace=inplace)
+        return _execute_fixed(run, tokens, tokens.order, bias, inplace=inplace)
     packing = Packing.of(part)
     if not sum(packing.lengths):
-        return tokens
+        return tokens, None
     if tokens.context is not None:
-        return _execute_among(blocks, tokens, part, packing, inplace=inplace)
-    packed, rope = pack(tokens.x, packing), pack_table(tokens.rope, packing)
+        return _execute_among(run, tokens, part, packing, bias, inplace=inplace)
+    packed, rope, bias = pack(tokens.x, packing), pack_table(tokens.rope, packing), pack_table(bias, packing)
+    before = packed
     if mode == "padded":
-        layout = Masked(padding_mask(packing), rope=None if rope is None else pad(rope, packing))
-        packed = _through(blocks, pad(packed, packing), layout, b).flatten(0, 1).index_select(0, packing.slots)
+        rope, bias = (None if table is None else pad(table, packing) for table in (rope, bias))
+        packed, heads = run(pad(packed, packing), Masked(padding_mask(packing), rope=rope, bias=bias), b)
+        packed, *rows = (x.flatten(0, 1).index_select(0, packing.slots) for x in (packed, *(heads or ())))
+        heads = Heads(*rows) if rows else None
     else:
-        before, packed = packed, _through(blocks, packed, Packed(packing, backend, rope=rope), b)
+        packed, heads = run(packed, Packed(packing, execution.attention, rope=rope, bias=bias), b)
         if mode == "selected" and tokens.gate is not None:
-            gate = pack(F.pad(tokens.gate, (tokens.num_prefix, 0), value=1.0)[..., None], packing).to(packed.dtype)
+            gate = pack(tokens.with_prefix(tokens.gate, value=1.0)[..., None], packing).to(packed.dtype)
             packed = gate * packed + (1 - gate) * before
-    return replace(tokens, x=unpack(tokens.x, packed, packing, inplace=inplace))
+    place = placed(packing, part)
+    return replace(tokens, x=unpack(tokens.x, packed, packing, inplace=inplace)), heads and Half(heads, place, place)
 
 
-def _through(blocks: Sequence[Block], x: Tensor, layout: Layout, num_images: int) -> Tensor:
-    for block in blocks:
-        x = block(x, layout, num_images)
-    return x
+def _as_it_is(rows: Tensor) -> Tensor:
+    return rows
 
 
 def _bucketed(tokens: Tokens, keep: Tensor) -> Tokens:
-    """The same choice by places, as many as the next bucket holds. Asking for the largest count synchronises once."""
+    """The same choice by positions, as many as the next bucket holds. Reading the largest count synchronises once."""
     n = keep.shape[1]
     step = -(-n // BUCKETS)
     size = min(n, -(-int(keep.sum(1).max()) // step) * step)
@@ -98,47 +133,65 @@ def _bucketed(tokens: Tokens, keep: Tensor) -> Tokens:
     return tokens.select_order(order.sort(dim=1).values, keep)
 
 
-def _execute_fixed(blocks: Sequence[Block], tokens: Tokens, order: Tensor, *, inplace: bool) -> Tokens:
-    """Equally many tokens of every image, as (b, p+k, c); of those that are not real nobody sees or keeps anything."""
+def _execute_fixed(
+    run: Run, tokens: Tokens, order: Tensor, bias: Tensor | None, *, inplace: bool
+) -> tuple[Tokens, Half | None]:
+    """Equally many tokens of every image, as (b, p+k, c); others than the real ones are invisible and stay."""
     b, total = tokens.x.shape[:2]
     prefix = torch.arange(tokens.num_prefix, device=order.device).expand(b, -1)
-    places = torch.cat([prefix, order + tokens.num_prefix], dim=1)
-    rows = (places + total * torch.arange(b, device=order.device)[:, None]).flatten()
-    before = tokens.x.flatten(0, 1).index_select(0, rows).unflatten(0, places.shape)
+    columns = torch.cat([prefix, order + tokens.num_prefix], dim=1)
+    rows = (columns + total * torch.arange(b, device=order.device)[:, None]).flatten()
+    before, bias = (
+        None if table is None else table.flatten(0, 1).index_select(0, rows).unflatten(0, columns.shape)
+        for table in (tokens.x, bias)
+    )
+    assert before is not None
     rope = tokens.rope
     if rope is not None:
-        rope = rope[0].index_select(0, places.flatten()) if len(rope) == 1 else rope.flatten(0, 1).index_select(0, rows)
-        rope = rope.unflatten(0, places.shape)
+        index = columns.flatten() if len(rope) == 1 else rows
+        rope = rope.flatten(0, 1).index_select(0, index).unflatten(0, columns.shape)
     if tokens.real is None:
-        after = _through(blocks, before, Dense(rope=rope), b)
+        after, heads = run(before, Dense(rope=rope, bias=bias), b)
     else:
-        real = F.pad(tokens.real, (tokens.num_prefix, 0), value=True)
-        after = torch.where(real[..., None], _through(blocks, before, Masked(real, rope=rope), b), before)
-    return replace(tokens, x=unpack(tokens.x, after.flatten(0, 1), Packing(rows, ()), inplace=inplace))
+        real = tokens.with_prefix(tokens.real, value=True)
+        after, heads = run(before, Masked(real, rope=rope, bias=bias), b)
+        after = torch.where(real[..., None], after, before)
+    packing = Packing(rows, ())
+    place = placed(packing, tokens.x[..., 0])
+    half = heads and Half(heads, *[lambda rows: place(rows.flatten(0, 1))] * 2)
+    return replace(tokens, x=unpack(tokens.x, after.flatten(0, 1), packing, inplace=inplace)), half
 
 
-def _execute_among(blocks: Sequence[Block], tokens: Tokens, part: Tensor, packing: Packing, *, inplace: bool) -> Tokens:
+def _execute_among(
+    run: Run, tokens: Tokens, part: Tensor, packing: Packing, bias: Tensor | None, *, inplace: bool
+) -> tuple[Tokens, Half | None]:
     """Tokens that take part, computed from themselves and from the context beside them, which stays as it is."""
-    assert tokens.context is not None
-    among = Packing.of(part | F.pad(tokens.context, (tokens.num_prefix, 0), value=True))
-    layout = PackedAmong(packing, among, rope=pack_table(tokens.rope, among))
-    visible = pack(tokens.x, among)
-    for block in blocks:
-        computed = block(visible, layout, len(part))
-        visible = visible.index_copy(0, layout.places, computed.to(visible.dtype))
-    return replace(tokens, x=unpack(tokens.x, layout.queries(visible), packing, inplace=inplace))
+    assert tokens.context is not None and not run.from_mlp, "an MLP has no context"
+    among = Packing.of(part | tokens.with_prefix(tokens.context, value=True))
+    layout = PackedAmong(packing, among, rope=pack_table(tokens.rope, among), bias=pack_table(bias, among))
+    visible, heads = pack(tokens.x, among), None
+    for i, block in enumerate(run.blocks):
+        step = Run([block], to_attention=run.to_attention and i + 1 == len(run.blocks))
+        computed, heads = step(visible, layout, len(part))
+        visible = visible.index_copy(0, layout.rows, computed.to(visible.dtype))
+    after = unpack(tokens.x, layout.queries(visible), packing, inplace=inplace)
+    return replace(tokens, x=after), heads and Half(heads, placed(packing, part), placed(among, part))
 
 
-def _execute_masked(block: Block, tokens: Tokens) -> Tokens:
+def _execute_masked(run: Run, tokens: Tokens, bias: Tensor | None) -> tuple[Tokens, Half | None]:
     """x = m * block(x) + (1 - m) * x, with the deselected tokens hidden as keys (SViT, section 3)."""
-    part = tokens.taking_part()
+    part, heads = tokens.taking_part(), None
     if part is None:
         part = torch.ones(tokens.x.shape[:2], dtype=torch.bool, device=tokens.x.device)
-    seen = part
-    if tokens.context is not None:
-        seen = part | F.pad(tokens.context, (tokens.num_prefix, 0), value=True)
-    y = block(tokens.x, Masked(seen, rope=tokens.rope), tokens.x.shape[0])
-    if tokens.gate is None:
-        return replace(tokens, x=torch.where(part[..., None], y, tokens.x))
-    gate = F.pad(tokens.gate, (tokens.num_prefix, 0), value=1.0)[..., None].to(y.dtype)
-    return replace(tokens, x=gate * y + (1 - gate) * tokens.x)
+    seen = part if tokens.context is None else part | tokens.with_prefix(tokens.context, value=True)
+    layout, gate = Masked(seen, rope=tokens.rope, bias=bias), tokens.gate
+    last = len(run.blocks) - 1
+    for i, block in enumerate(run.blocks):
+        step = Run([block], run.from_mlp and i == 0, run.to_attention and i == last)
+        y, heads = step(tokens.x, layout, tokens.x.shape[0])
+        if gate is None:
+            tokens = replace(tokens, x=torch.where(part[..., None], y, tokens.x))
+        else:
+            m = tokens.with_prefix(gate, value=1.0)[..., None].to(y.dtype)
+            tokens = replace(tokens, x=m * y + (1 - m) * tokens.x)
+    return tokens, heads and Half(heads, _as_it_is, _as_it_is)

@@ -1,4 +1,4 @@
-"""Patches, positions, blocks; and the one loop over them.
+"""Patches, positions, blocks.
 
 Letters: b images, n = h*w grid tokens, p prefix tokens, c channels, d channels per head.
 """
@@ -15,9 +15,10 @@ from sievit.policies.base import Policy
 from sievit.tokens import Tokens, Trace
 from sievit.vit.block import Block, norm
 from sievit.vit.config import ViTConfig
-from sievit.vit.executor import Mode, execute
-from sievit.vit.packed import Backend
-from sievit.vit.rope import rope_table, rotate, unmoved
+from sievit.vit.execution import Execution
+from sievit.vit.loop import run_blocks
+from sievit.vit.projections import Projections
+from sievit.vit.rope import rope_table, unmoved
 
 Sizes = list[tuple[int, int]]
 
@@ -135,25 +136,14 @@ class ViT(nn.Module):
         *,
         start: int = 0,
         stop: int | None = None,
-        mode: Mode = "auto",
-        backend: Backend = "auto",
+        execution: Execution = Execution(),
     ) -> tuple[Tokens, Trace]:
-        """The one loop: the policy decides, the executor computes blocks until its next word, the trace remembers."""
-        stop = len(self.blocks) if stop is None else stop
-        given, index = tokens.x, start
-        while index < stop:
-            tokens, aux = policy.before_block(index, tokens, trace)
-            until = next((i for i in range(index + 1, stop) if policy.decides_at(i)), stop)
-            blocks = [block for block in self.blocks[index:until] if isinstance(block, Block)]
-            owned = tokens.x is not given and not torch.is_grad_enabled()
-            tokens = execute(blocks, tokens, mode=mode, backend=backend, inplace=owned)
-            for _ in blocks:
-                trace, aux = trace.record(tokens, aux), {}
-            index = until
-        if stop == len(self.blocks):
-            tokens, aux = policy.after_blocks(tokens, trace)
-            trace = trace.finish(aux)
-        return replace(tokens, gate=None), trace
+        """Some of the blocks, see `loop.run_blocks`."""
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        class_token = self.config.class_token
+        return run_blocks(
+            blocks, tokens, policy, trace, start=start, stop=stop, execution=execution, class_token=class_token
+        )
 
     def forward(
         self,
@@ -161,35 +151,18 @@ class ViT(nn.Module):
         policy: Policy,
         sizes: Sizes | None = None,
         *,
-        mode: Mode = "auto",
-        backend: Backend = "auto",
+        execution: Execution = Execution(),
     ) -> tuple[Tokens, Trace]:
         """Images (b, 3, H, W) to the canvas after the last block (normalised if `final_norm`) and the trace."""
         tokens = self.embed(images, sizes)
-        tokens, trace = self.run_blocks(tokens, policy, Trace.start(tokens), mode=mode, backend=backend)
+        tokens, trace = self.run_blocks(tokens, policy, Trace.start(tokens), execution=execution)
         return replace(tokens, x=self.norm(tokens.x)), trace
 
-    def attention_to(self, index: int, tokens: Tokens) -> Tensor:
-        """(b, n): how much of its attention the class token gives to each grid token in block `index`, mean over heads.
-
-        In families without a class token it is that of the mean query of the image's tokens. Padding gets none.
-        """
+    def project(self, index: int, tokens: Tokens) -> Projections:
+        """What a policy may ask of the attention of block `index` before it, over the tokens that take part."""
         block = self.blocks[index]
         assert isinstance(block, Block)
-        attn, asking = block.attn, slice(0, 1) if self.config.class_token else slice(self.num_prefix, None)
-        x = block.norm1(tokens.x)
-        (q,), (k,) = attn.project(x[:, asking], 0, 1), attn.project(x, 1, 2)
-        q, k = attn.q_norm(q), attn.k_norm(k)  # (b, ., h, d)
-        if tokens.rope is not None:
-            q = rotate(q, tokens.rope[:, asking], interleaved=attn.interleaved)
-            k = rotate(k, tokens.rope, interleaved=attn.interleaved)
-        valid = tokens.valid_or_all()
-        if not self.config.class_token:
-            share = (valid / valid.sum(1, keepdim=True).clamp(min=1)).to(q.dtype)
-            q = torch.einsum("bnhd,bn->bhd", q, share)[:, None]
-        logits = torch.einsum("bhd,bnhd->bhn", q[:, 0], k).float() / self.config.head_dim**0.5
-        hidden = ~F.pad(valid, (self.num_prefix, 0), value=True)[:, None]
-        return logits.masked_fill(hidden, float("-inf")).softmax(-1).mean(1)[:, self.num_prefix :]
+        return Projections.before(block, tokens, class_token=self.config.class_token)
 
     def _grid_positions(self, grid: tuple[int, int]) -> Tensor | None:
         """(n, c): position embeddings of the grid tokens, resized to `grid`; None in families without."""

@@ -13,14 +13,14 @@ Letters: b images, n canvas tokens per image, t packed tokens, c channels, h hea
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Backend = Literal["auto", "per_image", "padded", "varlen"]
+from sievit.vit.execution import AttentionName
 
 
 class Layout(Protocol):
@@ -28,9 +28,11 @@ class Layout(Protocol):
 
     Attributes:
         rope: (..., 2d), sines and cosines of the tokens' rotary positions, arranged as they are; None for none.
+        bias: (...,) float, added to the logits of each token as a key; None for none.
     """
 
     rope: Tensor | None
+    bias: Tensor | None
 
     def queries(self, x: Tensor) -> Tensor:
         """Of the tokens of this layout those that are computed; the others are only seen."""
@@ -63,7 +65,7 @@ class Packing:
         """The packing of a choice (b, n) bool."""
         lengths = tuple(part.sum(1).tolist())
         flat = part.flatten()
-        index = places(flat, sum(lengths)) if part.is_cuda else flat.nonzero().squeeze(1)
+        index = positions(flat, sum(lengths)) if part.is_cuda else flat.nonzero().squeeze(1)
         return cls(index=index, lengths=lengths)
 
     @cached_property
@@ -79,7 +81,7 @@ class Packing:
         return torch.cat([torch.arange(n, device=device) + i * longest for i, n in enumerate(self.lengths)])
 
 
-def places(chosen: Tensor, count: int) -> Tensor:
+def positions(chosen: Tensor, count: int) -> Tensor:
     """(count,) int64: where `chosen` (n,) is True, `count` times; unlike `nonzero` it does not wait for the device."""
     rank = chosen.cumsum(0) - 1
     slots = torch.where(chosen, rank, count)  # one more slot takes all the others
@@ -125,69 +127,79 @@ def padding_mask(packing: Packing) -> Tensor:
 class Dense:
     """Every token of (b, n, c) takes part."""
 
-    def __init__(self, *, rope: Tensor | None = None) -> None:
-        self.rope = rope
+    def __init__(self, *, rope: Tensor | None = None, bias: Tensor | None = None) -> None:
+        self.rope, self.bias = rope, bias
 
     def queries(self, x: Tensor) -> Tensor:
         return x
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _attend(q, k, v)
+        return _attend(q, k, v, None, self.bias)
 
     def per_image(self, values: Tensor) -> Tensor:
         return values[:, None, None]
 
 
 class Masked(Dense):
-    """Tokens of (b, n, c) that do not take part are computed, but no other token sees them.
+    """Tokens of (b, n, c) that do not take part are computed, but invisible to all others.
 
     Args:
-        part: (b, n) bool. An image in which none takes part is computed as if all did: nobody uses the result, and
+        part: (b, n) bool. An image in which none takes part is computed as if all did: its result is not used, and
             gradients stay finite.
     """
 
-    def __init__(self, part: Tensor, *, rope: Tensor | None = None) -> None:
-        super().__init__(rope=rope)
+    def __init__(self, part: Tensor, *, rope: Tensor | None = None, bias: Tensor | None = None) -> None:
+        super().__init__(rope=rope, bias=bias)
         self.part = part | ~part.any(1, keepdim=True)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _attend(q, k, v, self.part[:, None, None, :])
+        return _attend(q, k, v, self.part, self.bias)
 
 
 class Packed:
     """The packed tokens (t, c) of a batch; attention stays within each image.
 
     Args:
-        backend: `per_image` calls fused attention once per image (once for all when they have equally many tokens),
-            `padded` once on padded queries and keys with a mask, `varlen` is torch's variable-length flash attention
-            (CUDA, 16 bits). `auto` takes `varlen` where it runs, else `per_image`.
+        attention: see `Execution`.
     """
 
-    def __init__(self, packing: Packing, backend: Backend = "auto", *, rope: Tensor | None = None) -> None:
-        self.packing = packing
-        self.backend = backend
-        self.rope = rope
+    def __init__(
+        self,
+        packing: Packing,
+        attention: AttentionName = "auto",
+        *,
+        rope: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        self.packing, self.attention = packing, attention
+        self.rope, self.bias = rope, bias
 
     def queries(self, x: Tensor) -> Tensor:
         return x
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        lengths = self.packing.lengths
+        lengths, bias = self.packing.lengths, self.bias
         if not sum(lengths):
             return q
-        backend = self.backend
-        if backend == "auto":
-            backend = "varlen" if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else "per_image"
-        if backend == "varlen":
-            return _attend_varlen(q, k, v, self.packing)
-        if backend == "padded":
-            out = _attend(*(pad(x, self.packing) for x in (q, k, v)), padding_mask(self.packing)[:, None, None, :])
+        how = self.attention
+        if how == "auto":
+            how = "varlen" if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else "per_image"
+        if how == "varlen":
+            if bias is None:
+                return _attend_varlen(q, k, v, self.packing)
+            how = "batched"  # which takes a bias
+        if how == "batched":
+            padded = (pad(x, self.packing) for x in (q, k, v))
+            bias = None if bias is None else pad(bias, self.packing)
+            out = _attend(*padded, padding_mask(self.packing), bias)
             return out.flatten(0, 1).index_select(0, self.packing.slots)
         if len(set(lengths)) == 1:
             shape = (len(lengths), lengths[0])
-            return _attend(*(x.unflatten(0, shape) for x in (q, k, v))).flatten(0, 1)
-        images = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-        return torch.cat([_attend(qi[None], ki[None], vi[None])[0] for qi, ki, vi in images if len(qi)])
+            bias = None if bias is None else bias.unflatten(0, shape)
+            return _attend(*(x.unflatten(0, shape) for x in (q, k, v)), None, bias).flatten(0, 1)
+        biases = [None] * len(lengths) if bias is None else [row[None] for row in bias.split(lengths)]
+        images = zip(q.split(lengths), k.split(lengths), v.split(lengths), biases, strict=True)
+        return torch.cat([_attend(qi[None], ki[None], vi[None], None, bi)[0] for qi, ki, vi, bi in images if len(qi)])
 
     def per_image(self, values: Tensor) -> Tensor:
         lengths = torch.tensor(self.packing.lengths, device=values.device)
@@ -195,24 +207,26 @@ class Packed:
 
 
 class PackedAmong:
-    """Packed tokens (t, c) of which only some are computed; the others of their image are seen as keys and values.
+    """Packed tokens (t, c) of which only some are computed; the others of their image are visible as keys and values.
 
     Args:
         packing: of the tokens that are computed.
         among: of all that are visible, those of `packing` included.
     """
 
-    def __init__(self, packing: Packing, among: Packing, *, rope: Tensor | None = None) -> None:
-        self.packing, self.among, self.rope = packing, among, rope
-        self.places = torch.searchsorted(among.index, packing.index)  # of the computed tokens among the visible ones
+    def __init__(
+        self, packing: Packing, among: Packing, *, rope: Tensor | None = None, bias: Tensor | None = None
+    ) -> None:
+        self.packing, self.among, self.rope, self.bias = packing, among, rope, bias
+        self.rows = torch.searchsorted(among.index, packing.index)  # of the computed tokens among the visible ones
 
     def queries(self, x: Tensor) -> Tensor:
-        return x.index_select(0, self.places)
+        return x.index_select(0, self.rows)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         queries, keys = self.packing, self.among
-        mask = padding_mask(keys)[:, None, None, :]
-        out = _attend(pad(q, queries), pad(k, keys), pad(v, keys), mask)
+        bias = None if self.bias is None else pad(self.bias, keys)
+        out = _attend(pad(q, queries), pad(k, keys), pad(v, keys), padding_mask(keys), bias)
         return out.flatten(0, 1).index_select(0, queries.slots)
 
     def per_image(self, values: Tensor) -> Tensor:
@@ -227,8 +241,12 @@ def any_length() -> AbstractContextManager[None]:
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(b, n, h, d) each; mask: True where a key is visible, broadcast to (b, h, n, n)."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """(b, n, h, d) each; of the keys, (b, n) each, which are visible, and what is added to their logits."""
+    mask = None if visible is None else visible[:, None, None, :]
+    if bias is not None:
+        bias = bias.to(q.dtype)[:, None, None, :]
+        mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     return out.transpose(1, 2)
 
