@@ -36,6 +36,7 @@ from sievit.bench.rates import machine_rates
 from sievit.bench.timing import Cost
 from sievit.config import ConfigError
 from sievit.heads import ATMConfig, MaskRCNNConfig, build_head
+from sievit.heads.config import BoxConfig, MaskConfig
 from sievit.measure.clock import Pair
 from sievit.measure.flops import model_gflops
 from sievit.measure.meters import counted_syncs, memory
@@ -240,7 +241,11 @@ def tiny_detector(*, with_masks: bool = True) -> Detector:
         neck=PyramidConfig(out_channels=16),
         policy=RandomConfig(first_block=1, shares=(0.5,)),
         head=MaskRCNNConfig(
-            num_classes=2, with_masks=with_masks, fpn_channels=16, box_fc=32, mask_convs=(16,), mask_deconv=16
+            num_classes=2,
+            with_masks=with_masks,
+            fpn_channels=16,
+            box=BoxConfig(fc=32),
+            mask=MaskConfig(convs=(16,), deconv=16),
         ),
         input=InputConfig(min_size=64, max_size=96),
         classes=("ball", "box"),

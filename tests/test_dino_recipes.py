@@ -21,6 +21,7 @@ from sievit.engine.initial import start_vit_from
 from sievit.engine.recipe import CocoData, LabelsData, Recipe
 from sievit.engine.train import train
 from sievit.heads import ATMConfig, MaskRCNNConfig
+from sievit.heads.config import BoxConfig, MaskConfig, RPNConfig
 from sievit.models.build import build, load
 from sievit.models.detector import DetectorConfig
 from sievit.models.inputs import InputConfig
@@ -142,11 +143,9 @@ def shrunken(chosen: Recipe, root: Path, weights: Path) -> Recipe:
             num_classes=model.head.num_classes,
             with_masks=model.head.with_masks,
             fpn_channels=8,
-            box_fc=16,
-            mask_convs=(8,),
-            mask_deconv=8,
-            rpn_post_nms_train=50,
-            rpn_post_nms_test=20,
+            rpn=RPNConfig(post_nms_train=50, post_nms_test=20),
+            box=BoxConfig(fc=16),
+            mask=MaskConfig(convs=(8,), deconv=8),
         )
         neck = AdapterConfig(conv_inplane=4, deform_num_heads=2, num_interactions=2)
         inputs = InputConfig(min_size=size, max_size=size)

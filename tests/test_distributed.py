@@ -24,6 +24,7 @@ from sievit.engine.optim import freeze
 from sievit.engine.recipe import CocoData, Recipe, TrainConfig
 from sievit.engine.train import train
 from sievit.heads import MaskRCNNConfig
+from sievit.heads.config import BoxConfig, MaskConfig, RoIConfig, RPNConfig
 from sievit.models.build import build, load
 from sievit.models.detector import DetectorConfig
 from sievit.models.inputs import InputConfig
@@ -57,14 +58,10 @@ def tiny_model(
         head=MaskRCNNConfig(
             num_classes=len(CLASSES),
             fpn_channels=8,
-            box_fc=16,
-            mask_convs=(8,),
-            mask_deconv=8,
-            rpn_batch_size=EVERYTHING,
-            rpn_post_nms_train=30,
-            rpn_post_nms_test=20,
-            box_batch_size=EVERYTHING,
-            roi_sampling_ratio=2,
+            rpn=RPNConfig(batch_size=EVERYTHING, post_nms_train=30, post_nms_test=20),
+            roi=RoIConfig(sampling_ratio=2),
+            box=BoxConfig(fc=16, batch_size=EVERYTHING),
+            mask=MaskConfig(convs=(8,), deconv=8),
         ),
         input=InputConfig(min_size=64, max_size=64),
         classes=CLASSES,

@@ -13,6 +13,7 @@ from sievit.data.scenes import CLASSES, generate
 from sievit.engine import evaluate as engine
 from sievit.engine.evaluate import compare, evaluate, timed
 from sievit.heads import MaskRCNNConfig
+from sievit.heads.config import BoxConfig, MaskConfig, RPNConfig
 from sievit.measure.flops import detector_gflops
 from sievit.models.build import build
 from sievit.models.detector import Detector, DetectorConfig
@@ -29,12 +30,9 @@ def tiny(policy: PolicyConfig, *, with_masks: bool = True) -> Detector:
         num_classes=len(CLASSES),
         with_masks=with_masks,
         fpn_channels=8,
-        box_fc=16,
-        mask_convs=(8,),
-        mask_deconv=8,
-        rpn_post_nms_test=20,
-        box_min_score=0.0,
-        box_max_detections=5,
+        rpn=RPNConfig(post_nms_test=20),
+        box=BoxConfig(fc=16, min_score=0.0, max_detections=5),
+        mask=MaskConfig(convs=(8,), deconv=8),
     )
     config = DetectorConfig(
         vit=ViTConfig(grid=(4, 4), embed_dim=16, depth=4, num_heads=2),

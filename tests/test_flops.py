@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sievit.heads.config import MaskRCNNConfig
+from sievit.heads.config import BoxConfig, MaskConfig, MaskRCNNConfig
 from sievit.measure.flops import backbone_gflops, block_macs, blocks_gflops, detector_gflops
 from sievit.models.build import build
 from sievit.models.detector import Detector, DetectorConfig
@@ -23,7 +23,9 @@ def model() -> Detector:
         vit=VIT,
         neck=AdapterConfig(conv_inplane=8, deform_num_heads=2, num_interactions=2),
         policy=SViTConfig(first_block=1, targets=(0.5,)),
-        head=MaskRCNNConfig(num_classes=2, fpn_channels=16, box_fc=16, mask_convs=(16,), mask_deconv=16),
+        head=MaskRCNNConfig(
+            num_classes=2, fpn_channels=16, box=BoxConfig(fc=16), mask=MaskConfig(convs=(16,), deconv=16)
+        ),
         input=InputConfig(min_size=None),
         classes=("a", "b"),
         category_ids=(1, 2),

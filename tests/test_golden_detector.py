@@ -15,11 +15,12 @@ from sievit.measure.flops import by_module
 from sievit.models.build import load, save
 from sievit.models.detector import Detector, DetectorConfig
 from sievit.policies import KeepAllConfig, build_policy
-from sievit.released.detectors import LIMITS, DetectorOptions, assemble
+from sievit.released.detectors import DetectorOptions, assemble, release_limits
 
 PADDED, CONTENT, GIVEN = (128, 192), (120, 180), (80, 120)
 OPTIONS = DetectorOptions(num_heads=4)
-CONSTANTS = replace(MaskRCNNConfig(num_classes=5, **LIMITS), rpn_pre_nms_test=300, rpn_post_nms_test=120)
+HEAD = release_limits(MaskRCNNConfig(num_classes=5))
+CONSTANTS = replace(HEAD, rpn=replace(HEAD.rpn, pre_nms_test=300, post_nms_test=120))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_the_configuration_of_the_release(released: Path):
     assert config.vit.norm_eps == 1e-5
     assert config.classes == ("a", "b", "c", "d", "e")  # named in the file
     assert config.category_ids == (1, 2, 3, 4, 5)
-    assert (config.head.rpn_pre_nms_test, config.head.box_max_detections) == (1000, 100)
+    assert (config.head.rpn.pre_nms_test, config.head.box.max_detections) == (1000, 100)
     assert converted.keys == len(read_checkpoint(released).state)
 
 

@@ -15,6 +15,7 @@ import sievit
 from sievit import Card, cli
 from sievit.config import ConfigError
 from sievit.heads import ATMConfig, MaskRCNNConfig
+from sievit.heads.config import BoxConfig, MaskConfig
 from sievit.hub import model_file
 from sievit.hub.card import read_figures
 from sievit.hub.file import read
@@ -30,7 +31,9 @@ DETECTOR = DetectorConfig(
     vit=VIT,
     neck=PyramidConfig(out_channels=16),
     policy=SViTConfig(first_block=1, targets=(0.7, 0.5, 0.3)),
-    head=MaskRCNNConfig(num_classes=2, fpn_channels=16, box_fc=32, mask_convs=(16,), mask_deconv=16, box_min_score=0.1),
+    head=MaskRCNNConfig(
+        num_classes=2, fpn_channels=16, box=BoxConfig(fc=32, min_score=0.1), mask=MaskConfig(convs=(16,), deconv=16)
+    ),
     input=InputConfig(min_size=96, max_size=160),
     classes=("ball", "box"),
     category_ids=(1, 4),

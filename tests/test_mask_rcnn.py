@@ -23,13 +23,13 @@ from sievit.config import ConfigError, from_json, to_json
 from sievit.convert.mmdet_heads import mmdet_heads
 from sievit.heads import MaskRCNN, MaskRCNNConfig, torchvision_config
 from sievit.heads import boxes as box_ops
+from sievit.heads.config import AnchorConfig, BoxConfig, MaskConfig, RoIConfig, RPNConfig
 from sievit.heads.masks import crop_masks, paste_masks
 from sievit.heads.pooling import box_levels, pool_by_bags, pool_by_kernel
 
 IMAGE_SIZE = (96, 128)
 SIZES = [(90, 128), (96, 100)]
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
-SMALL: dict[str, Any] = {"fpn_channels": 16, "box_fc": 32, "mask_convs": (16, 16), "mask_deconv": 16}
 
 
 def random_features(*, channels: int = 8, num_images: int = 2) -> dict[str, Tensor]:
@@ -51,9 +51,19 @@ def random_targets(*, num_objects: tuple[int, ...] = (3, 2), num_classes: int = 
     return targets
 
 
-def small_head(**changes: Any) -> MaskRCNN:
-    config = replace(MaskRCNNConfig(num_classes=3, **SMALL), **changes)
-    return MaskRCNN(config, in_channels=8)
+def small(config: MaskRCNNConfig, *, rpn: dict | None = None, box: dict | None = None) -> MaskRCNNConfig:
+    """With narrow layers, and other constants of its stages."""
+    return replace(
+        config,
+        fpn_channels=16,
+        rpn=replace(config.rpn, **(rpn or {})),
+        box=replace(config.box, fc=32, **(box or {})),
+        mask=replace(config.mask, convs=(16, 16), deconv=16),
+    )
+
+
+def small_head(*, with_masks: bool = True, **changes: dict) -> MaskRCNN:
+    return MaskRCNN(small(MaskRCNNConfig(num_classes=3, with_masks=with_masks), **changes), in_channels=8)
 
 
 class StockMaskRCNN(torch.nn.Module):
@@ -69,12 +79,12 @@ class StockMaskRCNN(torch.nn.Module):
         self.rpn = RegionProposalNetwork(anchors, RPNHead(channels, 3), 0.7, 0.3, 256, 0.5, limits, limits, 0.7)
         self.roi_heads = tv_roi_heads.RoIHeads(
             MultiScaleRoIAlign(names, 7, 2),
-            TwoMLPHead(channels * 49, config.box_fc),
-            FastRCNNPredictor(config.box_fc, config.num_classes + 1),
-            *(0.5, 0.5, 512, 0.25, None, config.box_min_score, 0.5, 100),
+            TwoMLPHead(channels * 49, config.box.fc),
+            FastRCNNPredictor(config.box.fc, config.num_classes + 1),
+            *(0.5, 0.5, 512, 0.25, None, config.box.min_score, 0.5, 100),
             MultiScaleRoIAlign(names, 14, 2),
-            MaskRCNNHeads(channels, config.mask_convs, 1),
-            MaskRCNNPredictor(config.mask_convs[-1], config.mask_deconv, config.num_classes + 1),
+            MaskRCNNHeads(channels, config.mask.convs, 1),
+            MaskRCNNPredictor(config.mask.convs[-1], config.mask.deconv, config.num_classes + 1),
         )
         self.load_state_dict(head.state_dict())
 
@@ -89,7 +99,7 @@ class StockMaskRCNN(torch.nn.Module):
 @pytest.fixture
 def pair() -> tuple[MaskRCNN, StockMaskRCNN]:
     # scores of random weights are near 1/4: the lower limit lets detections through
-    config = torchvision_config(num_classes=3, box_min_score=0.2, **SMALL)
+    config = small(torchvision_config(num_classes=3), box={"min_score": 0.2})
     head = MaskRCNN(config, in_channels=8)
     return head, StockMaskRCNN(head)
 
@@ -132,7 +142,7 @@ def golden(golden_root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def released(golden: Path) -> MaskRCNN:
-    constants = MaskRCNNConfig(num_classes=5, rpn_pre_nms_test=300, rpn_post_nms_test=120)
+    constants = MaskRCNNConfig(num_classes=5, rpn=RPNConfig(pre_nms_test=300, post_nms_test=120))
     return mmdet_heads(load_file(golden / "heads_small.weights_fp16.safetensors"), constants=constants)
 
 
@@ -192,7 +202,7 @@ def test_mask_pasting_against_the_release(golden) -> None:
 
 def test_pasting_needs_no_detections() -> None:
     for paste in ("aligned", "torchvision"):
-        config = MaskRCNNConfig(num_classes=1, mask_paste=paste)
+        config = MaskRCNNConfig(num_classes=1, mask=MaskConfig(paste=paste))
         pasted = paste_masks(torch.zeros(0, 1, 28, 28), torch.zeros(0, 4), (20, 30), config)
         assert pasted.shape == (0, 1, 20, 30)
         assert pasted.dtype == torch.bool
@@ -249,7 +259,7 @@ def test_images_without_objects_reach_every_parameter(num_objects, with_masks, a
 
 
 def test_no_proposals_and_no_detections() -> None:
-    head = small_head(rpn_min_size=1e6)  # nothing is large enough
+    head = small_head(rpn={"min_size": 1e6})  # nothing is large enough
     with torch.inference_mode():
         detections, _ = head(random_features(), IMAGE_SIZE, SIZES)
     for detection in detections:
@@ -261,7 +271,7 @@ def test_no_proposals_and_no_detections() -> None:
 
 
 def test_half_precision_changes_little() -> None:
-    head, features = small_head(box_min_score=0.0), random_features()
+    head, features = small_head(box={"min_score": 0.0}), random_features()
     targets = random_targets()
     torch.manual_seed(1)
     expected = head(features, IMAGE_SIZE, SIZES, targets)[1]
@@ -275,7 +285,7 @@ def test_half_precision_changes_little() -> None:
 
 
 def test_the_batch_changes_nothing() -> None:
-    head, features = small_head(box_min_score=0.2), random_features()
+    head, features = small_head(box={"min_score": 0.2}), random_features()
     with torch.inference_mode():
         together = head(features, IMAGE_SIZE, SIZES)[0]
         alone = [head({k: v[i : i + 1] for k, v in features.items()}, IMAGE_SIZE, SIZES[i : i + 1])[0] for i in (0, 1)]
@@ -317,14 +327,42 @@ def test_targets_that_cannot_be(change, message) -> None:
 def test_config_through_json() -> None:
     for config in (MaskRCNNConfig(num_classes=3), torchvision_config(num_classes=80, with_masks=False)):
         assert from_json(MaskRCNNConfig, to_json(config)) == config
-    with pytest.raises(ConfigError, match="anchor_sizes has 2 levels"):
-        MaskRCNNConfig(num_classes=1, anchor_sizes=((8.0,), (16.0,)))
+    with pytest.raises(ConfigError, match=r"anchors\.sizes has 2 levels"):
+        MaskRCNNConfig(num_classes=1, anchors=AnchorConfig(sizes=((8.0,), (16.0,))))
+
+
+def test_config_of_an_older_file() -> None:
+    """All fields stood in one list then."""
+    flat: dict[str, Any] = {
+        "num_classes": 3,
+        "with_masks": False,
+        "fpn_channels": 16,
+        "smooth_l1_beta": 0.2,
+        "anchor_ratios": [1.0],
+    }
+    flat |= {"round_anchors": True, "rpn_nms_iou": 0.6, "rpn_box_loss": "smooth_l1", "rpn_box_weights": [1, 2, 3, 4]}
+    flat |= {"roi_level_rule": "outside", "box_fc": 8, "box_loss": "smooth_l1", "box_weights": [5, 6, 7, 8]}
+    flat |= {"box_nms_iou": 0.4, "mask_convs": [8, 8], "mask_threshold": 0.3}
+    config = from_json(MaskRCNNConfig, flat)
+    assert config == MaskRCNNConfig(
+        num_classes=3,
+        with_masks=False,
+        fpn_channels=16,
+        smooth_l1_beta=0.2,
+        anchors=AnchorConfig(ratios=(1.0,), rounded=True),
+        rpn=RPNConfig(nms_iou=0.6, loss="smooth_l1", weights=(1, 2, 3, 4)),
+        roi=RoIConfig(level_rule="outside"),
+        box=BoxConfig(fc=8, loss="smooth_l1", weights=(5, 6, 7, 8), nms_iou=0.4),
+        mask=MaskConfig(convs=(8, 8), threshold=0.3),
+    )
+    with pytest.raises(ConfigError, match=r"config\.box: unknown field 'nms_iuo'; did you mean 'nms_iou'"):
+        from_json(MaskRCNNConfig, {"num_classes": 1, "box_nms_iuo": 0.5})
 
 
 def global_batch() -> tuple[MaskRCNN, dict[str, Tensor], list[dict[str, Tensor]]]:
     torch.manual_seed(0)
     everything = 10**6  # every anchor and proposal is sampled: nothing is left to chance
-    head = small_head(rpn_batch_size=2 * everything, box_batch_size=2 * everything, box_positive_fraction=0.5)
+    head = small_head(rpn={"batch_size": 2 * everything}, box={"batch_size": 2 * everything, "positive_fraction": 0.5})
     return head, random_features(), random_targets(num_objects=(4, 1))
 
 

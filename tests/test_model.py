@@ -18,6 +18,7 @@ import sievit
 import sievit.vit.loop
 from sievit.config import ConfigError
 from sievit.heads import MaskRCNNConfig
+from sievit.heads.config import BoxConfig, MaskConfig
 from sievit.models.build import build, load, save
 from sievit.models.detector import Detector, DetectorConfig
 from sievit.models.inputs import InputConfig
@@ -32,11 +33,8 @@ from sievit.vit.executor import execute_run
 HEAD = MaskRCNNConfig(
     num_classes=3,
     fpn_channels=16,
-    box_fc=32,
-    mask_convs=(16,),
-    mask_deconv=16,
-    box_min_score=0.1,
-    box_max_detections=20,
+    box=BoxConfig(fc=32, min_score=0.1, max_detections=20),
+    mask=MaskConfig(convs=(16,), deconv=16),
 )
 
 

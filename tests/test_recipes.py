@@ -70,7 +70,7 @@ def test_sizes_are_those_of_the_papers(name: str, backbone: int, detector: int):
     torchvision's predictors for the background, whose boxes and masks are never used either."""
     model, config = on_meta(name), detector_config(name)
     class_position = config.vit.embed_dim
-    background = 4 * (config.head.box_fc + 1) + config.head.mask_deconv + 1
+    background = 4 * (config.head.box.fc + 1) + config.head.mask.deconv + 1
     assert count(model.backbone) == backbone - class_position
     assert count(model) == detector - class_position + background
 
@@ -115,25 +115,25 @@ def test_the_papers_settings(golden_root: Path):
     assert (inputs.max_size, inputs.min_size) == tuple(said["test_pipeline"][1]["img_scale"])
     assert inputs.size_divisor == 32
     scale, strides = said["anchor"]["scales"][0], [pair[0] for pair in said["anchor"]["strides"]]
-    assert [sizes[0] for sizes in head.anchor_sizes] == [scale * stride for stride in strides]
-    assert list(head.anchor_strides or ()) == strides
-    assert list(head.anchor_ratios) == said["anchor"]["ratios"]
+    assert [sizes[0] for sizes in head.anchors.sizes] == [scale * stride for stride in strides]
+    assert list(head.anchors.strides or ()) == strides
+    assert list(head.anchors.ratios) == said["anchor"]["ratios"]
     rpn, boxes = said["rpn_test"], said["rcnn_test"]
-    assert (head.rpn_pre_nms_test, head.rpn_post_nms_test) == (rpn["nms_pre"], rpn["max_per_img"])
-    assert head.rpn_nms_iou == rpn["nms"]["iou_threshold"]
+    assert (head.rpn.pre_nms_test, head.rpn.post_nms_test) == (rpn["nms_pre"], rpn["max_per_img"])
+    assert head.rpn.nms_iou == rpn["nms"]["iou_threshold"]
     proposals = said["rpn"]["train_proposals"]
-    assert (head.rpn_pre_nms_train, head.rpn_post_nms_train) == (proposals["nms_pre"], proposals["max_per_img"])
-    assert head.box_min_score == boxes["score_thr"]
-    assert head.box_nms_iou == boxes["nms"]["iou_threshold"]
-    assert head.box_max_detections == boxes["max_per_img"]
-    assert head.mask_threshold == boxes["mask_thr_binary"]
-    assert [1 / w for w in head.box_weights] == pytest.approx(said["bbox_head"]["bbox_coder"]["stds"])
-    assert head.roi_aligned == said["roi"]["aligned"]
-    assert head.roi_sampling_ratio == said["roi"]["sampling_ratio"]
-    assert head.roi_finest_size == said["roi"]["bbox_extractor"]["finest_scale"]
+    assert (head.rpn.pre_nms_train, head.rpn.post_nms_train) == (proposals["nms_pre"], proposals["max_per_img"])
+    assert head.box.min_score == boxes["score_thr"]
+    assert head.box.nms_iou == boxes["nms"]["iou_threshold"]
+    assert head.box.max_detections == boxes["max_per_img"]
+    assert head.mask.threshold == boxes["mask_thr_binary"]
+    assert [1 / w for w in head.box.weights] == pytest.approx(said["bbox_head"]["bbox_coder"]["stds"])
+    assert head.roi.aligned == said["roi"]["aligned"]
+    assert head.roi.sampling_ratio == said["roi"]["sampling_ratio"]
+    assert head.roi.finest_size == said["roi"]["bbox_extractor"]["finest_scale"]
     assert head.fpn_channels == said["fpn"]["out_channels"]
-    assert head.box_fc == said["bbox_head"]["fc_out"]
-    assert head.mask_convs == (said["mask_head"]["conv_out"],) * said["mask_head"]["num_convs"]
+    assert head.box.fc == said["bbox_head"]["fc_out"]
+    assert head.mask.convs == (said["mask_head"]["conv_out"],) * said["mask_head"]["num_convs"]
 
 
 @pytest.mark.parametrize("name", PAPERS)

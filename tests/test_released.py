@@ -101,10 +101,10 @@ def test_every_key_of_a_released_detector_has_its_place(golden_root: Path, kind:
     assert converted.dropped == {}
     config, expected = model.config, recipe(f"coco_{kind.removesuffix('_adapter')}_adapter_{size}").model
     assert isinstance(config, DetectorConfig) and isinstance(expected, DetectorConfig)
-    background = 4 * (config.head.box_fc + 1) + config.head.mask_deconv + 1  # torchvision's unused outputs
+    background = 4 * (config.head.box.fc + 1) + config.head.mask.deconv + 1  # torchvision's unused outputs
     unused = config.vit.embed_dim  # the class token's position
     assert sum(p.numel() for p in model.parameters()) == manifest["n_params"] + background - unused
-    head = replace(expected.head, **detectors.LIMITS)
+    head = detectors.release_limits(expected.head)
     eps = 1e-5 if kind == "svit" else 1e-6
     assert config == replace(expected, head=head, vit=replace(expected.vit, norm_eps=eps), padding="seen")
     assert (config.classes, config.category_ids) == (CLASSES, CATEGORY_IDS)
@@ -120,14 +120,14 @@ def test_constants_are_the_recorded_ones(golden_root: Path):
     assert isinstance(config, DetectorConfig)
     head, rpn, rcnn = config.head, recorded["rpn_test"], recorded["rcnn_test"]
     assert list(config.classes) == recorded["classes"]
-    assert head.anchor_strides == tuple(s[0] for s in recorded["anchor"]["strides"])
-    assert [sizes[0] for sizes in head.anchor_sizes] == [8 * base for base in recorded["anchor"]["base_sizes"]]
-    assert list(head.anchor_ratios) == recorded["anchor"]["ratios"]
-    assert (head.rpn_pre_nms_test, head.rpn_post_nms_test) == (rpn["nms_pre"], rpn["max_per_img"])
-    assert head.rpn_nms_iou == rpn["nms"]["iou_threshold"]
-    assert (head.box_min_score, head.box_max_detections) == (rcnn["score_thr"], rcnn["max_per_img"])
-    assert (head.box_nms_iou, head.mask_threshold) == (rcnn["nms"]["iou_threshold"], rcnn["mask_thr_binary"])
-    assert head.box_weights == tuple(1 / std for std in recorded["bbox_head"]["bbox_coder"]["stds"])
+    assert head.anchors.strides == tuple(s[0] for s in recorded["anchor"]["strides"])
+    assert [sizes[0] for sizes in head.anchors.sizes] == [8 * base for base in recorded["anchor"]["base_sizes"]]
+    assert list(head.anchors.ratios) == recorded["anchor"]["ratios"]
+    assert (head.rpn.pre_nms_test, head.rpn.post_nms_test) == (rpn["nms_pre"], rpn["max_per_img"])
+    assert head.rpn.nms_iou == rpn["nms"]["iou_threshold"]
+    assert (head.box.min_score, head.box.max_detections) == (rcnn["score_thr"], rcnn["max_per_img"])
+    assert (head.box.nms_iou, head.mask.threshold) == (rcnn["nms"]["iou_threshold"], rcnn["mask_thr_binary"])
+    assert head.box.weights == tuple(1 / std for std in recorded["bbox_head"]["bbox_coder"]["stds"])
     assert [255 * x for x in config.input.mean] == pytest.approx(recorded["img_norm"]["mean"])
     assert [255 * x for x in config.input.std] == pytest.approx(recorded["img_norm"]["std"])
     scale = recorded["test_pipeline"][1]["img_scale"]
@@ -396,7 +396,8 @@ def test_from_a_released_file_to_results(
 
     model = load(out)
     assert isinstance(model, Detector)
-    quick = replace(model.config.head, rpn_post_nms_test=60, box_max_detections=6)
+    head = model.config.head
+    quick = replace(head, rpn=replace(head.rpn, post_nms_test=60), box=replace(head.box, max_detections=6))
     small = replace(model.config.input, min_size=96, max_size=160)
     config = replace(model.config, head=quick, input=small, policy=SViTConfig())
     model.config = config

@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 from sievit import cli, report
 from sievit.data.scenes import CLASSES, generate
 from sievit.heads import ATMConfig, MaskRCNNConfig
+from sievit.heads.config import BoxConfig, MaskConfig, RPNConfig
 from sievit.models.build import build, read, save
 from sievit.models.detector import DetectorConfig
 from sievit.models.inputs import InputConfig
@@ -34,13 +35,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head=MaskRCNNConfig(
             num_classes=2,
             fpn_channels=16,
-            box_fc=32,
-            mask_convs=(16,),
-            mask_deconv=16,
-            rpn_pre_nms_test=20,
-            rpn_post_nms_test=10,
-            box_min_score=0.0,
-            box_max_detections=5,
+            rpn=RPNConfig(pre_nms_test=20, post_nms_test=10),
+            box=BoxConfig(fc=32, min_score=0.0, max_detections=5),
+            mask=MaskConfig(convs=(16,), deconv=16),
         ),
         input=InputConfig(min_size=64, max_size=128),
         classes=("disc", "box"),

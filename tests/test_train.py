@@ -27,6 +27,7 @@ from sievit.engine.initial import start_from, start_vit_from
 from sievit.engine.recipe import CocoData, Recipe, ScenesConfig, TrainConfig
 from sievit.engine.train import Interrupted, train
 from sievit.heads import MaskRCNNConfig
+from sievit.heads.config import BoxConfig, MaskConfig, RoIConfig, RPNConfig
 from sievit.models.build import build, load, save
 from sievit.models.detector import Detector, DetectorConfig
 from sievit.models.inputs import InputConfig
@@ -58,14 +59,10 @@ def tiny_model() -> DetectorConfig:
         head=MaskRCNNConfig(
             num_classes=len(CLASSES),
             fpn_channels=8,
-            box_fc=16,
-            mask_convs=(8,),
-            mask_deconv=8,
-            rpn_post_nms_train=50,
-            rpn_post_nms_test=20,
-            box_batch_size=16,
-            box_max_detections=5,
-            roi_sampling_ratio=2,
+            rpn=RPNConfig(post_nms_train=50, post_nms_test=20),
+            roi=RoIConfig(sampling_ratio=2),
+            box=BoxConfig(fc=16, batch_size=16, max_detections=5),
+            mask=MaskConfig(convs=(8,), deconv=8),
         ),
         input=InputConfig(min_size=64, max_size=64),
         classes=CLASSES,
@@ -515,7 +512,7 @@ def test_sparse_training_starts_from_dense(recipe: Recipe, tmp_path: Path):
     same(gates, dict(sparse.policy.state_dict()))
     save(sparse, tmp_path / "sparse.safetensors")
     start_from(dense, tmp_path / "sparse.safetensors")  # the gates are left out
-    other = build(replace(recipe.model, head=replace(recipe.model.head, box_fc=24)))
+    other = build(replace(recipe.model, head=replace(recipe.model.head, box=BoxConfig(fc=24))))
     with pytest.raises(ConfigError, match=r"another model.*box_head"):
         start_from(other, tmp_path / "dense.safetensors")
     with pytest.raises(ConfigError, match="no such file"):

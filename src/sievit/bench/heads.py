@@ -137,7 +137,7 @@ def random_detector(model: str, pictures: Tensor, targets: tuple[float, ...], ca
     for _ in range(30):
         middle = (low + high) / 2
         scores = torch.cat([logits[:, :1] + middle, logits[:, 1:]], 1).softmax(1)
-        if (scores[:, 1:] > head.config.box_min_score).sum().item() > candidates * len(said):
+        if (scores[:, 1:] > head.config.box.min_score).sum().item() > candidates * len(said):
             low = middle
         else:
             high = middle

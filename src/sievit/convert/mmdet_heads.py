@@ -54,20 +54,19 @@ def mmdet_heads(state_dict: dict[str, Tensor], *, constants: MaskRCNNConfig | No
     scores = need(state, "roi_heads.box_predictor.cls_score.weight", source=source, ndim=2)
     masks = [k for k in state if k.startswith("roi_heads.mask_head.") and k.endswith("weight")]
     num_classes = scores.shape[0] - 1
-    values: dict[str, object] = {
-        "num_classes": num_classes,
-        "with_masks": bool(masks),
-        "fpn_channels": lateral.shape[0],
-        "box_fc": scores.shape[1],
-    }
-    if masks:
-        deconv = need(state, "roi_heads.mask_predictor.conv5_mask.weight", source=source, ndim=4)
-        values |= {
-            "mask_convs": tuple(need(state, k, source=source, ndim=4).shape[0] for k in sorted(masks)),
-            "mask_deconv": deconv.shape[1],
-        }
     base = MaskRCNNConfig(num_classes=num_classes) if constants is None else constants
-    head = MaskRCNN(replace(base, **values), in_channels=lateral.shape[1])
+    config = replace(
+        base,
+        num_classes=num_classes,
+        with_masks=bool(masks),
+        fpn_channels=lateral.shape[0],
+        box=replace(base.box, fc=scores.shape[1]),
+    )
+    if masks:
+        convs = tuple(need(state, key, source=source, ndim=4).shape[0] for key in sorted(masks))
+        deconv = need(state, "roi_heads.mask_predictor.conv5_mask.weight", source=source, ndim=4)
+        config = replace(config, mask=replace(base.mask, convs=convs, deconv=deconv.shape[1]))
+    head = MaskRCNN(config, in_channels=lateral.shape[1])
     load_strictly(head, background_first(state, num_classes), source=source)
     return head.eval()
 

@@ -1,6 +1,9 @@
-"""The constants of Mask R-CNN. Defaults are the SViT paper's; `torchvision_config` has torchvision's."""
+"""The constants of Mask R-CNN. Defaults are the SViT paper's; `torchvision_config` has torchvision's.
 
-from dataclasses import dataclass
+Lengths are pixels of the network's input, boxes are xyxy.
+"""
+
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sievit.config import ConfigError
@@ -10,111 +13,197 @@ Weights = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnchorConfig:
+    """The boxes that proposals start from.
+
+    Attributes:
+        sizes: square root of their areas, per level (four maps and their pooled fifth).
+        ratios: height / width.
+        strides: per level; None takes the padded image's size over the map's, as torchvision does, which is not a power
+            of two on the last level of some sizes.
+        rounded: round their corners to whole pixels (torchvision does).
+    """
+
+    sizes: tuple[tuple[float, ...], ...] = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
+    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    strides: tuple[int, ...] | None = (4, 8, 16, 32, 64)
+    rounded: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) != 5:
+            raise ConfigError(f"anchors.sizes has {len(self.sizes)} levels; give one tuple per map, 5")
+        if len({len(sizes) for sizes in self.sizes}) != 1:
+            raise ConfigError("anchors.sizes must hold the same number of sizes on every level: they share one head")
+        if self.strides is not None and len(self.strides) != 5:
+            raise ConfigError(f"anchors.strides has {len(self.strides)} levels; give 5, or None to infer them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What the two stages share that score boxes and refine them.
+
+    Attributes:
+        fg_iou, bg_iou: overlap with an object from which a box is positive, and below which it is negative.
+        batch_size: boxes sampled per image for the loss.
+        positive_fraction: of them positive, at most.
+        loss: of the encoded offsets.
+        weights: multiply these (one over the standard deviations of mmdet).
+        min_score, min_size: boxes below are dropped before NMS.
+        nms_iou: of two boxes that overlap more, the one with the lower score is dropped.
+    """
+
+    fg_iou: float
+    bg_iou: float
+    batch_size: int
+    positive_fraction: float
+    loss: BoxLoss = "l1"
+    weights: Weights
+    min_score: float
+    min_size: float
+    nms_iou: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RPNConfig(StageConfig):
+    """Region proposals.
+
+    Attributes:
+        convs: 3x3 convolutions before the predictions.
+        low_quality_iou: an object's best anchors are positive when they overlap it this much (torchvision: 0).
+        pre_nms_train, pre_nms_test: proposals per level before NMS.
+        post_nms_train, post_nms_test: proposals per image after it.
+    """
+
+    convs: int = 1
+    fg_iou: float = 0.7
+    bg_iou: float = 0.3
+    low_quality_iou: float = 0.3
+    batch_size: int = 256
+    positive_fraction: float = 0.5
+    weights: Weights = (1.0, 1.0, 1.0, 1.0)
+    pre_nms_train: int = 2000
+    pre_nms_test: int = 1000
+    post_nms_train: int = 1000
+    post_nms_test: int = 1000
+    min_score: float = 0.0
+    min_size: float = 1e-3
+    nms_iou: float = 0.7
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoIConfig:
+    """How boxes are pooled from the maps.
+
+    Attributes:
+        aligned: RoIAlign with the half-pixel correction, for the targets of the mask branch too.
+        sampling_ratio: samples per bin and axis; 0 takes as many as the bin has feature pixels.
+        finest_size: boxes of up to twice this size are pooled from the finest map.
+        level_rule: "inside": floor(log2(s / finest + 1e-6)), mmdet; "outside": floor(log2(s / finest) + 1e-6),
+            torchvision.
+    """
+
+    aligned: bool = True
+    sampling_ratio: int = 0
+    finest_size: float = 56.0
+    level_rule: Literal["inside", "outside"] = "inside"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxConfig(StageConfig):
+    """The box branch.
+
+    Attributes:
+        pool: cells per side of a pooled box.
+        fc: width of the two fully connected layers.
+        max_detections: per image.
+    """
+
+    pool: int = 7
+    fc: int = 1024
+    fg_iou: float = 0.5
+    bg_iou: float = 0.5
+    batch_size: int = 512
+    positive_fraction: float = 0.25
+    weights: Weights = (10.0, 10.0, 5.0, 5.0)
+    min_score: float = 0.05
+    min_size: float = 1e-2
+    nms_iou: float = 0.5
+    max_detections: int = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """The mask branch.
+
+    Attributes:
+        pool: cells per side of a pooled box; a mask has twice as many.
+        convs: widths of the convolutions.
+        deconv: width of the layer that doubles the resolution.
+        targets: "binary": cut at 0.5; "soft": the mean coverage of each cell.
+        paste: "aligned": each pixel's centre is looked up in the mask; "torchvision": the mask is resized to whole
+            pixels.
+        threshold: probability from which a pixel belongs to the object.
+    """
+
+    pool: int = 14
+    convs: tuple[int, ...] = (256, 256, 256, 256)
+    deconv: int = 256
+    targets: Literal["binary", "soft"] = "binary"
+    paste: Literal["aligned", "torchvision"] = "aligned"
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.convs:
+            raise ConfigError("mask.convs is empty; give one width per layer, or with_masks=False")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MaskRCNNConfig:
-    """Everything that Mask R-CNN can be told. Lengths are pixels of the network's input, boxes are xyxy.
+    """Mask R-CNN with a feature pyramid.
 
     Attributes:
         num_classes: foreground classes; labels are 1..num_classes, 0 is the background.
         with_masks: build the mask branch; False trains on boxes alone.
-        fpn_channels, box_fc, mask_convs, mask_deconv, rpn_convs: widths and depths.
-        anchor_sizes: square root of the anchors' areas, per level (four maps and their pooled fifth).
-        anchor_ratios: height / width.
-        anchor_strides: per level; None takes the padded image's size over the map's, as torchvision does, which is not
-            a power of two on the last level of some sizes.
-        round_anchors: round the anchors' corners to whole pixels (torchvision does).
-        rpn_low_quality_iou: an object's best anchors are positive when they overlap it this much (torchvision: 0).
-        rpn_box_weights, box_weights: multiply the encoded box offsets (one over the standard deviations of mmdet).
-        *_box_loss: with `smooth_l1_beta` where smooth. *_batch_size: anchors or boxes sampled per image.
-        rpn_pre_nms_*: proposals per level before NMS; rpn_post_nms_*: per image after it.
-        rpn_min_score, rpn_min_size, box_min_size: candidates below are dropped before NMS.
-        roi_aligned: RoIAlign with the half-pixel correction, for the targets of the mask branch too.
-        roi_sampling_ratio: samples per bin and axis; 0 takes as many as the bin has feature pixels.
-        roi_finest_size: boxes of up to twice this size are pooled from the finest map.
-        roi_level_rule: "inside": floor(log2(s / finest + 1e-6)), mmdet; "outside": floor(log2(s / finest) + 1e-6),
-            torchvision.
-        mask_targets: "binary": cut at 0.5; "soft": the mean coverage of each cell.
-        mask_paste: "aligned": each pixel's centre is looked up in the mask; "torchvision": the mask is resized to whole
-            pixels.
-        mask_threshold: probability from which a pixel belongs to the object.
+        fpn_channels: width of the pyramid's maps.
+        smooth_l1_beta: of the losses that are "smooth_l1".
     """
 
     num_classes: int
     with_masks: bool = True
     fpn_channels: int = 256
-    box_fc: int = 1024
-    mask_convs: tuple[int, ...] = (256, 256, 256, 256)
-    mask_deconv: int = 256
     smooth_l1_beta: float = 1 / 9
-
-    anchor_sizes: tuple[tuple[float, ...], ...] = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
-    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    anchor_strides: tuple[int, ...] | None = (4, 8, 16, 32, 64)
-    round_anchors: bool = False
-
-    rpn_convs: int = 1
-    rpn_fg_iou: float = 0.7
-    rpn_bg_iou: float = 0.3
-    rpn_low_quality_iou: float = 0.3
-    rpn_batch_size: int = 256
-    rpn_positive_fraction: float = 0.5
-    rpn_box_loss: BoxLoss = "l1"
-    rpn_box_weights: Weights = (1.0, 1.0, 1.0, 1.0)
-    rpn_pre_nms_train: int = 2000
-    rpn_pre_nms_test: int = 1000
-    rpn_post_nms_train: int = 1000
-    rpn_post_nms_test: int = 1000
-    rpn_nms_iou: float = 0.7
-    rpn_min_score: float = 0.0
-    rpn_min_size: float = 1e-3
-
-    roi_aligned: bool = True
-    roi_sampling_ratio: int = 0
-    roi_finest_size: float = 56.0
-    roi_level_rule: Literal["inside", "outside"] = "inside"
-
-    box_pool: int = 7
-    box_fg_iou: float = 0.5
-    box_bg_iou: float = 0.5
-    box_batch_size: int = 512
-    box_positive_fraction: float = 0.25
-    box_loss: BoxLoss = "l1"
-    box_weights: Weights = (10.0, 10.0, 5.0, 5.0)
-    box_min_score: float = 0.05
-    box_min_size: float = 1e-2
-    box_nms_iou: float = 0.5
-    box_max_detections: int = 100
-
-    mask_pool: int = 14
-    mask_targets: Literal["binary", "soft"] = "binary"
-    mask_paste: Literal["aligned", "torchvision"] = "aligned"
-    mask_threshold: float = 0.5
+    anchors: AnchorConfig = field(default_factory=AnchorConfig)
+    rpn: RPNConfig = field(default_factory=RPNConfig)
+    roi: RoIConfig = field(default_factory=RoIConfig)
+    box: BoxConfig = field(default_factory=BoxConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
 
     def __post_init__(self) -> None:
         if self.num_classes < 1:
             raise ConfigError(f"num_classes is {self.num_classes}; a detector needs at least one class")
-        if len(self.anchor_sizes) != 5:
-            raise ConfigError(f"anchor_sizes has {len(self.anchor_sizes)} levels; give one tuple per map, 5")
-        if len({len(sizes) for sizes in self.anchor_sizes}) != 1:
-            raise ConfigError("anchor_sizes must hold the same number of sizes on every level: they share one head")
-        if self.anchor_strides is not None and len(self.anchor_strides) != 5:
-            raise ConfigError(f"anchor_strides has {len(self.anchor_strides)} levels; give 5, or None to infer them")
-        if self.with_masks and not self.mask_convs:
-            raise ConfigError("mask_convs is empty; give one width per layer, or with_masks=False")
+
+    @classmethod
+    def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """JSON of the time when all fields stood in one list: `rpn_nms_iou` is `rpn.nms_iou` now."""
+        groups = {"anchor": "anchors", "rpn": "rpn", "roi": "roi", "box": "box", "mask": "mask"}
+        new: dict[str, Any] = {}
+        for name, value in data.items():
+            group, _, rest = ("anchor_rounded" if name == "round_anchors" else name).partition("_")
+            if rest and group in groups:
+                new.setdefault(groups[group], {})[rest.removeprefix("box_")] = value
+            else:
+                new[name] = value
+        return new
 
 
-def torchvision_config(*, num_classes: int, **changes: Any) -> MaskRCNNConfig:
-    """The constants of `torchvision.models.detection.MaskRCNN`, with `changes` on top."""
-    values: dict[str, Any] = {
-        "anchor_strides": None,
-        "round_anchors": True,
-        "rpn_low_quality_iou": 0.0,
-        "rpn_box_loss": "smooth_l1",
-        "rpn_post_nms_train": 2000,
-        "roi_aligned": False,
-        "roi_sampling_ratio": 2,
-        "roi_level_rule": "outside",
-        "box_loss": "smooth_l1",
-        "mask_targets": "soft",
-        "mask_paste": "torchvision",
-    }
-    return MaskRCNNConfig(num_classes=num_classes, **{**values, **changes})
+def torchvision_config(*, num_classes: int, with_masks: bool = True) -> MaskRCNNConfig:
+    """The constants of `torchvision.models.detection.MaskRCNN`."""
+    return MaskRCNNConfig(
+        num_classes=num_classes,
+        with_masks=with_masks,
+        anchors=AnchorConfig(strides=None, rounded=True),
+        rpn=RPNConfig(low_quality_iou=0.0, loss="smooth_l1", post_nms_train=2000),
+        roi=RoIConfig(aligned=False, sampling_ratio=2, level_rule="outside"),
+        box=BoxConfig(loss="smooth_l1"),
+        mask=MaskConfig(targets="soft", paste="torchvision"),
+    )

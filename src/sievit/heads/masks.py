@@ -46,17 +46,17 @@ def paste_masks(probs: Tensor, boxes: Tensor, size: tuple[int, int], config: Mas
         probs: (n, 1, m, m) probabilities inside `boxes` (n, 4), in pixels of the image.
         size: (h, w).
     """
-    if config.mask_paste == "torchvision":
+    if config.mask.paste == "torchvision":
         if len(boxes) == 0:
             return torch.zeros(0, 1, *size, dtype=torch.bool, device=boxes.device)
-        return paste_masks_in_image(probs, boxes, size) >= config.mask_threshold
+        return paste_masks_in_image(probs, boxes, size) >= config.mask.threshold
     out = torch.zeros(len(boxes), 1, *size, dtype=torch.bool, device=boxes.device)
     with torch.autocast(boxes.device.type, enabled=False):
         for mask, prob, box in zip(out, probs.float(), boxes.tolist(), strict=True):
             columns, left = _lookup(box[0], box[2], prob.shape[-1], size[1], prob)
             rows, top = _lookup(box[1], box[3], prob.shape[-2], size[0], prob)
             pasted = rows @ prob[0] @ columns.T
-            mask[0, top : top + len(rows), left : left + len(columns)] = pasted >= config.mask_threshold
+            mask[0, top : top + len(rows), left : left + len(columns)] = pasted >= config.mask.threshold
     return out
 
 

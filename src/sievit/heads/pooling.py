@@ -20,8 +20,8 @@ from sievit.heads.config import MaskRCNNConfig
 def box_levels(boxes: Tensor, config: MaskRCNNConfig, num_levels: int) -> Tensor:
     """(r,) int: the map that each box (r, 4) is pooled from, larger boxes from coarser maps."""
     size = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
-    relative = size / config.roi_finest_size
-    level = (relative + 1e-6).log2() if config.roi_level_rule == "inside" else relative.log2() + 1e-6
+    relative = size / config.roi.finest_size
+    level = (relative + 1e-6).log2() if config.roi.level_rule == "inside" else relative.log2() + 1e-6
     return level.floor().clamp(0, num_levels - 1).long()
 
 
@@ -43,7 +43,7 @@ def pool_boxes(
     levels = box_levels(flat, config, len(features))
     scales = [feature.shape[-2] / image_size[0] for feature in features]
     pool = pool_by_bags if flat.device.type == "cpu" else pool_by_kernel
-    ratio, aligned = config.roi_sampling_ratio, config.roi_aligned
+    ratio, aligned = config.roi.sampling_ratio, config.roi.aligned
     return pool(features, flat, images, levels, scales, size, sampling_ratio=ratio, aligned=aligned)
 
 

@@ -40,11 +40,11 @@ class RoIHeads(nn.Module):
         super().__init__()
         self.config = config
         channels, num_outputs = config.fpn_channels, config.num_classes + 1
-        self.box_head = TwoMLPHead(channels * config.box_pool**2, config.box_fc)
-        self.box_predictor = FastRCNNPredictor(config.box_fc, num_outputs)
+        self.box_head = TwoMLPHead(channels * config.box.pool**2, config.box.fc)
+        self.box_predictor = FastRCNNPredictor(config.box.fc, num_outputs)
         if config.with_masks:
-            self.mask_head = MaskRCNNHeads(channels, config.mask_convs, 1)
-            self.mask_predictor = MaskRCNNPredictor(config.mask_convs[-1], config.mask_deconv, num_outputs)
+            self.mask_head = MaskRCNNHeads(channels, config.mask.convs, 1)
+            self.mask_predictor = MaskRCNNPredictor(config.mask.convs[-1], config.mask.deconv, num_outputs)
 
     def forward(
         self,
@@ -72,13 +72,13 @@ class RoIHeads(nn.Module):
         self, features: list[Tensor], boxes: list[Tensor], image_size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """Class logits (r, k) and box offsets (r, k, 4) of boxes given per image, float32."""
-        pooled = pool_boxes(features, boxes, image_size, self.config.box_pool, self.config)
+        pooled = pool_boxes(features, boxes, image_size, self.config.box.pool, self.config)
         logits, offsets = self.box_predictor(self.box_head(pooled))
         return logits.float(), offsets.float().unflatten(1, (-1, 4))
 
     def mask_branch(self, features: list[Tensor], boxes: list[Tensor], image_size: tuple[int, int]) -> Tensor:
         """Mask logits (r, k, m, m) of boxes given per image, float32."""
-        pooled = pool_boxes(features, boxes, image_size, self.config.mask_pool, self.config)
+        pooled = pool_boxes(features, boxes, image_size, self.config.mask.pool, self.config)
         pooled = pooled.contiguous(memory_format=torch.channels_last)
         return self.mask_predictor(self.mask_head(pooled)).float()
 
@@ -87,18 +87,18 @@ class RoIHeads(nn.Module):
         self, logits: Tensor, offsets: Tensor, proposals: list[Tensor], sizes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
         """Per image `boxes` (d, 4), `labels` (d,), `scores` (d,): clipped, NMS within each class, best first."""
-        config, counts = self.config, [len(p) for p in proposals]
+        config, counts = self.config.box, [len(p) for p in proposals]
         batch = zip(logits.softmax(1).split(counts), offsets.split(counts), proposals, sizes, strict=True)
         detections = []
         for probs, offset, proposal, size in batch:
-            row, label = torch.where(probs[:, 1:] > config.box_min_score)
+            row, label = torch.where(probs[:, 1:] > config.min_score)
             label = label + 1
             scores = probs[row, label]
-            boxes = box_ops.decode(offset[row, label], proposal[row], config.box_weights)
+            boxes = box_ops.decode(offset[row, label], proposal[row], config.weights)
             boxes = clip_boxes_to_image(boxes, size)
-            keep = remove_small_boxes(boxes, config.box_min_size)
+            keep = remove_small_boxes(boxes, config.min_size)
             boxes, label, scores = boxes[keep], label[keep], scores[keep]
-            keep = batched_nms(boxes, scores, label, config.box_nms_iou)[: config.box_max_detections]
+            keep = batched_nms(boxes, scores, label, config.nms_iou)[: config.max_detections]
             detections.append({"boxes": boxes[keep], "labels": label[keep], "scores": scores[keep]})
         return detections
 
@@ -120,7 +120,7 @@ class RoIHeads(nn.Module):
         predicted = offsets[positive, labels[positive]]
         losses = {
             "loss_classifier": F.cross_entropy(logits, labels, reduction="sum") / count,
-            "loss_box_reg": box_ops.box_loss(predicted, goals, config.box_loss, config.smooth_l1_beta) / count,
+            "loss_box_reg": box_ops.box_loss(predicted, goals, config.box.loss, config.smooth_l1_beta) / count,
         }
         if config.with_masks:
             losses["loss_mask"] = self.mask_loss(features, image_size, sampled, targets)
@@ -129,20 +129,18 @@ class RoIHeads(nn.Module):
     @torch.no_grad()
     def sample(self, proposals: Tensor, target: dict[str, Tensor]) -> Sampled:
         """Choose among the proposals (n, 4) and the objects of one image."""
-        config, objects = self.config, target["boxes"].float().view(-1, 4)
+        config, objects = self.config.box, target["boxes"].float().view(-1, 4)
         boxes = torch.cat([proposals, objects])
-        matched, kind = box_ops.match(
-            objects, boxes, fg_iou=config.box_fg_iou, bg_iou=config.box_bg_iou, low_quality_iou=None
-        )
+        matched, kind = box_ops.match(objects, boxes, fg_iou=config.fg_iou, bg_iou=config.bg_iou, low_quality_iou=None)
         positive, negative = box_ops.sample(
-            kind, batch_size=config.box_batch_size, positive_fraction=config.box_positive_fraction
+            kind, batch_size=config.batch_size, positive_fraction=config.positive_fraction
         )
         chosen = torch.cat([positive, negative]).sort().values
         boxes, matched, kind = boxes[chosen], matched[chosen], kind[chosen]
         if len(objects) == 0:
             return Sampled(boxes=boxes, labels=kind, matched=matched, offsets=torch.zeros_like(boxes))
         labels = torch.where(kind > 0, target["labels"][matched], 0)
-        offsets = box_ops.encode(objects[matched], boxes, config.box_weights)
+        offsets = box_ops.encode(objects[matched], boxes, config.weights)
         return Sampled(boxes=boxes, labels=labels, matched=matched, offsets=offsets)
 
     def mask_loss(
@@ -160,14 +158,14 @@ class RoIHeads(nn.Module):
         logits = self.mask_branch(features, boxes, image_size)  # (r, k, m, m)
         count = box_ops.normaliser(len(labels) * logits.shape[-1] ** 2, like=logits)
         goals = [
-            crop_masks(target["masks"], s.matched[p], box, logits.shape[-1], aligned=config.roi_aligned)
+            crop_masks(target["masks"], s.matched[p], box, logits.shape[-1], aligned=config.roi.aligned)
             for target, s, p, box in zip(targets, sampled, positives, boxes, strict=True)
             if len(p)
         ]
         if not goals:
             return logits.sum() * 0
         goal = torch.cat(goals)
-        if config.mask_targets == "binary":
+        if config.mask.targets == "binary":
             goal = (goal >= 0.5).to(goal.dtype)
         logits = logits[torch.arange(len(labels), device=labels.device), labels]
         return F.binary_cross_entropy_with_logits(logits, goal, reduction="sum") / count

@@ -30,8 +30,8 @@ class RegionProposals(nn.Module):
     def __init__(self, config: MaskRCNNConfig) -> None:
         super().__init__()
         self.config = config
-        num_anchors = len(config.anchor_sizes[0]) * len(config.anchor_ratios)
-        self.head = RPNHead(config.fpn_channels, num_anchors, conv_depth=config.rpn_convs)
+        num_anchors = len(config.anchors.sizes[0]) * len(config.anchors.ratios)
+        self.head = RPNHead(config.fpn_channels, num_anchors, conv_depth=config.rpn.convs)
 
     def forward(
         self,
@@ -64,11 +64,11 @@ class RegionProposals(nn.Module):
         """Per level (h*w*a, 4) float32: row-major over the places, then the base anchors."""
         config, anchors = self.config, []
         for level, (height, width) in enumerate(grids):
-            base = base_anchors(config.anchor_sizes[level], config.anchor_ratios, rounded=config.round_anchors)
-            if config.anchor_strides is None:
+            base = base_anchors(config.anchors.sizes[level], config.anchors.ratios, rounded=config.anchors.rounded)
+            if config.anchors.strides is None:
                 stride_y, stride_x = image_size[0] // height, image_size[1] // width
             else:
-                stride_y = stride_x = config.anchor_strides[level]
+                stride_y = stride_x = config.anchors.strides[level]
             y = torch.arange(height, device=device, dtype=torch.float32) * stride_y
             x = torch.arange(width, device=device, dtype=torch.float32) * stride_x
             y, x = torch.meshgrid(y, x, indexing="ij")
@@ -87,39 +87,39 @@ class RegionProposals(nn.Module):
         training: bool,
     ) -> list[Tensor]:
         """The best boxes of each image after NMS within each level; arguments per level, as `forward` makes them."""
-        config = self.config
-        pre_nms = config.rpn_pre_nms_train if training else config.rpn_pre_nms_test
-        post_nms = config.rpn_post_nms_train if training else config.rpn_post_nms_test
+        config = self.config.rpn
+        pre_nms = config.pre_nms_train if training else config.pre_nms_test
+        post_nms = config.post_nms_train if training else config.post_nms_test
         boxes, scores, levels = [], [], []
         for level, (logit, offset, anchor) in enumerate(zip(logits, offsets, anchors, strict=True)):
             logit, index = logit.topk(min(pre_nms, logit.shape[1]), dim=1)  # (b, m)
             offset = offset.gather(1, index[..., None].expand(-1, -1, 4))
-            boxes.append(box_ops.decode(offset, anchor[index], config.rpn_box_weights))
+            boxes.append(box_ops.decode(offset, anchor[index], config.weights))
             scores.append(logit.sigmoid())
             levels.append(torch.full_like(index, level))
         batch = zip(torch.cat(boxes, 1), torch.cat(scores, 1), torch.cat(levels, 1), sizes, strict=True)
         proposals = []
         for box, score, level, size in batch:
             box = clip_boxes_to_image(box, size)
-            keep = remove_small_boxes(box, config.rpn_min_size)
-            keep = keep[score[keep] >= config.rpn_min_score]
+            keep = remove_small_boxes(box, config.min_size)
+            keep = keep[score[keep] >= config.min_score]
             box, score, level = box[keep], score[keep], level[keep]
-            proposals.append(box[batched_nms(box, score, level, config.rpn_nms_iou)[:post_nms]])
+            proposals.append(box[batched_nms(box, score, level, config.nms_iou)[:post_nms]])
         return proposals
 
     def losses(
         self, logits: Tensor, offsets: Tensor, anchors: Tensor, targets: list[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         """Objectness and box losses: logits (b, n), offsets (b, n, 4), anchors (n, 4)."""
-        config = self.config
+        config = self.config.rpn
         matches = [self.assign(target["boxes"], anchors) for target in targets]
         positives, negatives, goals = [], [], []
         for i, (matched, kind) in enumerate(matches):
             positive, negative = box_ops.sample(
-                kind, batch_size=config.rpn_batch_size, positive_fraction=config.rpn_positive_fraction
+                kind, batch_size=config.batch_size, positive_fraction=config.positive_fraction
             )
             boxes = targets[i]["boxes"].float().view(-1, 4)
-            goals.append(box_ops.encode(boxes[matched[positive]], anchors[positive], config.rpn_box_weights))
+            goals.append(box_ops.encode(boxes[matched[positive]], anchors[positive], config.weights))
             positives.append(positive + i * len(anchors))
             negatives.append(negative + i * len(anchors))
         positive, negative = torch.cat(positives), torch.cat(negatives)
@@ -128,16 +128,16 @@ class RegionProposals(nn.Module):
         count = box_ops.normaliser(len(chosen), like=chosen)
         objectness = F.binary_cross_entropy_with_logits(chosen, wanted, reduction="sum")
         predicted = offsets.reshape(-1, 4)[positive]
-        regression = box_ops.box_loss(predicted, torch.cat(goals), config.rpn_box_loss, config.smooth_l1_beta)
+        regression = box_ops.box_loss(predicted, torch.cat(goals), config.loss, self.config.smooth_l1_beta)
         return {"loss_objectness": objectness / count, "loss_rpn_box_reg": regression / count}
 
     def assign(self, boxes: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Which object (n,) each anchor should find, and whether it is positive 1, negative 0 or neither -1."""
-        config = self.config
+        config = self.config.rpn
         return box_ops.match(
             boxes.float(),
             anchors,
-            fg_iou=config.rpn_fg_iou,
-            bg_iou=config.rpn_bg_iou,
-            low_quality_iou=config.rpn_low_quality_iou,
+            fg_iou=config.fg_iou,
+            bg_iou=config.bg_iou,
+            low_quality_iou=config.low_quality_iou,
         )

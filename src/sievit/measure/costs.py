@@ -86,7 +86,7 @@ def everyone(model: Model, size: Size) -> Segmentation | Output:
     trace = Trace(grid, valid, (valid,) * depth, (valid,) * depth, prefix, notes)
     if isinstance(model, Segmenter):
         return Segmentation([], {}, trace, (0,), ((0, 0, *size),), [size], (grid[0] * stride, grid[1] * stride))
-    detections = [{"boxes": torch.zeros(model.config.head.box_max_detections, 4)}]
+    detections = [{"boxes": torch.zeros(model.config.head.box.max_detections, 4)}]
     return Output(detections, {}, trace, [size], size)
 
 

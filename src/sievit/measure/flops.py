@@ -318,7 +318,7 @@ def _head(head: MaskRCNN, size: tuple[int, int], detections: int) -> dict[str, f
     return {
         "fpn": known["fpn", *size],
         "rpn": known["rpn", *size],
-        "box": head.config.rpn_post_nms_test * _per_box(head, "box"),
+        "box": head.config.rpn.post_nms_test * _per_box(head, "box"),
         "mask": detections * _per_box(head, "mask"),
     }
 
@@ -330,13 +330,13 @@ def _per_box(head: MaskRCNN, branch: str) -> float:
         config, heads = head.config, head.roi_heads
         total = 0.0
         if branch == "box":
-            pooled = torch.empty(1, config.fpn_channels, config.box_pool, config.box_pool, device="meta")
+            pooled = torch.empty(1, config.fpn_channels, config.box.pool, config.box.pool, device="meta")
             total = _count(heads.box_head, pooled)
-            total += _count(heads.box_predictor, torch.empty(1, config.box_fc, device="meta"))
+            total += _count(heads.box_predictor, torch.empty(1, config.box.fc, device="meta"))
         elif config.with_masks:
-            pooled = torch.empty(1, config.fpn_channels, config.mask_pool, config.mask_pool, device="meta")
+            pooled = torch.empty(1, config.fpn_channels, config.mask.pool, config.mask.pool, device="meta")
             total = _count(heads.mask_head, pooled)
-            features = torch.empty(1, config.mask_convs[-1], config.mask_pool, config.mask_pool, device="meta")
+            features = torch.empty(1, config.mask.convs[-1], config.mask.pool, config.mask.pool, device="meta")
             total += _count(heads.mask_predictor, features)
         known[(branch,)] = total
     return known[(branch,)]

@@ -10,6 +10,7 @@ from sievit.data.semantic import SemanticAugmentConfig
 from sievit.data.transforms import AugmentConfig
 from sievit.engine.recipe import CocoData, LabelsData, Recipe, TrainConfig
 from sievit.heads import ATMConfig, MaskRCNNConfig
+from sievit.heads.config import AnchorConfig, BoxConfig, MaskConfig, RoIConfig, RPNConfig
 from sievit.models.detector import DetectorConfig
 from sievit.models.inputs import InputConfig
 from sievit.models.segmenter import SegmenterConfig
@@ -80,17 +81,11 @@ DETECTOR = DetectorConfig(
     head=MaskRCNNConfig(
         num_classes=1,
         fpn_channels=96,
-        box_fc=256,
-        mask_convs=(96, 96, 96, 96),
-        mask_deconv=96,
-        anchor_sizes=((16.0,), (32.0,), (64.0,), (128.0,), (256.0,)),
-        roi_sampling_ratio=2,
-        rpn_pre_nms_train=1000,
-        rpn_pre_nms_test=500,
-        rpn_post_nms_train=500,
-        rpn_post_nms_test=300,
-        box_batch_size=96,
-        box_max_detections=200,
+        anchors=AnchorConfig(sizes=((16.0,), (32.0,), (64.0,), (128.0,), (256.0,))),
+        rpn=RPNConfig(pre_nms_train=1000, pre_nms_test=500, post_nms_train=500, post_nms_test=300),
+        roi=RoIConfig(sampling_ratio=2),
+        box=BoxConfig(fc=256, batch_size=96, max_detections=200),
+        mask=MaskConfig(convs=(96, 96, 96, 96), deconv=96),
     ),
     input=InputConfig(min_size=416, max_size=832),
     classes=("nucleus",),

@@ -29,9 +29,10 @@ LABELS = LabelsData(
     scenes=BOXES.scenes,
     augment=SemanticAugmentConfig(flip=0.5, scales=(256, 320, 384, 448), crop=(192, 192), cat_max_ratio=0.97),
 )
+HEAD = nuclei.DETECTOR.head
 DETECTOR = replace(
     nuclei.DETECTOR,
-    head=replace(nuclei.DETECTOR.head, num_classes=len(CLASSES), box_max_detections=100),
+    head=replace(HEAD, num_classes=len(CLASSES), box=replace(HEAD.box, max_detections=100)),
     input=InputConfig(min_size=512, max_size=1024),
     classes=CLASSES,
     category_ids=tuple(range(1, len(CLASSES) + 1)),

@@ -24,8 +24,10 @@ Kind = Literal["svit", "vit_adapter"]
 RECIPES = {192: "coco_{}_adapter_t", 384: "coco_{}_adapter_s"}
 """By width of the ViT; the braces are `svit` or `vit`."""
 
-LIMITS: dict[str, Any] = {"rpn_min_size": 1e-6, "box_min_size": 0.0}
-"""mmdet drops proposals without any area, and detections for no size at all."""
+
+def release_limits(head: MaskRCNNConfig) -> MaskRCNNConfig:
+    """mmdet drops proposals without any area, and detections for no size at all."""
+    return replace(head, rpn=replace(head.rpn, min_size=1e-6), box=replace(head.box, min_size=0.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ def assemble(
         backbone = svit_backbone(state, sample=sample, **attention)
     else:
         backbone = vit_adapter_backbone(state, **attention)
-    head = mmdet_heads(state, constants=replace(base.head, **LIMITS) if constants is None else constants)
+    head = mmdet_heads(state, constants=release_limits(base.head) if constants is None else constants)
     classes, ids = _classes(head.config.num_classes, checkpoint, options)
     config = replace(
         base,
