@@ -13,6 +13,7 @@ from sievit.policies.base import (
 )
 from sievit.policies.dtop import DToP, DToPConfig
 from sievit.policies.keep_all import KeepAll, KeepAllConfig
+from sievit.policies.options import PolicyOptions, chosen_policy
 from sievit.policies.random import Random, RandomConfig
 from sievit.policies.svit import SViT, SViTConfig
 from sievit.policies.top_norm import TopNorm, TopNormConfig
@@ -27,6 +28,7 @@ __all__ = [
     "Notes",
     "Policy",
     "PolicyConfig",
+    "PolicyOptions",
     "Projections",
     "Random",
     "RandomConfig",
@@ -35,6 +37,7 @@ __all__ = [
     "TopNorm",
     "TopNormConfig",
     "build_policy",
+    "chosen_policy",
     "policies",
     "policy_config",
     "register",
