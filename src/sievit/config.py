@@ -8,6 +8,7 @@ fields were renamed has a class method `upgraded`, which turns the JSON object o
 import dataclasses
 import difflib
 import json
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -48,8 +49,37 @@ def variants(base: type[T]) -> dict[str, type[T]]:
 
 
 def kind_of(config: object) -> str | None:
-    """The name that this configuration is registered under, None for a plain one."""
-    return next((kind for kind, cls in _VARIANTS.items() if cls is type(config)), None)
+    """The name that this configuration is registered under, None for a plain one.
+
+    Of a class in a user's own package that extends one of ours it is `package.module:ClassName`.
+    """
+    own = type(config)
+    for kind, cls in _VARIANTS.items():
+        if cls is own:
+            return kind
+    extends = any(dataclasses.is_dataclass(base) for base in own.__mro__[1:])
+    return f"{own.__module__}:{own.__qualname__}" if extends and not own.__module__.startswith("sievit.") else None
+
+
+def class_of(kind: str, base: type[T], *, where: str = "config") -> type[T]:
+    """The configuration that is registered as `kind`, or is called so in a module of a user's that is imported already.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    known = variants(base)
+    if kind in known:
+        return known[kind]
+    module, colon, name = kind.partition(":")
+    if not colon:
+        raise ConfigError(f"{where}: unknown kind {kind!r}{nearest(kind, known)}")
+    found = getattr(sys.modules.get(module), name, None)
+    if isinstance(found, type) and issubclass(found, base):
+        return found
+    raise ConfigError(
+        f"{where}: {kind!r} is a class of a package that is not imported; import {module} first, or name the policy's "
+        f"class, --policy {module}:ClassName"
+    )
 
 
 def to_json(config: Any) -> Any:
@@ -139,10 +169,7 @@ def _from_json_dataclass(cls: Any, data: Any, where: str) -> Any:
         raise ConfigError(f"{where}: {data!r} is not an object")
     data = dict(data)
     if "kind" in data and "kind" not in (f.name for f in dataclasses.fields(cls)):
-        kind, known = data.pop("kind"), variants(cls)
-        if kind not in known:
-            raise ConfigError(f"{where}: unknown kind {kind!r}{nearest(str(kind), known)}")
-        cls = known[kind]
+        cls = class_of(str(data.pop("kind")), cls, where=where)
     if hasattr(cls, "upgraded"):
         data = cls.upgraded(data)
     hints = typing.get_type_hints(cls)

@@ -2,82 +2,125 @@
 
 import copy
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from sievit.config import from_json, to_json
-from sievit.heads import ATMConfig, build_head
-from sievit.measure.flops import blocks_gflops
-from sievit.policies import KeepAllConfig, Policy, PolicyConfig, build_policy, policies
+from sievit.config import ConfigError, from_json, to_json
+from sievit.heads import ATMConfig, SemanticHead, build_head
+from sievit.measure.flops import traced_macs
+from sievit.policies import KeepAllConfig, Policy, PolicyConfig, build_policy, policies, policy_config
 from sievit.tokens import Tokens, Trace
 from sievit.vit import Execution, ViT, ViTConfig
 
 GRID = (5, 7)
 DEPTH = 6
-
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "svit static": {"static_shares": (0.6, 0.3, 1.0, 0.5), "multiple": 4},
-    "svit dense blocks": {"dense_blocks": (3, 5)},
-    "svit threshold": {"threshold": 0.1},
-    "svit budgets": {"budgets": (0.5, 1.5), "budget": 0.7},
-    "dtop static": {"static_left": (0.4, 0.6), "multiple": 2},
-    "dtop static rejoin": {"static_left": (0.0, 0.5), "rejoin": True},
-    "dtop preserve": {"preserve": True},
-    "dtop rejoin": {"rejoin": True},
-    "dtop entropy": {"grade": "entropy", "thresholds": (0.2,)},
-    "dtop margin": {"grade": "margin", "thresholds": (0.2,)},
+WITHOUT_BLOCKS = {
+    "first_block": 2,
+    "shares": (0.6, 0.4),
+    "targets": (0.6, 0.4),
+    "thresholds": (0.5,),
+    "keep_per_class": 1,
 }
-"""Options of a policy that change which tokens take part or what they see."""
+"""Settings that leave tokens out on the tiny backbone, of the policies that have them."""
+OUTSIDE = ("outside.merging:Merging", "outside.fused:Fused")
+"""Policies of a user's own package."""
+CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "svit": {
+        "reactivate": (True, False),
+        "preserve": (True, False),
+        "sample": (False, True),
+        "static_shares": (None, (0.6, 0.3, 1.0, 0.5)),
+        "dense_blocks": ((), (3, 5)),
+        "threshold": (0.0, 0.1),
+        "per_sample": (False, True),
+        "budgets": (None, (0.5, 1.5)),
+    },
+    "dtop": {
+        "static_left": (None, (0.4, 0.6), (0.0, 0.5)),
+        "rejoin": (False, True),
+        "preserve": (False, True),
+        "grade": ("max", "margin", "entropy"),
+        "keep_per_class": (1, 0),
+    },
+    "outside.fused:Fused": {"blocks": ((2, 4), (0, 1, 2), (5,)), "share": (0.7, 1.0)},
+    "outside.merging:Merging": {"share": (0.1, 0.0)},
+}
+"""Values of the options that change which tokens take part, their values, or what they see."""
 
 
-def configured(name: str) -> PolicyConfig:
+def configured(name: str, **options: Any) -> PolicyConfig:
     """The policy with settings that leave tokens out on the tiny backbone."""
-    cls = policies()[name.split()[0]]
-    names = {field.name for field in dataclasses.fields(cls)}
-    wanted = {"first_block": 2, "shares": (0.6, 0.4), "targets": (0.6, 0.4), "thresholds": (0.5,), "keep_per_class": 1}
-    wanted |= OPTIONS.get(name, {})
-    return cls(**{key: value for key, value in wanted.items() if key in names})
+    config = policy_config(name)
+    fields = {field.name for field in dataclasses.fields(config)}
+    wanted = {**WITHOUT_BLOCKS, "blocks": (2, 4), "share": 0.6 if "fused" in name else 0.1, **options}
+    return dataclasses.replace(config, **{key: value for key, value in wanted.items() if key in fields})
 
 
-def built(name: str, vit: ViT) -> Policy:
-    """The policy, with heads behind some blocks and the backbone's attention for those that ask."""
+def allowed() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every combination of options that a policy's configuration allows."""
+    for name, choices in CHOICES.items():
+        for values in itertools.product(*choices.values()):
+            options = dict(zip(choices, values, strict=True))
+            try:
+                built(name, backbone(), **options)
+            except ConfigError:
+                continue
+            yield name, options
+
+
+def backbone(class_token: bool = True) -> ViT:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vit = ViT(ViTConfig(grid=GRID, patch_size=4, embed_dim=24, depth=DEPTH, num_heads=3, class_token=class_token))
+        for parameter in vit.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return vit.eval()
+
+
+def heads() -> dict[int, SemanticHead]:
+    """Heads behind some blocks, whose scores spread over 0 to 1."""
+    config = ATMConfig(channels=16, num_heads=2, num_layers=2)
+    found = {
+        block: build_head(config, embed_dim=24, num_classes=4).eval().requires_grad_(False)
+        for block in (1, 3, DEPTH - 1)
+    }
+    for head in found.values():
+        for key, parameter in head.named_parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=(3 if "cross_attn.q" in key else 1) * parameter.shape[1] ** -0.5)
+            elif key == "class_embed.bias":
+                parameter.data[0] += 2
+    return found
+
+
+def built(name: str, vit: ViT, **options: Any) -> Policy:
+    """The policy, with what it may need of a model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
-        config = ATMConfig(channels=16, num_heads=2, num_layers=2)
-        heads = {block: build_head(config, embed_dim=24, num_classes=4).eval() for block in (1, 3, DEPTH - 1)}
-        for head in heads.values():
-            for key, parameter in head.named_parameters():  # so that scores spread over 0 to 1
-                if parameter.ndim == 2:
-                    torch.nn.init.normal_(
-                        parameter, std=(3 if "cross_attn.q" in key else 1) * parameter.shape[1] ** -0.5
-                    )
-                elif key == "class_embed.bias":
-                    parameter.data[0] += 2
-    return build_policy(configured(name), embed_dim=24, depth=DEPTH, heads=heads, project=vit.project)
+        behind = heads()
+        torch.manual_seed(1)
+        return vit.build_policy(configured(name, **options), heads=behind).eval()
 
 
-@pytest.fixture(params=sorted([*policies(), *OPTIONS]))
+@pytest.fixture(params=sorted([*policies(), *OUTSIDE]))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture
 def vit() -> ViT:
-    torch.manual_seed(0)
-    vit = ViT(ViTConfig(grid=GRID, patch_size=4, embed_dim=24, depth=DEPTH, num_heads=3, class_token=True))
-    for parameter in vit.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return vit.eval()
+    return backbone()
 
 
 @pytest.fixture
 def policy(name: str, vit: ViT) -> Policy:
-    torch.manual_seed(1)
-    return built(name, vit).eval()
+    return built(name, vit)
 
 
 @pytest.fixture
@@ -96,18 +139,25 @@ def dense() -> Policy:
 
 
 class Forced(Policy):
-    """A policy whose choice is replaced; everything else is its own."""
+    """A policy whose choice is replaced; what it computes and remembers is its own."""
 
     def __init__(self, policy: Policy, keep: bool) -> None:
         super().__init__()
         self.policy, self.keep = policy, keep
+        self.decides_at, self.decides_inside, self.after_blocks = (
+            policy.decides_at,
+            policy.decides_inside,
+            policy.after_blocks,
+        )
 
-    def decides_at(self, index: int) -> bool:
-        return self.policy.decides_at(index)
+    def _forced(self, tokens: Tokens) -> Tokens:
+        return tokens.select(torch.full_like(tokens.valid_or_all(), self.keep))
 
     def before_block(self, index: int, tokens: Tokens, trace: Trace):
-        tokens, aux = self.policy.before_block(index, tokens, trace)
-        return tokens.select(torch.full_like(tokens.valid_or_all(), self.keep)), aux
+        return self._forced(tokens), self.policy.before_block(index, tokens, trace)[1]
+
+    def inside_block(self, index: int, tokens: Tokens, trace: Trace, projections: Any):
+        return self._forced(tokens), self.policy.inside_block(index, tokens, trace, projections)[1]
 
 
 def test_keeping_everything_is_the_dense_model(vit, policy, images) -> None:
@@ -127,7 +177,8 @@ def test_where_it_decides_nothing_its_last_choice_stands(vit, policy, images) ->
         if not policy.decides_at(index):
             asked += 1
             keep = [tokens.valid_or_all() if t.keep is None else t.keep for t in (tokens, chosen)]
-            assert torch.equal(*keep) and not aux and torch.equal(chosen.x, tokens.x)
+            assert torch.equal(*keep) and not aux
+            torch.testing.assert_close(chosen.x, tokens.x, atol=1e-5, rtol=1e-5)
         tokens, trace = vit.run_blocks(tokens, policy, trace, start=index, stop=index + 1)
     assert policy.decides_at(0) and (asked or policy.decides_at(1))
     torch.testing.assert_close(vit.norm(tokens.x), together.x, atol=1e-5, rtol=1e-5)
@@ -142,16 +193,49 @@ def test_keeping_nothing_leaves_grid_tokens_alone(vit, policy, images) -> None:
     assert not torch.equal(got.x[:, :1], before.x[:, :1]), "prefix tokens always take part"
 
 
-@pytest.mark.parametrize("mode", ["packed", "padded", "bucketed", "masked"])
-@pytest.mark.parametrize("attention", ["per_image", "batched"])
-def test_alone_equals_in_a_batch_in_every_mode(vit, policy, images, mode, attention) -> None:
-    reference, trace = vit(images, policy, execution=Execution(mode="masked"))
-    got, got_trace = vit(images, policy, execution=Execution(mode=mode, attention=attention))
-    assert all(torch.equal(a, b) for a, b in zip(trace.keep, got_trace.keep, strict=True))
-    torch.testing.assert_close(got.x, reference.x, atol=1e-5, rtol=1e-5)
-    for i in range(len(images)):
-        alone, _ = vit(images[i : i + 1], policy, execution=Execution(mode=mode, attention=attention))
-        torch.testing.assert_close(alone.x[0], reference.x[i], atol=1e-5, rtol=1e-5)
+EXECUTIONS = [Execution("packed"), Execution("packed", "batched"), *map(Execution, ("padded", "bucketed", "masked"))]
+
+
+def check_modes(vit: ViT, policy: Policy, images: Tensor, *, alone: bool = True) -> None:
+    """Every mode gives what `masked` gives, in a batch and alone."""
+    reference, trace = vit(images, policy, execution=Execution("masked"))
+    for execution in EXECUTIONS:
+        got, own = vit(images, policy, execution=execution)
+        assert all(torch.equal(a, b) for a, b in zip(trace.keep, own.keep, strict=True)), execution
+        assert all(torch.equal(a, b) for a, b in zip(trace.mlp, own.mlp, strict=True)), execution
+        torch.testing.assert_close(got.x, reference.x, atol=1e-5, rtol=1e-5)
+        for i in range(len(images) if alone else 0):
+            single, _ = vit(images[i : i + 1], policy, execution=execution)
+            torch.testing.assert_close(single.x[0], reference.x[i], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_alone_equals_in_a_batch_in_every_mode(name, images, class_token) -> None:
+    vit = backbone(class_token)
+    check_modes(vit, built(name, vit), images)
+
+
+COMBINATIONS = list(allowed())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), COMBINATIONS, ids=[" ".join(map(str, o.values())) for _, o in COMBINATIONS]
+)
+def test_every_combination_of_options(name, options, vit, images) -> None:
+    """Modes agree, padding is never computed, the cost is that of a real pass, and it learns."""
+    policy = built(name, vit, **options)
+    if not options.get("sample"):
+        check_modes(vit, policy, images, alone=False)
+    tokens = vit.embed(images, [(20, 28), (12, 16), (9, 28)])
+    _, trace = vit.run_blocks(tokens, policy, Trace.start(tokens))
+    assert not any((keep & ~trace.valid).any() for keep in (*trace.keep, *trace.mlp))
+    check_cost(vit, policy, images[:1])
+    policy.train()
+    with torch.enable_grad():
+        tokens, trace = vit(images, policy)
+        assert trace.tokens is not None
+        (tokens.x.square().mean() + sum(policy.loss(trace).values())).backward()
+    assert all(parameter.grad is not None for parameter in policy.parameters())
 
 
 def test_padding_changes_nothing_and_is_never_computed(vit, policy) -> None:
@@ -206,12 +290,61 @@ def test_the_input_canvas_is_not_written_to(vit, policy, images) -> None:
     assert torch.equal(tokens.x, before)
 
 
-def test_counted_cost_falls_with_the_tokens(vit, policy, images, name) -> None:
-    _, trace = vit(images, policy)
-    _, full = vit(images, dense())
-    cost, most = blocks_gflops(vit.config, trace), blocks_gflops(vit.config, full)
-    assert (cost == most).all() if name == "keep_all" else (cost < most).all()
-    assert (policy.macs(trace) >= 0).all()
+def counted(vit: ViT, policy: Policy, images: Tensor) -> tuple[float, Trace]:
+    """Multiply-adds of a real pass over the blocks, by torch's counter."""
+    tokens = vit.embed(images)
+    with FlopCounterMode(display=False) as counter:
+        _, trace = vit.run_blocks(tokens, policy, Trace.start(tokens))
+    return counter.get_total_flops() / 2, trace
+
+
+def cost(vit: ViT, policy: Policy, trace: Trace) -> float:
+    """The same from a trace: blocks, the policy's own products, and the heads that it asks."""
+    behind: dict[int, Any] = getattr(policy, "heads", {})
+    asked = [(block, behind[block]) for block in trace.asked]
+    of_heads = sum(head.macs(trace.keep[block].sum(1), trace.grid).sum().item() for block, head in asked)
+    return traced_macs(vit.config, trace).sum().item() + policy.macs(trace).sum().item() + of_heads
+
+
+def check_cost(vit: ViT, policy: Policy, images: Tensor) -> None:
+    """The cost of a trace is the count of the pass."""
+    real, trace = counted(vit, policy, images)
+    assert cost(vit, policy, trace) == pytest.approx(real, rel=1e-9)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_the_cost_is_the_count_of_a_real_pass(name, images, class_token) -> None:
+    vit = backbone(class_token)
+    policy = built(name, vit)
+    check_cost(vit, policy, images[:1])
+    below = traced_macs(vit.config, vit(images, policy)[1]) < traced_macs(vit.config, vit(images, dense())[1])
+    assert below.all() != (name == "keep_all")
+    policy = built(name, vit, thresholds=(1 - 1e-9,))  # where tokens leave, none does
+    dense_pass, trace = counted(vit, Forced(policy, keep=True), images[:1])
+    notes = tuple(policy.dense_notes(index, vit.embed(images[:1])) for index in range(DEPTH + 1))
+    assert cost(vit, policy, dataclasses.replace(trace, aux=notes)) == pytest.approx(dense_pass, rel=1e-9)
+
+
+@pytest.mark.parametrize("neck", ["adapter", "pieces"])
+def test_the_canvas_is_whole_after_every_piece_of_the_loop(name, vit, policy, images, neck) -> None:
+    """Tokens that are left out keep the value that they have, merged ones have that of their owner, and values that a
+    policy edits outside of a block are there in the next piece."""
+    tokens = vit.embed(images)
+    trace = Trace.start(tokens)
+    for start in range(0, DEPTH, 2):
+        before = tokens
+        tokens, trace = vit.run_blocks(tokens, policy, trace, start=start, stop=start + 2)
+        assert tokens.owner is None
+        owner = trace.aux[start + 1].get("owner")
+        if owner is not None:
+            torch.testing.assert_close(
+                tokens.patches, tokens.patches.gather(1, owner[..., None].expand_as(tokens.patches))
+            )
+        rested = trace.valid & ~(trace.keep[start] | trace.mlp[start] | trace.keep[start + 1] | trace.mlp[start + 1])
+        if owner is None:
+            assert torch.equal(tokens.patches[rested], before.patches[rested])
+        if neck == "adapter":  # which adds to all tokens
+            tokens = tokens.replace_patches(tokens.patches + 0.1)
 
 
 def test_builds_from_its_json(name) -> None:

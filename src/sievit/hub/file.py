@@ -106,12 +106,11 @@ def restored(
     Raises:
         ConfigError: see `read`; weights that do not fit, an unknown policy, or one that has to be trained and was not.
     """
+    wanted = policy_config(policy) if isinstance(policy, str) else policy  # imports the module of a user's policy
     config, tensors = read(path, kind=kind)
-    if policy is not None:
-        wanted = policy_config(policy) if isinstance(policy, str) else policy
-        if not (isinstance(policy, str) and kind_of(config.policy) == policy):
-            # which ran best was found out for the policy that goes
-            config = replace(config, policy=wanted, execution=Execution(precision=config.execution.precision))
+    if wanted is not None and not (isinstance(policy, str) and type(config.policy) is type(wanted)):
+        # the execution was found best for the policy that is replaced
+        config = replace(config, policy=wanted, execution=Execution(precision=config.execution.precision))
     if not compile:
         config = replace(config, execution=replace(config.execution, compiled=False))
     model = build(config)

@@ -18,7 +18,7 @@ from sievit.models.build import Model, build
 from sievit.models.detector import Output
 from sievit.models.inputs import ModelConfig, Size
 from sievit.models.segmenter import Segmentation, Segmenter, SegmenterConfig
-from sievit.tokens import Trace
+from sievit.tokens import Tokens, Trace
 
 BINS = 8
 """Bars of the histogram."""
@@ -81,9 +81,10 @@ def everyone(model: Model, size: Size) -> Segmentation | Output:
         padded = tuple(-(-edge // divisor) * divisor for edge in size)
         grid = (padded[0] // stride, padded[1] // stride)
     valid = torch.ones(1, grid[0] * grid[1], dtype=torch.bool)
-    notes = tuple(model.policy.dense_notes(index, valid) for index in range(depth + 1))
-    prefix = ((model.vit.num_prefix, model.vit.num_prefix),) * depth
-    trace = Trace(grid, valid, (valid,) * depth, (valid,) * depth, prefix, notes)
+    prefix = model.vit.num_prefix
+    canvas = Tokens(torch.zeros(1, 1, 1).expand(1, prefix + valid.shape[1], 1), grid, prefix)
+    notes = tuple(model.policy.dense_notes(index, canvas) for index in range(depth + 1))
+    trace = Trace(grid, valid, (valid,) * depth, (valid,) * depth, ((prefix, prefix),) * depth, notes)
     if isinstance(model, Segmenter):
         return Segmentation([], {}, trace, (0,), ((0, 0, *size),), [size], (grid[0] * stride, grid[1] * stride))
     detections = [{"boxes": torch.zeros(model.config.head.box.max_detections, 4)}]

@@ -6,7 +6,7 @@ from sievit.config import ConfigError, kind_of
 from sievit.necks import NeckConfig
 from sievit.necks.adapter import AdapterConfig, ViTAdapter
 from sievit.necks.pyramid import PyramidConfig, SimplePyramid
-from sievit.policies import Policy, PolicyConfig, build_policy
+from sievit.policies import Policy, PolicyConfig
 from sievit.tokens import Trace
 from sievit.vit import Execution, Sizes, ViT, ViTConfig
 
@@ -47,7 +47,7 @@ def build_backbone(neck: NeckConfig, vit: ViTConfig, policy: PolicyConfig) -> Ba
     net = ViT(vit)
     parts = {
         "vit": net,
-        "policy": build_policy(policy, embed_dim=vit.embed_dim, depth=vit.depth, project=net.project),
+        "policy": net.build_policy(policy),
     }
     if isinstance(neck, AdapterConfig):
         return ViTAdapter(neck, **parts)

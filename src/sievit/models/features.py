@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sievit.config import ConfigError
 from sievit.convert import from_timm, from_transformers
-from sievit.policies import Policy, PolicyConfig, build_policy, policy_config
+from sievit.policies import Policy, PolicyConfig, policy_config
 from sievit.tokens import Trace
 from sievit.vit import Execution, Sizes, ViT
 
@@ -79,8 +79,7 @@ def sieve(
     except TypeError as error:
         raise ConfigError(f"the policy {policy!r} has no such option: {error}") from error
     backbone = as_vit(vit)
-    own = backbone.config
-    chooser = build_policy(config, embed_dim=own.embed_dim, depth=own.depth, project=backbone.project)
+    chooser = backbone.build_policy(config)
     sieved = SievedViT(backbone, chooser).eval()
     return sieved.requires_grad_(False) if freeze else sieved
 

@@ -15,7 +15,7 @@ from sievit.config import ConfigError, variant
 from sievit.heads.semantic import SemanticHead, SemanticHeadConfig, build_head, extents, repeat_edges, resize
 from sievit.hub import Pretrained
 from sievit.models.inputs import ModelConfig, Size, batched, in_batches, normalised
-from sievit.policies import Policy, PolicyConfig, build_policy
+from sievit.policies import Policy, PolicyConfig
 from sievit.policies.base import Head
 from sievit.tokens import Prediction, Tokens, Trace
 from sievit.vit import Execution, Sizes, ViT, ViTConfig
@@ -129,9 +129,7 @@ class SegmentationNet(nn.Module):
 
     def build_policy(self, config: PolicyConfig) -> Policy:
         """A policy that asks the heads of this network."""
-        own = self.vit.config
-        asked = {"heads": self._behind, "project": self.vit.project}
-        return build_policy(config, embed_dim=own.embed_dim, depth=own.depth, **asked)
+        return self.vit.build_policy(config, heads=self._behind)
 
     def forward(
         self,

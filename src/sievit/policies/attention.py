@@ -42,15 +42,14 @@ class Attention(SharesPolicy):
         return self.project(index, tokens.select(None)).attention().detach().float()
 
     def macs(self, trace: Trace) -> Tensor:
-        """Of a choice: keys, n c^2, their products with the query, n c, and the query: of the class token c^2, else of
-        all tokens n c^2, and n c for their mean."""
+        """Of a choice: keys, n c^2, products with the query, n c, and the query: c^2 of the class token, else n c^2."""
         n, c = trace.valid.sum(1).double(), self.embed_dim
         total = torch.zeros_like(n)
         for aux, (prefix, _) in zip(trace.aux, trace.prefix, strict=False):
             if "scores" in aux:
-                total += (n + prefix) * c * (c + 1) + (1 if prefix else n) * c**2 + (0 if prefix else n * c)
+                total += (n + prefix) * c * (c + 1) + (1 if prefix else n) * c**2
         return total
 
-    def dense_notes(self, index: int, valid: Tensor) -> Notes:
+    def dense_notes(self, index: int, tokens: Tokens) -> Notes:
         decides = self.config.first_block <= index < self.depth and self.decides_at(index)
-        return {"scores": valid} if decides else {}
+        return {"scores": tokens.valid_or_all()} if decides else {}

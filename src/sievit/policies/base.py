@@ -138,13 +138,16 @@ class Policy(nn.Module):
     # Cost
 
     def macs(self, trace: Trace) -> Tensor:
-        """(b,) multiply-adds per image of this policy's own products in the pass; by default none."""
-        return torch.zeros(len(trace.valid), device=trace.valid.device)
+        """(b,) multiply-adds per image of this policy's own products in the pass: by default the sum of the notes
+        called `macs`."""
+        none = torch.zeros(len(trace.valid), dtype=torch.float64, device=trace.valid.device)
+        return sum((aux["macs"] for aux in trace.aux if "macs" in aux), none)
 
-    def dense_notes(self, index: int, valid: Tensor) -> Notes:
-        """What `macs` finds of block `index` in a trace (of `depth`: after the last block) if no token is left out.
+    def dense_notes(self, index: int, tokens: Tokens) -> Notes:
+        """What `macs` needs of block `index` in a trace (of `depth`: after the last block) if no token is left out.
 
-        Only names and the shape of `valid` (b, n) count, not values.
+        Args:
+            tokens: a canvas of which only shapes count.
         """
         return {}
 

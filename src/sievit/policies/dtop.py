@@ -184,13 +184,13 @@ class DToP(Policy):
         leaving = leave(prediction, left, threshold, keep_per_class=self.config.keep_per_class, grade=self.config.grade)
         return {"exited": exited | leaving, **prediction.tensors}
 
-    def dense_notes(self, index: int, valid: Tensor) -> Notes:
+    def dense_notes(self, index: int, tokens: Tokens) -> Notes:
         if index - 1 not in self.heads:
             return {}
         stage, last = list(self.heads).index(index - 1), index == self.depth
         left = (0.0, *(self.config.static_left or ()), 0.0)
         computed = self.thresholds[index - 1] < 1 if self.config.static_left is None else left[stage + 1] > left[stage]
-        none = torch.zeros_like(valid)
+        none = torch.zeros_like(tokens.valid_or_all())
         return {"exited": none, "maps": none[:, None]} if computed or last else {"exited": none}
 
     @property

@@ -187,9 +187,9 @@ class SViT(Policy):
         per_token = sum(p.numel() for p in self.gates.parameters() if p.ndim == 2) / len(self.gates)
         return sum("logits" in aux for aux in trace.aux) * per_token * trace.valid.sum(1).double()
 
-    def dense_notes(self, index: int, valid: Tensor) -> Notes:
+    def dense_notes(self, index: int, tokens: Tokens) -> Notes:
         gated = self.config.first_block <= index < self.depth and not self._is_dense(index)
-        return {"logits": valid} if gated else {}
+        return {"logits": tokens.valid_or_all()} if gated else {}
 
     @property
     def is_static(self) -> bool:

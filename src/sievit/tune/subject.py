@@ -15,7 +15,7 @@ from sievit.measure.flops import model_gflops
 from sievit.models.build import Model, build
 from sievit.models.detector import Output
 from sievit.models.segmenter import Segmentation, Segmenter
-from sievit.policies import KeepAllConfig, Policy, PolicyConfig, build_policy
+from sievit.policies import KeepAllConfig, Policy, PolicyConfig
 from sievit.vit.execution import Execution
 
 R = TypeVar("R")
@@ -122,11 +122,11 @@ class Subject:
 
     def policy(self, config: PolicyConfig) -> Policy:
         """The policy that `config` describes, with the weights of the model's own if it is of the same kind."""
-        model, vit = self.model, self.model.config.vit
+        model = self.model
         if isinstance(model, Segmenter):
             policy = model.net.build_policy(config)
         else:
-            policy = build_policy(config, embed_dim=vit.embed_dim, depth=vit.depth, project=model.vit.project)
+            policy = model.vit.build_policy(config)
         if type(config) is type(model.config.policy):
             policy.load_state_dict(model.policy.state_dict())
         return policy.eval().to(model.device)

@@ -5,13 +5,14 @@ Letters: b images, n = h*w grid tokens, p prefix tokens, c channels, d channels 
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sievit.config import ConfigError
-from sievit.policies.base import Policy
+from sievit.policies.base import Policy, PolicyConfig, build_policy
 from sievit.tokens import Tokens, Trace
 from sievit.vit.block import Block, norm
 from sievit.vit.config import ViTConfig
@@ -157,6 +158,16 @@ class ViT(nn.Module):
         tokens = self.embed(images, sizes)
         tokens, trace = self.run_blocks(tokens, policy, Trace.start(tokens), execution=execution)
         return replace(tokens, x=self.norm(tokens.x)), trace
+
+    def build_policy(self, config: PolicyConfig, **parts: Any) -> Policy:
+        """The policy that `config` describes, for this backbone.
+
+        Args:
+            parts: further parts of the model that a policy may need (`Policy.needs`): `heads`.
+        """
+        own = self.config
+        parts = {"project": self.project, "num_heads": own.num_heads, **parts}
+        return build_policy(config, embed_dim=own.embed_dim, depth=own.depth, **parts)
 
     def project(self, index: int, tokens: Tokens) -> Projections:
         """What a policy may ask of the attention of block `index` before it, over the tokens that take part."""

@@ -97,7 +97,7 @@ class Projections:
         if not self.class_token:
             grid = part[:, tokens.num_prefix :]
             share = (grid / grid.sum(1, keepdim=True).clamp(min=1)).to(q.dtype)
-            q = torch.einsum("bnhd,bn->bhd", q, share)[:, None]
+            q = (q * share[..., None, None]).sum(1, keepdim=True)
         logits = torch.einsum("bhd,bnhd->bhn", q[:, 0], k).float() / k.shape[-1] ** 0.5
         return logits.masked_fill(~part[:, None], float("-inf")).softmax(-1).mean(1)[:, tokens.num_prefix :]
 
