@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from sievit.config import ConfigError, kind_of, variant
 from sievit.data.annotations import load_categories
@@ -13,6 +13,7 @@ from sievit.data.labels import LabelDataset
 from sievit.data.scenes import generate
 from sievit.data.semantic import SemanticAugment, SemanticAugmentConfig
 from sievit.data.transforms import Augment, AugmentConfig
+from sievit.data.truth import Truth
 from sievit.models.detector import DetectorConfig
 from sievit.models.inputs import ModelConfig
 from sievit.models.segmenter import SegmenterConfig
@@ -249,39 +250,30 @@ def _open_coco(data: CocoData, model: DetectorConfig, root: Path, *, seed: int) 
 def _open_labels(
     data: LabelsData, model: SegmenterConfig, root: Path, *, seed: int
 ) -> tuple[LabelDataset, LabelDataset]:
-    parts = (
-        (data.train_images, data.train_labels, data.train_names, data.train_panoptic),
-        (data.val_images, data.val_labels, data.val_names, data.val_panoptic),
-    )
     opened = []
-    for augment, (images, labels, names, panoptic) in zip((data.augment, None), parts, strict=True):
-        common: dict[str, Any] = {
-            "ignore_index": model.ignore_index,
-            "transform": None if augment is None else SemanticAugment(augment, model.ignore_index),
-            "seed": seed,
-            "cache_bytes": 0 if augment is None else CACHE,
-        }
-        if panoptic is not None:
-            dataset = LabelDataset.from_panoptic(root / images, root / panoptic, root / labels, **common)
-        else:
-            dataset = LabelDataset.from_folders(
+    for part, augment in (("train", data.augment), ("val", None)):
+        images, *paths = (getattr(data, f"{part}_{name}") for name in ("images", "labels", "names", "panoptic"))
+        labels, names, panoptic, palette = (None if path is None else root / path for path in (*paths, data.palette))
+        truth = Truth(
+            labels=labels,
+            names=names,
+            panoptic=panoptic,
+            image_suffix=data.image_suffix,
+            label_suffix=data.label_suffix,
+            zero_is_ignored=data.zero_is_ignored,
+            palette=palette,
+        )
+        opened.append(
+            truth.open_labels(
                 root / images,
-                root / labels,
-                classes=model.classes,
-                zero_is_ignored=data.zero_is_ignored,
-                label_map=None if data.values is None else {value: i for i, value in enumerate(data.values)},
-                palette=None if data.palette is None else root / data.palette,
-                names_file=None if names is None else root / names,
-                image_suffix=data.image_suffix,
-                label_suffix=data.label_suffix,
-                **common,
+                model.classes,
+                ignore_index=model.ignore_index,
+                values=data.values,
+                transform=None if augment is None else SemanticAugment(augment, model.ignore_index),
+                seed=seed,
+                cache_bytes=0 if augment is None else CACHE,
             )
-        if dataset.classes != model.classes:
-            raise ConfigError(
-                f"{dataset.source}: its classes {_named(dataset.classes)} are not the model's "
-                f"{_named(model.classes)}; set model.classes"
-            )
-        opened.append(dataset)
+        )
     return opened[0], opened[1]
 
 

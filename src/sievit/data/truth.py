@@ -1,0 +1,104 @@
+"""The annotations that a model is compared with, as they are found on disk: COCO's boxes and masks, or label images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sievit.config import ConfigError
+from sievit.data.coco import CocoDetection
+from sievit.data.labels import LabelDataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """The annotations of images: of a detector --annotations, of a segmenter --labels.
+
+    Attributes:
+        annotations: COCO annotation file, for a detector.
+        labels: folder of label images, for a segmenter: grey or palette images whose values are classes.
+        names: file that lists the images of the set, by a name per line or in COCO's format; default all.
+        panoptic: COCO's panoptic JSON; --labels is then the folder of its PNGs.
+        image_suffix: end of the images' file names, behind what they have in common with their labels'.
+        label_suffix: end of the label images' file names, e.g. _gtFine_labelTrainIds.png.
+        zero_is_ignored: 0 in the label images means unknown, and classes are counted from 1.
+        palette: file with a line `red green blue name` for each class, for label images in these colours.
+    """
+
+    annotations: Path | None = None
+    labels: Path | None = None
+    names: Path | None = None
+    panoptic: Path | None = None
+    image_suffix: str | None = None
+    label_suffix: str | None = None
+    zero_is_ignored: bool = False
+    palette: Path | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether there is anything to compare with."""
+        return self.annotations is not None or self.labels is not None
+
+    def open_boxes(self, images: Path, category_ids: Sequence[int]) -> CocoDetection:
+        """The images and their boxes for a detector of these categories; masks stay in the file.
+
+        Raises:
+            ConfigError: no annotations are given, they cannot be read, or are of other categories.
+        """
+        if self.annotations is None or self.labels is not None:
+            raise ConfigError("the model is a detector; give --annotations, a file in COCO's format")
+        dataset = CocoDetection(images, self.annotations, with_masks=False)
+        if dataset.category_ids != category_ids:
+            raise ConfigError(
+                f"{self.annotations}: its category ids {_listed(dataset.category_ids)} are not those that the model "
+                f"was trained for, {_listed(category_ids)}"
+            )
+        return dataset
+
+    def open_labels(
+        self,
+        images: Path,
+        classes: tuple[str, ...],
+        *,
+        ignore_index: int = 255,
+        values: Sequence[int] | None = None,
+        **options: Any,
+    ) -> LabelDataset:
+        """The images and their labels for a segmenter of these classes.
+
+        Args:
+            ignore_index: label of pixels of which nothing is known.
+            values: of each class in the label images; None: the classes themselves.
+            options: `transform`, `seed` and `cache_bytes` of `LabelDataset`.
+
+        Raises:
+            ConfigError: no labels are given, they do not belong to the images, or are of other classes.
+        """
+        if self.labels is None or self.annotations is not None:
+            raise ConfigError("the model is a segmenter; give --labels, a folder of label images")
+        options["ignore_index"] = ignore_index
+        if self.panoptic is not None:
+            dataset = LabelDataset.from_panoptic(images, self.panoptic, self.labels, **options)
+        else:
+            dataset = LabelDataset.from_folders(
+                images,
+                self.labels,
+                classes=classes,
+                zero_is_ignored=self.zero_is_ignored,
+                label_map=None if values is None else {value: label for label, value in enumerate(values)},
+                palette=self.palette,
+                names_file=self.names,
+                image_suffix=self.image_suffix,
+                label_suffix=self.label_suffix,
+                **options,
+            )
+        if dataset.classes != classes:
+            raise ConfigError(
+                f"{dataset.source}: its {len(dataset.classes)} classes {_listed(dataset.classes)} are not the model's "
+                f"{len(classes)}, {_listed(classes)}"
+            )
+        return dataset
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
