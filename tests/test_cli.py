@@ -31,7 +31,7 @@ def test_no_command_is_a_mistake(capsys: pytest.CaptureFixture[str]):
         (["train"], ["needs a recipe first"]),
         (["train", "nuclei_svti"], ["nuclei_svti", "did you mean 'nuclei_svit'?"]),
         (["train", "nowhere.json"], ["nowhere.json", "cannot be read"]),
-        (["recipes", "scene_vit"], ["scene_vit", "did you mean 'scenes_vit'?"]),
+        (["recipes", "nucle_vit"], ["nucle_vit", "did you mean 'nuclei_vit'?"]),
         (["predict", "nowhere.safetensors", ".", "--out", "x"], ["nowhere.safetensors", "no such file"]),
     ],
 )
@@ -85,7 +85,7 @@ def test_recipes_and_policies_are_listed(capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_recipe_is_printed_as_json(capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["recipes", "scenes_svit"]) == 0
+    assert cli.main(["recipes", "nuclei_svit"]) == 0
     assert json.loads(capsys.readouterr().out)["model"]["policy"]["kind"] == "svit"
 
 

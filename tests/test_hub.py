@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 import sievit
 from sievit import Card, cli
 from sievit.config import ConfigError
+from sievit.engine.initial import start_from
 from sievit.heads import ATMConfig, MaskRCNNConfig
 from sievit.heads.config import BoxConfig, MaskConfig
-from sievit.hub import model_file
+from sievit.hub import model_file, shipped
 from sievit.hub.card import read_figures
 from sievit.hub.file import read
 from sievit.models.detector import Detector, DetectorConfig
@@ -233,6 +234,32 @@ def test_what_the_hub_is_asked(detector, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"hf:user/balls: has no model\.safetensors; is it a model of sievit"):
         sievit.load("hf:user/balls")
+
+
+def test_shipped_models_are_found_by_name(detector, tmp_path, monkeypatch, capsys) -> None:
+    """By every command and function that takes a model; a file or folder of that name goes first."""
+    (tmp_path / "models").mkdir()
+    sievit.save(detector, tmp_path / "models/balls.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert {"balls", "nuclei_vit", "nuclei_svit", "nuclei_segvit", "nuclei_segvit_dtop"} <= shipped().keys()
+    monkeypatch.setenv("SIEVIT_MODELS", str(tmp_path / "models"))
+    assert shipped().keys() == {"balls"}
+    for load in (sievit.load, Detector.from_pretrained):
+        assert_same_weights(load("balls"), detector)
+    assert start_from(sievit.build(DETECTOR), Path("balls")) == ()
+    assert cli.main(["flops", "balls"]) == 0
+    capsys.readouterr()
+    with pytest.raises(ConfigError, match=r"ball: no such file or folder, and no model .* did you mean 'balls'\?"):
+        sievit.load("ball")
+    assert cli.main(["train", "nuclei_vit", "--train.init-from", "bals", "--out", "run"]) == 2
+    assert "did you mean 'balls'?" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    other = sievit.build(DETECTOR)
+    other.save_pretrained("balls")
+    assert_same_weights(sievit.load("balls"), other)
+    monkeypatch.setenv("SIEVIT_MODELS", str(tmp_path / "gone"))
+    with pytest.raises(ConfigError, match=r"and no model in models/ has that name$"):
+        sievit.load("nuclei_vit")
 
 
 def test_names_that_the_hub_cannot_have(tmp_path) -> None:

@@ -25,7 +25,7 @@ CONFIG = TrainConfig(epochs=10, batch_size=4, lr=1e-3, weight_decay=0.05, warmup
 
 
 def test_every_parameter_is_in_one_group_and_norms_biases_and_positions_are_not_decayed():
-    model = build(recipe("scenes_svit").model)
+    model = build(recipe("nuclei_svit").model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, CONFIG)
     grouped = [names[id(p)] for group in groups for p in group["params"]]
@@ -59,7 +59,7 @@ def test_registers_and_layer_scales_are_not_decayed():
 
 
 def test_the_policy_has_its_own_rate():
-    model = build(recipe("scenes_svit").model)
+    model = build(recipe("nuclei_svit").model)
     optimizer = build_optimizer(model, CONFIG)
     set_learning_rate(optimizer, 0.5)
     gates = {id(parameter) for parameter in model.policy.parameters()}
@@ -77,7 +77,7 @@ def test_frozen_parameters_are_left_out():
 
 
 def test_rates_fall_from_block_to_block_towards_the_embedding():
-    model = build(recipe("scenes_svit").model)
+    model = build(recipe("nuclei_svit").model)
     groups = parameter_groups(model, replace(CONFIG, layer_decay=0.5, head_lr=7.0))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     scales = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
@@ -105,7 +105,7 @@ def test_the_norm_behind_the_blocks_has_the_full_rate():
 
 
 def test_what_is_frozen_has_neither_gradients_nor_drop_path():
-    config = recipe("scenes_svit").model
+    config = recipe("nuclei_svit").model
     config = replace(config, vit=replace(config.vit, drop_path_rate=0.3))
 
     def left(what: Literal["none", "vit"] | int) -> tuple[set[str], list[float]]:

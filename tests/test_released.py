@@ -438,18 +438,18 @@ def test_a_folder_is_no_file_to_write(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_init_writes_a_recipe_s_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "new" / "model.safetensors"
-    assert cli.main(["init", "scenes_svit", "--out", str(out), "--seed", "3"]) == 0
+    assert cli.main(["init", "nuclei_svit", "--out", str(out), "--seed", "3"]) == 0
     figures = last_line(capsys)
     model = load(out)
-    assert model.config == recipe("scenes_svit").model
+    assert model.config == recipe("nuclei_svit").model
     assert figures["parameters"] == sum(p.numel() for p in model.parameters())
-    assert cli.main(["init", "scenes_svit", "--out", str(out)]) == 2
+    assert cli.main(["init", "nuclei_svit", "--out", str(out)]) == 2
     assert "is there already" in capsys.readouterr().err
     other, same = tmp_path / "other.safetensors", tmp_path / "same.safetensors"
-    assert cli.main(["init", "scenes_svit", "--out", str(other)]) == 0
-    assert cli.main(["init", "scenes_svit", "--out", str(same), "--seed", "3"]) == 0
+    assert cli.main(["init", "nuclei_svit", "--out", str(other)]) == 0
+    assert cli.main(["init", "nuclei_svit", "--out", str(same), "--seed", "3"]) == 0
     gates = [load(path).state_dict()["backbone.policy.gates.0.fc1.weight"] for path in (out, same, other)]
     assert torch.equal(gates[0], gates[1])
     assert not torch.equal(gates[0], gates[2])
-    assert cli.main(["init", "scenes_svti", "--out", str(out)]) == 2
-    assert "did you mean 'scenes_svit'?" in capsys.readouterr().err
+    assert cli.main(["init", "nuclei_svti", "--out", str(out)]) == 2
+    assert "did you mean 'nuclei_svit'?" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """Predicting on a person's own images, and the demonstration."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from sievit import cli, report
+from sievit.config import ConfigError
 from sievit.data.scenes import CLASSES, generate
 from sievit.heads import ATMConfig, MaskRCNNConfig
 from sievit.heads.config import BoxConfig, MaskConfig, RPNConfig
@@ -141,51 +141,57 @@ def test_unknown_device_and_policy(checkpoint: Path, folder: Path, capsys: pytes
 def test_demo_ends_with_one_json_line(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    weights = tmp_path / "weights"
-    weights.mkdir()
-    for name in ("scenes_vit", "scenes_svit", "nuclei_vit", "nuclei_svit"):
-        shutil.copy(checkpoint, weights / f"{name}.safetensors")
-    for kind, policy in (("segvit", KeepAllConfig()), ("segvit_dtop", DToPConfig(thresholds=(0.2,)))):
+    """Where the data set is not there, on the examples of the repository."""
+    monkeypatch.setenv("SIEVIT_MODELS", str(tmp_path / "models"))
+    monkeypatch.setenv("SIEVIT_DATA", str(tmp_path / "gone"))
+    (tmp_path / "models").mkdir()
+    config, _ = read(checkpoint)
+    assert isinstance(config, DetectorConfig)
+    one = replace(config, head=replace(config.head, num_classes=1), classes=("nucleus",), category_ids=(1,))
+    for name in ("vit", "svit"):
+        save(build(one), tmp_path / "models" / f"nuclei_{name}.safetensors")
+    for name, policy in (("segvit", KeepAllConfig()), ("segvit_dtop", DToPConfig(thresholds=(0.2,)))):
         torch.manual_seed(0)
-        for name in ("scenes", "nuclei"):
-            save(build(tiny_segmenter(policy)), weights / f"{name}_{kind}.safetensors")
-    monkeypatch.setattr(report.common, "WEIGHTS", weights)
-    monkeypatch.setattr(report, "DEMO_SIZE", (64, 96))
-    nuclei = tmp_path / "data" / "nuclei"
-    generate(nuclei, num_images=5, size=(64, 64), seed=1)
-    (nuclei / "annotations").mkdir()
-    shutil.move(nuclei / "annotations.json", nuclei / "annotations" / "instances_val.json")
+        save(build(tiny_segmenter(policy)), tmp_path / "models" / f"nuclei_{name}.safetensors")
     out = tmp_path / "out"
-    args = ["demo", "--out", str(out), "--num-images", "3", "--pictures", "1", "--data-root", str(tmp_path / "data")]
+    args = ["demo", "--out", str(out), "--num-images", "3", "--pictures", "1"]
     assert cli.main(args) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
-    for part in (figures, *figures["datasets"].values()):
+    semantic = figures["semantic"]
+    assert figures["datasets"].keys() == semantic["datasets"].keys() == {"nuclei"}
+    for part in (figures, figures["datasets"]["nuclei"]):
         for model in ("dense", "sparse"):
             assert part[model].keys() >= {"box_ap", "mask_ap", "gflops", "ms_per_image"}
         assert len(part["keep"]) == 4
         assert part["keep"][0] == 1
         assert part["speedup"] > 0
         assert part["images"] == 3
-    assert figures["datasets"].keys() == {"scenes", "nuclei"}
-    semantic = figures["semantic"]
-    assert semantic["datasets"].keys() == {"scenes", "nuclei"}
-    for part in (semantic, *semantic["datasets"].values()):
+    for part in (semantic, semantic["datasets"]["nuclei"]):
         for model in ("dense", "dtop"):
             assert part[model].keys() >= {"miou", "gflops", "ms_per_image"}
         assert len(part["left_at"]) == 3
         assert 0 < part["left_at"][0] < 1
         assert part["speedup"] > 0
         assert part["images"] == 3
-    for folder in ("scenes", "nuclei", "semantic/scenes", "semantic/nuclei"):
+    for folder in ("nuclei", "semantic/nuclei"):
         assert len(list((out / folder).glob("*.png"))) == 1, folder
 
 
-def test_demo_without_weights_says_so(
+def test_demo_takes_the_data_set_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SIEVIT_DATA", str(tmp_path))
+    assert report._nuclei(None) == report.REPOSITORY / "examples/nuclei"
+    (tmp_path / "nuclei").mkdir()
+    assert report._nuclei(None) == report._nuclei(tmp_path) == tmp_path / "nuclei"
+    with pytest.raises(ConfigError, match=r"gone/nuclei: no such folder; give --data-root"):
+        report._nuclei(tmp_path / "gone")
+
+
+def test_demo_without_models_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(report.common, "WEIGHTS", tmp_path)
+    monkeypatch.setenv("SIEVIT_MODELS", str(tmp_path))
     assert cli.main(["demo", "--out", str(tmp_path / "out"), "--num-images", "1"]) == 2
-    assert "scenes_vit" in capsys.readouterr().err
+    assert "nuclei_vit: no such file or folder" in capsys.readouterr().err
 
 
 def test_eval_ends_with_every_figure(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

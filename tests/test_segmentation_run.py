@@ -274,7 +274,7 @@ def test_kinds_of_models_and_data_do_not_mix(checkpoint: Path, scenes: Path, cap
     images = ["--images", str(scenes / "val/images")]
     assert cli.main(["eval", str(checkpoint), *images, "--annotations", str(scenes / "val/annotations.json")]) == 2
     assert "--labels" in capsys.readouterr().err
-    detector = find_recipe("scenes_vit").model
+    detector = find_recipe("nuclei_vit").model
     assert isinstance(detector, DetectorConfig)
     with pytest.raises(ConfigError, match="detector"):
         open_data(replace(recipe, model=detector))
@@ -319,10 +319,10 @@ def test_own_classes_on_the_command_line(recipe: Recipe, tmp_path: Path):
     with pytest.raises(ConfigError, match="2 colours for 3 classes"):
         with_classes(recipe, palette=colours, num_classes=3)
     with pytest.raises(ConfigError, match="detector"):
-        with_classes(find_recipe("scenes_vit"), num_classes=2)
+        with_classes(find_recipe("nuclei_vit"), num_classes=2)
 
 
-@pytest.mark.parametrize("name", ["nuclei_segvit", "nuclei_segvit_dtop", "scenes_segvit", "scenes_segvit_dtop"])
+@pytest.mark.parametrize("name", ["nuclei_segvit", "nuclei_segvit_dtop"])
 def test_small_recipes_build_and_are_small(name: str):
     recipe = find_recipe(name)
     model = build(recipe.model)

@@ -1,10 +1,11 @@
-"""Fetching uv with the standard library alone, from an index on this machine."""
+"""What a wheel holds; fetching uv with the standard library alone, from an index on this machine."""
 
 import hashlib
 import importlib.util
 import io
 import platform
 import threading
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +15,16 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "get_uv.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "get_uv.py"
+
+
+def test_a_wheel_holds_no_weights():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["src/sievit"]}
+    files = [path for path in (ROOT / "src/sievit").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert {path.suffix for path in files} == {".py", ".txt"}
+    assert sum(path.stat().st_size for path in files) < 2e6
 
 
 @pytest.fixture

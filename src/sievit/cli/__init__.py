@@ -65,7 +65,7 @@ def _line(name: str) -> str:
 
 
 COMMANDS = {
-    "demo": Command("", "see it: dense against sparse on fresh scenes", demo.demo),
+    "demo": Command("", "see it: dense against sparse on images of nuclei", demo.demo),
     "train": Command("RECIPE", "train a model, or go on with --resume RUN", train.train),
     "eval": Command("MODEL", "accuracy, tokens, GFLOPs and latency", eval.evaluate),
     "predict": Command("MODEL IMAGES", "find objects or label pixels, in an image or a folder", predict.predict),

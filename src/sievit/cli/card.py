@@ -35,7 +35,7 @@ def card(args: list[str]) -> int:
         as hf:USER/NAME. The last line of the output is one JSON object.
 
         Args:
-            model: checkpoint, folder of a training run, or name of a model that comes with sievit.
+            model: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
             out: folder to write.
             license: of the weights, as the hub writes them: apache-2.0, cc-by-nc-4.0, ...
             license_link: address of its text, for a licence that the hub does not know.

@@ -34,7 +34,7 @@ def evaluate(args: list[str]) -> int:
         `failures`; the exit status is 1 then.
 
         Args:
-            model: checkpoint, folder of a training run, or name of a model that comes with sievit.
+            model: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
             images: folder that holds the images.
             annotations: COCO annotation file.
             labels: folder of label images: grey or palette images whose values are classes.

@@ -28,7 +28,7 @@ def flops(args: list[str]) -> int:
         Without --images every token takes part: `gflops` is by the papers' rule, `gflops_full` is everything.
 
         Args:
-            target: recipe, checkpoint, folder of a training run, or name of a model that comes with sievit.
+            target: recipe, checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
             size: height and width in pixels; default the training crop, of a detector the largest test image.
             images: folder of images that a trained model is run on, for what it spends on each.
             policy: takes the place of the model's own, for --images.
@@ -54,23 +54,25 @@ def _run_flops(
 ) -> int:
     from rich.console import Console
 
+    from sievit.hub.fetch import HUB, shipped
     from sievit.measure.costs import costs, per_image
     from sievit.models.build import model_file, read
     from sievit.recipes import recipe, recipes
     from sievit.report import open_model
-    from sievit.report.common import find_model
 
-    path, names = find_model(Path(target)), recipes()
+    names, models = recipes(), shipped()
     if images is None and (policy is not None or thresholds is not None):
         raise ConfigError("--policy and --thresholds say who is left out, which depends on the image; give --images")
-    if target in names and not path.exists():
+    is_model = target in models or target.startswith(HUB) or Path(target).exists()
+    if target in names and not is_model:
         if images is not None:
             raise ConfigError(f"{target!r} is a recipe, its weights are random; --images needs a trained model")
         print_json(costs(recipe(target).model, size=size, console=Console()))
         return 0
-    if not path.exists():
-        raise ConfigError(f"{target!r} is neither a recipe nor a file or folder{nearest(target, names)}")
-    figures = costs(read(model_file(path))[0], size=size, console=Console())
+    if not is_model:
+        raise ConfigError(f"{target!r} is neither a recipe nor a model{nearest(target, [*names, *models])}")
+    path = model_file(target)
+    figures = costs(read(path)[0], size=size, console=Console())
     if images is not None:
         model = open_model(path, policy=policy, thresholds=thresholds, device=device)
         figures["per_image"] = per_image(

@@ -28,7 +28,7 @@ def predict(args: list[str]) -> int:
         images in labels/ and classes.json (what their values mean); both write one picture per image.
 
         Args:
-            model: checkpoint, folder of a training run, or name of a model that comes with sievit.
+            model: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
             images: an image, or a folder of images.
             out: folder for the results.
             policy: takes the place of the model's own, e.g. keep_all for dense.

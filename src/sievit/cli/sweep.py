@@ -32,7 +32,7 @@ def sweep(args: list[str]) -> int:
         Stopped, it goes on where it was.
 
         Args:
-            model: checkpoint, folder of a training run, or name of a model that comes with sievit.
+            model: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
             thresholds: grades above which tokens leave; 1, the dense model, is always added.
             out: folder for table, JSON and plot.
             name: of the model's curve in table and plot.

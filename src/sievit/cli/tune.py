@@ -36,7 +36,7 @@ def tune(args: list[str]) -> int:
         target was missed, or images could not be read.
 
         Args:
-            checkpoint: checkpoint, folder of a training run, or name of a model that comes with sievit.
+            checkpoint: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
             images: folder of images like those that the model will see.
             out: the .safetensors file to write.
             policy: takes the place of the model's own, e.g. dtop for a dense segmenter with auxiliary heads.

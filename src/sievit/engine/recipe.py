@@ -108,7 +108,8 @@ class TrainConfig:
 
     Attributes:
         steps: how many, in place of `epochs`.
-        init_from: checkpoint or run folder whose weights training starts from; what the policy lacks there stays new.
+        init_from: model whose weights training starts from: a file, the folder of a run, the name of a shipped model,
+            or hf:user/name; what the policy lacks there stays new.
         vit_from: pre-trained ViT for the backbone: file of a state dict in timm's naming, or `timm:NAME` for what timm
             downloads under that name.
         freeze: what of the ViT keeps the weights that training starts from: nothing, all of it, or its embedding and

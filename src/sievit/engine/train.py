@@ -26,6 +26,7 @@ from sievit.engine.evaluate import Data, evaluate, headline
 from sievit.engine.initial import start_from, start_vit_from, timm_name
 from sievit.engine.optim import Average, build_optimizer, freeze, learning_rate, set_learning_rate, total_steps
 from sievit.engine.recipe import CocoData, Recipe, TrainConfig, default_data_root, open_data, with_own_classes
+from sievit.hub.fetch import HUB, model_file
 from sievit.models.build import build, read, save
 
 
@@ -89,8 +90,11 @@ def _resolved(recipe: Recipe) -> Recipe:
     """With the data's classes, and every path absolute, so that the run can be resumed from anywhere."""
     root = default_data_root() if recipe.data.root is None else recipe.data.root
     config = recipe.train
-    paths = {name: getattr(config, name) for name in ("init_from", "vit_from")}
-    start = {name: path.resolve() for name, path in paths.items() if path is not None and timm_name(path) is None}
+    start = {}
+    if config.init_from is not None and not str(config.init_from).startswith(HUB):
+        start["init_from"] = model_file(config.init_from).resolve()
+    if config.vit_from is not None and timm_name(config.vit_from) is None:
+        start["vit_from"] = config.vit_from.resolve()
     recipe = replace(recipe, data=replace(recipe.data, root=root.resolve()), train=replace(config, **start))
     return with_own_classes(recipe)
 

@@ -1,29 +1,54 @@
-"""From what a person calls a model to the file that holds it."""
+"""From the name of a model to the file that holds it."""
 
+import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from sievit.config import ConfigError
+from sievit.config import ConfigError, nearest
 from sievit.hub.file import CONFIG_FILE, MODEL_FILE
 
 HUB = "hf:"
 """How the name of a model on the hub begins where a path could stand: hf:user/name, or hf:user/name@revision."""
 
 
+REPOSITORY = Path(__file__).parents[3]
+"""The root of the repository, where the package runs from a checkout."""
+
+
+def shipped() -> dict[str, Path]:
+    """The files of the models that come with the repository, by name. A wheel holds none.
+
+    They lie in the folder that the environment variable SIEVIT_MODELS names; by default in models/ of the repository,
+    or of the working directory.
+    """
+    given = os.environ.get("SIEVIT_MODELS")
+    folders = [Path(given)] if given else [Path("models"), REPOSITORY / "models"]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.safetensors"))}
+
+
 def model_file(path: Path | str) -> Path:
-    """The file that holds a model: itself, that of a published folder, the best or last one of a training run's folder,
-    or of a model on the hub, which is fetched unless it is here already.
+    """The file of a model.
+
+    Args:
+        path: the file; a folder that `save_pretrained` wrote; the folder of a training run (its best model, else its
+            last); a name in `shipped`; or hf:user/name, which is fetched from the hub unless it is in the cache.
 
     Raises:
-        ConfigError: a folder without a model, or a model on the hub that cannot be had.
+        ConfigError: nothing of that name, a folder without a model, or a model on the hub that cannot be fetched.
     """
     if str(path).startswith(HUB):
         return fetched(str(path))
     path = Path(path)
-    if not path.is_dir():
+    if path.is_file():
         return path
+    if not path.exists():
+        models = shipped()
+        if str(path) not in models:
+            hint = nearest(str(path), models) if models else ""
+            raise ConfigError(f"{path}: no such file or folder, and no model in models/ has that name{hint}")
+        return models[str(path)]
     for name in (MODEL_FILE, "best.safetensors", "last.safetensors"):
         if (path / name).is_file():
             return path / name

@@ -11,7 +11,7 @@ from torch import nn
 from sievit.config import ConfigError, to_json
 from sievit.files import write_atomically
 from sievit.hub.card import Card, model_card
-from sievit.hub.fetch import fetched, model_file
+from sievit.hub.fetch import fetched, model_file, shipped
 from sievit.hub.file import CONFIG_FILE, MODEL_FILE, restored, write
 from sievit.policies import PolicyConfig
 
@@ -53,8 +53,8 @@ class Pretrained(nn.Module, ModelHubMixin):
         """A trained model, in evaluation mode.
 
         Args:
-            pretrained_model_name_or_path: a folder (of `save_pretrained`, or of a training run) or a model file, else
-                the id of a model on the hub, user/name (or hf:user/name@revision).
+            pretrained_model_name_or_path: a folder (of `save_pretrained`, or of a training run), a model file, or the
+                name of a shipped model, else the id of a model on the hub, user/name (or hf:user/name@revision).
             policy, compile: see `sievit.load`.
             force_download, token, cache_dir, local_files_only, revision: for the hub, as huggingface_hub's.
 
@@ -66,7 +66,7 @@ class Pretrained(nn.Module, ModelHubMixin):
         if unknown:
             raise TypeError(f"from_pretrained takes no argument {next(iter(unknown))!r}")
         name = str(pretrained_model_name_or_path)
-        if Path(name).exists():
+        if Path(name).exists() or name in shipped():
             if revision is not None:
                 raise ConfigError(f"{name}: is here and has no revisions; leave revision={revision!r} out")
             path = model_file(name)

@@ -57,7 +57,8 @@ def load(
 
     Args:
         path: a file that `save` wrote; a folder that `save_pretrained` wrote, or of a training run (its best model,
-            else its last); or a model on the hub, hf:user/name or hf:user/name@revision.
+            else its last); the name of a shipped model, such as "nuclei_svit"; or a model on the hub, hf:user/name or
+            hf:user/name@revision.
         policy: takes the place of the checkpoint's: a configuration, or a name for the default one of that name (the
             checkpoint's own where it has that name). Weights of the policy that is replaced are left out,
             and it runs in the default mode.

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from sievit.config import ConfigError, load_json, nearest
 from sievit.engine.recipe import Recipe
-from sievit.recipes import detectors, nuclei, scenes, segmenters
+from sievit.recipes import detectors, nuclei, segmenters
 from sievit.recipes.common import Listed
 
-_RECIPES: dict[str, Listed] = {**nuclei.RECIPES, **scenes.RECIPES, **detectors.RECIPES, **segmenters.RECIPES}
+_RECIPES: dict[str, Listed] = {**nuclei.RECIPES, **detectors.RECIPES, **segmenters.RECIPES}
 
 
 def recipes() -> dict[str, str]:

@@ -10,19 +10,19 @@ from rich.console import Console
 from sievit.config import ConfigError, kind_of
 from sievit.data.coco import CocoDetection
 from sievit.data.labels import LabelDataset
-from sievit.data.scenes import generate
 from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import evaluate as run_evaluation
 from sievit.engine.recipe import default_data_root
 from sievit.files import write_atomically
+from sievit.hub.fetch import REPOSITORY
 from sievit.models.build import Model, load, model_file, read
 from sievit.models.detector import Detector
 from sievit.models.segmenter import Segmenter
 from sievit.policies import DToPConfig, SViTConfig
-from sievit.report import common, detection, semantic
+from sievit.report import detection, semantic
 
-DEMO_SIZE = (512, 512)
-"""Height and width in pixels of the demonstration's scenes."""
+EXAMPLES = Path("examples/nuclei")
+"""The images of the demonstration, in the repository."""
 
 
 def open_model(
@@ -33,7 +33,7 @@ def open_model(
     budget: float | None = None,
     device: str = "auto",
 ) -> Model:
-    """A checkpoint, the folder of a run, or a model that comes with the package.
+    """A model by its file, the folder of its run, or its name; see `sievit.load`.
 
     Args:
         policy: takes the place of the model's own.
@@ -44,7 +44,7 @@ def open_model(
         ConfigError: see `sievit.load`; thresholds for another policy than `dtop`; or a budget that the model was not
             trained for.
     """
-    path, where = common.find_model(path), pick_device(device)
+    where = pick_device(device)
     if budget is not None:
         own = read(model_file(path))[0].policy
         if not isinstance(own, SViTConfig) or own.budgets is None or policy not in (None, "svit") or thresholds:
@@ -128,73 +128,63 @@ def evaluate(
 
 
 def demo(
-    out: Path,
-    *,
-    num_images: int,
-    pictures: int,
-    seed: int,
-    data_root: Path | None = None,
-    device: str = "auto",
+    out: Path, *, num_images: int, pictures: int, data_root: Path | None = None, device: str = "auto"
 ) -> dict[str, Any]:
-    """The shipped dense and sparse models on fresh scenes, and on nuclei where the data is there.
+    """The shipped dense and sparse models on validation images of nuclei.
 
-    Writes the scenes to `out`/data, pictures to `out`/scenes, `out`/nuclei and `out`/semantic, and prints tables.
+    The images are those of the data set `nuclei` below the folder of data sets; where it is not there, the few of
+    examples/nuclei. Writes pictures to `out`/nuclei and `out`/semantic/nuclei, and prints tables.
 
     Returns:
-        Of the detectors on scenes `dense` and `sparse` (box_ap, mask_ap, gflops, ms_per_image), `keep` per block,
-        `speedup` and `images`, and the same of each data set in `datasets`; in `semantic` of the segmenters `dense` and
-        `dtop` (miou, gflops, ms_per_image), `left_at` per stage, `speedup` and `images`, and again `datasets`.
+        Of the detectors `dense` and `sparse` (box_ap, mask_ap, gflops, ms_per_image), `keep` per block, `speedup` and
+        `images`, and the same of each data set in `datasets`; in `semantic` of the segmenters `dense` and `dtop` (miou,
+        gflops, ms_per_image), `left_at` per stage, `speedup` and `images`, and again `datasets`.
+
+    Raises:
+        ConfigError: no images, or a model that is not there.
     """
-    console = Console()
-    where = pick_device(device)
-    drawn = out / "data" / f"scenes-{seed}-{num_images}"
-    generate(drawn, num_images=num_images, size=DEMO_SIZE, seed=seed)
-    nuclei = (default_data_root() if data_root is None else data_root) / "nuclei"
-    listings: dict[str, Any] = {"scenes": drawn / "annotations.json"}
-    roots = {"scenes": drawn, "nuclei": nuclei}
-    if nuclei.is_dir():
-        listings["nuclei"] = _thinned(nuclei / "annotations/instances_val.json", num_images)
-    else:
-        console.print(f"{nuclei} is not there: scenes only", style="dim")
-    objects, pixels = {}, {}
-    for name, listing in listings.items():
-        dense, sparse = (load(common.shipped(f"{name}_{kind}"), device=where) for kind in ("vit", "svit"))
-        assert isinstance(dense, Detector) and isinstance(sparse, Detector)
-        dataset = CocoDetection(roots[name] / "images", listing, with_masks=False)
-        objects[name] = detection.demonstrate(
-            dense, sparse, dataset, out / name, pictures=pictures, device=device_name(where)
-        )
-        dense, sparse = (load(common.shipped(f"{name}_{kind}"), device=where) for kind in ("segvit", "segvit_dtop"))
-        assert isinstance(dense, Segmenter) and isinstance(sparse, Segmenter)
-        labels = LabelDataset.from_folders(
-            roots[name] / "images",
-            roots[name] / "labels",
-            classes=dense.config.classes,
-            names_file=_write_names(dataset, out / "data" / f"{name}.txt"),
-        )
-        pixels[name] = semantic.demonstrate(
-            dense, sparse, labels, out / "semantic" / name, pictures=pictures, device=device_name(where)
-        )
-    console.print(f"pictures: {out}", soft_wrap=True)
+    console, where = Console(), pick_device(device)
+    name, root = "nuclei", _nuclei(data_root)
+    console.print(f"images: {root}", soft_wrap=True, markup=False, highlight=False)
+    listing = out / f"{name}.json"
+    _write_thinned(root / "annotations/instances_val.json", listing, num_images)
+    dataset = CocoDetection(root / "images", listing, with_masks=False)
+    dense, sparse = (load(f"nuclei_{model}", device=where) for model in ("vit", "svit"))
+    assert isinstance(dense, Detector) and isinstance(sparse, Detector)
+    objects = detection.demonstrate(dense, sparse, dataset, out / name, pictures=pictures, device=device_name(where))
+    dense, sparse = (load(f"nuclei_{model}", device=where) for model in ("segvit", "segvit_dtop"))
+    assert isinstance(dense, Segmenter) and isinstance(sparse, Segmenter)
+    labels = LabelDataset.from_folders(
+        root / "images", root / "labels", classes=dense.config.classes, names_file=listing
+    )
+    pixels = semantic.demonstrate(
+        dense, sparse, labels, out / "semantic" / name, pictures=pictures, device=device_name(where)
+    )
+    console.print(f"pictures: {out}", soft_wrap=True, markup=False, highlight=False)
     return {
-        **objects["scenes"],
-        "datasets": objects,
-        "semantic": {**pixels["scenes"], "datasets": pixels},
+        **objects,
+        "datasets": {name: objects},
+        "semantic": {**pixels, "datasets": {name: pixels}},
         "device": device_name(where),
     }
 
 
-def _thinned(annotations: Path, count: int) -> dict[str, Any]:
-    """The content of a COCO file with `count` of its images, evenly spread."""
+def _nuclei(data_root: Path | None) -> Path:
+    """The folder of nuclei: of the data sets, else of the examples."""
+    folder = (default_data_root() if data_root is None else data_root) / "nuclei"
+    examples = [] if data_root is not None else [REPOSITORY / EXAMPLES, EXAMPLES]
+    for root in (folder, *examples):
+        if root.is_dir():
+            return root
+    raise ConfigError(f"{folder}: no such folder; give --data-root, or run in the repository, which has examples")
+
+
+def _write_thinned(annotations: Path, path: Path, count: int) -> None:
+    """Copy a COCO file with `count` of its images, evenly spread."""
     content = json.loads(annotations.read_text(encoding="utf-8"))
     images = content["images"]
     kept = [images[i * len(images) // count] for i in range(count)] if count < len(images) else images
     ids = {image["id"] for image in kept}
-    return {**content, "images": kept, "annotations": [a for a in content["annotations"] if a["image_id"] in ids]}
-
-
-def _write_names(dataset: CocoDetection, path: Path) -> Path:
-    """The file names of a data set, one per line."""
-    names = [str(dataset.path(i).relative_to(dataset.root)) for i in range(len(dataset))]
-    write_atomically(path, ("\n".join(names) + "\n").encode())
-    return path
+    content |= {"images": kept, "annotations": [a for a in content["annotations"] if a["image_id"] in ids]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(content).encode())

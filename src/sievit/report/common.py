@@ -1,4 +1,4 @@
-"""What reports of all kinds of models share: finding models, progress, and pictures in files."""
+"""What reports of all kinds of models share: progress, and pictures in files."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -8,33 +8,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sievit.config import ConfigError, nearest
 from sievit.data.images import list_images
 from sievit.files import write_atomically
-from sievit.hub.fetch import HUB, model_file
-
-WEIGHTS = Path(__file__).parents[1] / "weights"
-
-
-def shipped(name: str) -> Path:
-    """The file of a model that comes with the package.
-
-    Raises:
-        ConfigError: this copy of the package has none of that name.
-    """
-    path = WEIGHTS / f"{name}.safetensors"
-    if not path.is_file():
-        there = [path.stem for path in WEIGHTS.glob("*.safetensors")]
-        raise ConfigError(f"no model called {name!r} comes with this copy of sievit{nearest(name, there)}")
-    return path
-
-
-def find_model(name: Path) -> Path:
-    """The path as it is, the model of that name that comes with the package, or one of the hub (hf:user/name)."""
-    if str(name).startswith(HUB):
-        return model_file(name)
-    inside = WEIGHTS / f"{name}.safetensors"
-    return inside if not name.exists() and inside.is_file() else name
 
 
 def progress(console: Console) -> Progress:

@@ -23,7 +23,7 @@ from sievit.heads import SemanticHead
 from sievit.models.build import load, model_file
 from sievit.models.segmenter import SegmentationNet, Segmenter
 from sievit.policies import DToPConfig, KeepAllConfig, PolicyConfig
-from sievit.report.common import find_model, progress
+from sievit.report.common import progress
 from sievit.report.plot import draw_curves
 from sievit.report.semantic import LabelFiles, open_labels
 
@@ -193,7 +193,7 @@ def _ordered(thresholds: Sequence[float]) -> tuple[float, ...]:
 
 def _load_segmenter(path: Path, device: Any) -> tuple[Segmenter, str]:
     """The model, and the digest of its file."""
-    path = model_file(find_model(path))
+    path = model_file(path)
     model = load(path, device=device)
     if not isinstance(model, Segmenter):
         raise ConfigError(f"{path}: is a detector; sweep compares thresholds of a segmenter")

@@ -24,7 +24,6 @@ from sievit.models.build import Model, model_file, read, save
 from sievit.models.detector import Detector
 from sievit.policies import PolicyConfig
 from sievit.report import open_model
-from sievit.report.common import find_model
 from sievit.report.detection import open_annotations
 from sievit.report.semantic import LabelFiles, open_labels
 from sievit.tune.goals import Aim, AsItIs, Drop, Milliseconds, Operations
@@ -62,7 +61,7 @@ def tune(
     wins, by the lower quartile of paired ratios, what is written computes every token. The model remembers how it ran.
 
     Args:
-        path: checkpoint, folder of a training run, or name of a model that comes with sievit.
+        path: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
         images: folder of images to measure on, like those that the model will see.
         out: the .safetensors file to write; the report is written beside it, as .json.
         policy: takes the place of the model's own.
@@ -81,14 +80,13 @@ def tune(
         ConfigError: options that do not go together, a policy without anything to tune, no readable image, or a target
             that no setting reaches; nothing is written then.
     """
-    where = find_model(path)
     if goal.max_drop is not None and judged.annotations is None and judged.labels is None:
         raise ConfigError("--max-drop needs annotated images: give --annotations (detector) or --labels (segmenter)")
-    if out.resolve() == model_file(where).resolve():
+    if out.resolve() == model_file(path).resolve():
         raise ConfigError(f"{out}: is the model that is tuned, which would be lost; give another --out")
     if tuning.compile and goal.target_ms is not None:
         raise ConfigError("--target-ms with --compile: each step of the dial would be compiled; give --target-gflops")
-    own = open_model(where, policy=policy, device=device)
+    own = open_model(path, policy=policy, device=device)
     execution = Execution(precision=tuning.precision)
     accuracy = _accuracy(own, images, judged, label_files, execution, console)
     pictures, failures = _pictures(images, tuning)
@@ -121,7 +119,7 @@ def tune(
         **figures,
         **({"failures": failures} if failures else {}),
     }
-    half = any(tensor.dtype == torch.float16 for tensor in read(model_file(where))[1].values())
+    half = any(tensor.dtype == torch.float16 for tensor in read(model_file(path))[1].values())
     out.parent.mkdir(parents=True, exist_ok=True)
     save(subject.set_up(outcome.setup, own), out, half=half)
     write_atomically(out.with_suffix(".json"), (json.dumps(figures, indent=1) + "\n").encode())
