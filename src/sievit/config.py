@@ -21,7 +21,7 @@ _VARIANTS: dict[str, type] = {}
 
 
 class ConfigError(ValueError):
-    """A configuration, option or name that the user has to change; the message says how."""
+    """A configuration, option or name that the user has to change; the message contains the way out."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

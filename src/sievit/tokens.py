@@ -162,13 +162,13 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a semantic head says of every grid token of a canvas.
+    """The prediction of a semantic head for every grid token of a canvas.
 
     Attributes:
         maps: (b, k, n) logits per class and token.
         classes: (b, k, 2) logits of "the class is in the image" (index 0) and "it is not", of heads that ask this
             (ATM); None of heads that classify each token by itself.
-        fine: (b, k, h', w') logits of heads that say more than one thing per token; `maps` is then its mean per token.
+        fine: (b, k, h', w') logits of heads with several predictions per token; `maps` is then their mean per token.
     """
 
     maps: Tensor

@@ -49,7 +49,9 @@ class Memory:
         self.mask: Tensor | None = None
         if packing is not None and len(set(packing.lengths)) > 1:
             visible = padding_mask(packing)
-            self.mask = visible | ~visible.any(1, keepdim=True)  # an image without tokens sees zeros; nobody uses it
+            self.mask = visible | ~visible.any(
+                1, keepdim=True
+            )  # an image without tokens sees zeros; its result is not used
 
     def by_image(self, x: Tensor) -> Tensor:
         """(t, c) or (b, n, c) to (b, longest, c)."""
@@ -148,7 +150,7 @@ class ATM(SemanticHead):
         if packing is None:
             return Prediction(maps, classes)
         assert part is not None
-        if previous is not None and previous.classes is not None:  # an image without tokens keeps what was said of it
+        if previous is not None and previous.classes is not None:  # an image without tokens keeps its earlier scores
             classes = torch.where(part.any(1)[:, None, None], classes, previous.classes)
         packed = maps.transpose(1, 2).flatten(0, 1).index_select(0, packing.slots)  # (t, k)
         return Prediction(on_canvas(packed, packing, part.shape, previous), classes)
@@ -166,5 +168,5 @@ class ATM(SemanticHead):
         of_queries = 4 * k * d**2 + 2 * k**2 * d + 2 * k * d * int(d * self.config.mlp_ratio) + 2 * k * d**2
         of_tokens = 2 * t * d**2 + 2 * k * t * d
         maps = k * t * d  # the product of the last layer's queries and keys, without the softmax
-        asked = t > 0  # else it repeats what was said before
-        return t * c * d + asked * (len(self.layers) * (of_queries + of_tokens) + maps + 2 * k * d)
+        computed = t > 0  # else the earlier prediction stands
+        return t * c * d + computed * (len(self.layers) * (of_queries + of_tokens) + maps + 2 * k * d)

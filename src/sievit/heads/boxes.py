@@ -63,7 +63,7 @@ def match(
         best_of_object[objects] = best_of_object[objects].maximum(iou.amax(dim=1))
     if low_quality_iou is not None:
         wanted = torch.where(best_of_object >= low_quality_iou, best_of_object, math.inf)
-        wanted[best_of_object == 0] = math.inf  # an object that no anchor touches is not everybody's
+        wanted[best_of_object == 0] = math.inf  # an object that no anchor touches matches none
         for (objects, iou), part in zip(overlaps, kind, strict=True):
             part[(iou == wanted[objects, None]).any(dim=0)] = 1
     return torch.cat(matched), torch.cat(kind)
@@ -75,14 +75,14 @@ def _overlaps(boxes: Tensor, anchors: Tensor) -> list[tuple[Tensor, Tensor]]:
     Anchors come row by row, so that a run of them spans a band of the image: on CPU, with hundreds of objects, leaving
     out the objects beyond the band and staying in the cache is many times faster than one large matrix.
     """
-    everyone = torch.arange(len(boxes), device=boxes.device)
+    every_row = torch.arange(len(boxes), device=boxes.device)
     if anchors.device.type != "cpu":
-        return [(everyone, box_iou(boxes, anchors))]
+        return [(every_row, box_iou(boxes, anchors))]
     overlaps = []
     for run in anchors.split(ANCHORS_PER_RUN):
         touch = (boxes[:, :2] < run[:, 2:].amax(0)) & (boxes[:, 2:] > run[:, :2].amin(0))
         objects = torch.where(touch.all(1))[0]
-        objects = objects if len(objects) else everyone[:1]
+        objects = objects if len(objects) else every_row[:1]
         overlaps.append((objects, _iou(boxes[objects], run)))
     return overlaps
 

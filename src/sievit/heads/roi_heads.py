@@ -24,7 +24,7 @@ class Sampled:
 
     Attributes:
         boxes: (n, 4); labels: (n,) int, 0 for the background; matched: (n,) int, the object of each box.
-        offsets: (n, 4), what the box regressor should say.
+        offsets: (n, 4), the target of the box regressor.
     """
 
     boxes: Tensor

@@ -159,7 +159,7 @@ class ConvFfn(nn.Module):
 
 
 class ViTAdapter(nn.Module):
-    """A backbone: images (b, 3, H, W) to four maps, with a policy that says which tokens the blocks compute."""
+    """A backbone: images (b, 3, H, W) to four maps, with a policy that chooses the tokens that the blocks compute."""
 
     size_divisor = 32
 
@@ -274,7 +274,7 @@ def _pixelwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _sum(a: Tensor, b: Tensor) -> Tensor:
-    """a + b; in inference in a's memory, which nobody else needs: fresh memory costs more than the sum, and adding
+    """a + b; in inference in a's memory, which is not used again: fresh memory costs more than the sum, and adding
     float32 to bfloat16 thirty times as much as turning it into bfloat16 first."""
     return a + b if torch.is_grad_enabled() else a.add_(b.to(a.dtype))
 

@@ -20,8 +20,8 @@ class DToPConfig(PolicyConfig):
     """Early exits at the auxiliary heads of a segmenter; the defaults are the paper's for a ViT-B.
 
     Attributes:
-        thresholds: a token leaves when its grade is above; 1 lets nobody leave. One for all auxiliary heads, or one
-            each, or one each and one for the last head (which changes what the trace tells, and no answer).
+        thresholds: a token leaves when its grade is above; at 1 no token leaves. One for all auxiliary heads, or one
+            each, or one each and one for the last head (which changes the trace, not the result).
         keep_per_class: of the tokens above the threshold the best so many of each class stay, as context.
         grade: what is compared: `max`, the score of the best class; `margin`, its distance to the second; `entropy`,
             one minus the entropy of the scores over its largest value.
@@ -29,8 +29,8 @@ class DToPConfig(PolicyConfig):
         rejoin: before the last block all tokens come back, and the last head judges all of them (Token Cropr's
             last-layer fusion).
         static_left: static counts: after each auxiliary head this share of an image's tokens is gone, those with the
-            highest grades, the `keep_per_class` best of each class last; the thresholds then say nothing in inference,
-            and no shape depends on what is in the image. A head at which nobody more leaves is not asked.
+            highest grades, the `keep_per_class` best of each class last; the thresholds are not used in
+            inference, and no shape depends on what is in the image. A head at which no further token leaves is skipped.
         multiple: the counts of those that are left are rounded up to a multiple of it.
     """
 
@@ -77,10 +77,10 @@ class DToPConfig(PolicyConfig):
 
 @register(DToPConfig)
 class DToP(Policy):
-    """Each auxiliary head grades the tokens that are left; confident ones take its word and leave (DToP, section 3).
+    """Auxiliary heads grade the tokens that are left; confident ones keep the prediction and leave (DToP, section 3).
 
     A token that left is neither computed nor seen by later blocks and heads; its maps stay on the canvas of
-    predictions. The trace holds, per stage, `exited` (b, n) and, where the head was asked, `maps` (b, k, n) and
+    predictions. The trace holds, per stage, `exited` (b, n) and, where the head was computed, `maps` (b, k, n) and
     `classes`.
     """
 
@@ -126,11 +126,11 @@ class DToP(Policy):
         exited = _exited(trace)
         if self.config.static_left is not None and not self.training:
             exited = torch.zeros_like(tokens.valid_or_all()) if exited is None else exited
-            return tokens, {"exited": exited, **self._ask(self.depth - 1, tokens, trace).tensors}
+            return tokens, {"exited": exited, **self._predict(self.depth - 1, tokens, trace).tensors}
         return tokens, self._stage(self.depth - 1, tokens, trace, exited)
 
     def _static(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
-        """As many leave as `static_left` says."""
+        """The choice of `static_left`."""
         aux: Notes = {}
         if index - 1 in self.heads:
             tokens, aux = self._static_stage(index - 1, tokens, trace)
@@ -145,7 +145,7 @@ class DToP(Policy):
         exited = torch.zeros_like(valid) if exited is None else exited
         if shares[stage] == shares[stage - 1]:
             return tokens, {"exited": exited}
-        prediction, left = self._ask(block, tokens, trace), valid & ~exited
+        prediction, left = self._predict(block, tokens, trace), valid & ~exited
         scores = prediction.scores().detach()
         cls, grades = scores.argmax(1), graded(scores, self.config.grade)
         represents = _rank_in_class(grades, cls, left, num_classes=scores.shape[1]) < self.config.keep_per_class
@@ -155,8 +155,8 @@ class DToP(Policy):
         assert tokens.keep is not None
         return tokens, {"exited": valid & ~tokens.keep, **prediction.tensors}
 
-    def _ask(self, block: int, tokens: Tokens, trace: Trace) -> Prediction:
-        """What the head behind `block` says of the tokens that take part; elsewhere what the last one said stands."""
+    def _predict(self, block: int, tokens: Tokens, trace: Trace) -> Prediction:
+        """The prediction of the head behind `block` for the tokens that take part; elsewhere the last one stands."""
         if tokens.order is None:
             return self.heads[block](tokens, tokens.valid, None)
         order, earlier = tokens.order[:, None], trace.predictions[-1]
@@ -175,11 +175,11 @@ class DToP(Policy):
         valid = tokens.valid_or_all()
         exited = torch.zeros_like(valid) if exited is None else exited
         if threshold >= 1 and not last and not self.training:
-            return {"exited": exited}  # what the head says would change nothing
+            return {"exited": exited}  # the prediction of the head would change nothing
         left = valid & ~exited
-        everyone = last and self.config.rejoin
-        earlier = trace.predictions[-1] if trace.predictions and not everyone else None
-        part = tokens.valid if everyone else None if bool(left.all()) else left
+        all_tokens = last and self.config.rejoin
+        earlier = trace.predictions[-1] if trace.predictions and not all_tokens else None
+        part = tokens.valid if all_tokens else None if bool(left.all()) else left
         prediction = self.heads[block](tokens, part, earlier)
         leaving = leave(prediction, left, threshold, keep_per_class=self.config.keep_per_class, grade=self.config.grade)
         return {"exited": exited | leaving, **prediction.tensors}
@@ -233,10 +233,10 @@ class DToP(Policy):
     def dials(self, passes: Callable[[PolicyConfig], Iterable[Trace]]) -> list[Dial]:
         """One threshold for all auxiliary heads, by the share of all grades that are above it."""
         stages, last = len(self._stages), self.thresholds[self.depth - 1]
-        nobody = replace(self.config, thresholds=(*[math.nextafter(1.0, 0.0)] * stages, 1.0))
+        none_leave = replace(self.config, thresholds=(*[math.nextafter(1.0, 0.0)] * stages, 1.0))
         grades = [
             graded(prediction.scores(), self.config.grade)[trace.valid].float().cpu()
-            for trace in passes(nobody)
+            for trace in passes(none_leave)
             for prediction in trace.predictions[:-1]
         ]
         scale = Scale(torch.cat(grades))
@@ -274,7 +274,7 @@ def _exited(trace: Trace) -> Tensor | None:
 
 @torch.no_grad()
 def leave(prediction: Prediction, left: Tensor, threshold: float, *, keep_per_class: int, grade: str) -> Tensor:
-    """(b, n) bool: who of the tokens that are `left` (b, n) leaves now.
+    """(b, n) bool: which of the tokens that are `left` (b, n) leave now.
 
     Candidates are graded strictly above the threshold; of each class's candidates in an image the `keep_per_class` best
     stay.

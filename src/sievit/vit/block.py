@@ -1,4 +1,4 @@
-"""The transformer block of the plain families, with timm's parameter names; a layout says who sees whom."""
+"""The transformer block of the plain families, with timm's parameter names; visibility is the layout's."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -55,7 +55,7 @@ class Heads(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; the layout knows which tokens see each other, and their rotary positions."""
+    """Multi-head self-attention; the layout has visibility and rotary positions of the tokens."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()

@@ -195,7 +195,7 @@ class ViT(nn.Module):
     def _on_canvas(
         grids: Sizes, grid: tuple[int, int], rows_of: Callable[[tuple[int, int]], Tensor | None]
     ) -> Tensor | None:
-        """(b or 1, n, ...): what `rows_of` says of each image's own grid, on the canvas of all; zeros on padding."""
+        """(b or 1, n, ...): `rows_of` of each image's own grid, on the canvas of all; zeros on padding."""
         planes: dict[tuple[int, int], Tensor] = {}
         for own in dict.fromkeys(grids):
             rows = rows_of(own)

@@ -1,6 +1,6 @@
 """Packing: the tokens that take part, of all images of a batch, as one sequence; and attention within each image.
 
-A layout tells a transformer block how its tokens are arranged. Three layouts compute the same numbers:
+A layout describes how the tokens of a transformer block are arranged. Three layouts compute the same numbers:
 
 - `Packed`: (t, c), no padding anywhere. What inference uses.
 - `Dense`: (b, n, c), every token takes part.

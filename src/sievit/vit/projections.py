@@ -23,7 +23,7 @@ class Projections:
     Args:
         part: (b, p+n) bool, the tokens that take part.
         query: a range of positions to their queries, (b, ., h, d). key, value: (b, p+n, h, d); zero elsewhere.
-        class_token: the class token's attention is asked for, not that of the mean query.
+        class_token: `attention` is that of the class token, not of the mean query.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Projections:
 
     @classmethod
     def before(cls, block: Block, tokens: Tokens, *, class_token: bool) -> "Projections":
-        """Of a block that comes next; what is asked for is computed then, for the tokens that take part."""
+        """Of the next block; each projection is computed when it is used, for the tokens that take part."""
         attn, part = block.attn, tokens.taking_part()
         if tokens.keep is None or tokens.order is not None or part is None:  # no shape depends on the choice
             x = block.norm1(tokens.x)
@@ -89,10 +89,10 @@ class Projections:
         In families without a class token it is that of the mean query of the grid tokens that take part.
         """
         tokens, attn, part = self.tokens, self.block.attn, self.part
-        asking = slice(0, 1) if self.class_token else slice(tokens.num_prefix, None)
-        q, k = self.query(asking), self.key()
+        rows = slice(0, 1) if self.class_token else slice(tokens.num_prefix, None)
+        q, k = self.query(rows), self.key()
         if tokens.rope is not None:
-            q = rotate(q, tokens.rope[:, asking], interleaved=attn.interleaved)
+            q = rotate(q, tokens.rope[:, rows], interleaved=attn.interleaved)
             k = rotate(k, tokens.rope, interleaved=attn.interleaved)
         if not self.class_token:
             grid = part[:, tokens.num_prefix :]
