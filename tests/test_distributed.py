@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,20 +22,20 @@ from sievit.engine.evaluate import evaluate
 from sievit.engine.optim import freeze
 from sievit.engine.recipe import CocoData, Recipe, TrainConfig
 from sievit.engine.train import train
-from sievit.heads import MaskRCNNConfig
-from sievit.heads.config import BoxConfig, MaskConfig, RoIConfig, RPNConfig
+from sievit.heads import ATMConfig, LinearConfig, SemanticHeadConfig, SETRNaiveConfig
 from sievit.models.build import build, load
 from sievit.models.detector import DetectorConfig
 from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import Segmenter
 from sievit.necks import NeckConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.necks.pyramid import PyramidConfig
-from sievit.policies import SViTConfig, svit
-from sievit.vit import ViTConfig
+from sievit.policies import DToPConfig, SViTConfig, svit
+from tiny import run_two_processes, tiny_detector, tiny_head, tiny_segmenter, tiny_vit
 
 EVERYTHING = 10**6
 ADAPTER = AdapterConfig(conv_inplane=4, deform_num_heads=2, num_interactions=2)
-CASES: dict[str, tuple[NeckConfig, bool, Literal["none", "vit"] | int]] = {
+DETECTORS: dict[str, tuple[NeckConfig, bool, Literal["none", "vit"] | int]] = {
     "batch mean": (PyramidConfig(out_channels=16), False, "none"),
     "per sample": (PyramidConfig(out_channels=16), True, "none"),
     "batch norm": (ADAPTER, False, "none"),
@@ -45,27 +44,27 @@ CASES: dict[str, tuple[NeckConfig, bool, Literal["none", "vit"] | int]] = {
     "budgets": (PyramidConfig(out_channels=16), False, "none"),
     "selected": (PyramidConfig(out_channels=16), False, "none"),
 }
+SEGMENTERS: dict[str, SemanticHeadConfig] = {
+    "atm": ATMConfig(channels=16, num_heads=2, num_layers=2, dropout=0.0),
+    "linear": LinearConfig(),
+    "naive": SETRNaiveConfig(channels=8, dropout=0.0),
+}
+CASES = [*DETECTORS, *SEGMENTERS]
 
 
 def tiny_model(
     *, neck: NeckConfig = ADAPTER, per_sample: bool = False, budgets: tuple[float, float] | None = None
 ) -> DetectorConfig:
     """A detector whose samplers take everything there is, so that nothing is left to chance."""
-    return DetectorConfig(
-        vit=ViTConfig(grid=(4, 4), embed_dim=16, depth=4, num_heads=2),
+    return tiny_detector(
         neck=neck,
         policy=SViTConfig(first_block=1, targets=(0.7, 0.5, 0.3), per_sample=per_sample, budgets=budgets),
-        head=MaskRCNNConfig(
-            num_classes=len(CLASSES),
-            fpn_channels=8,
-            rpn=RPNConfig(batch_size=EVERYTHING, post_nms_train=30, post_nms_test=20),
-            roi=RoIConfig(sampling_ratio=2),
-            box=BoxConfig(fc=16, batch_size=EVERYTHING),
-            mask=MaskConfig(convs=(8,), deconv=8),
+        head=tiny_head(
+            rpn={"batch_size": EVERYTHING, "post_nms_train": 30},
+            roi={"sampling_ratio": 2},
+            box={"batch_size": EVERYTHING, "max_detections": 100},
         ),
         input=InputConfig(min_size=64, max_size=64),
-        classes=CLASSES,
-        category_ids=tuple(range(1, len(CLASSES) + 1)),
     )
 
 
@@ -84,20 +83,49 @@ def batch(rows: slice) -> Batch:
     return Batch(images[rows], targets[rows], torch.device("cpu"))
 
 
+def segmenter(head: SemanticHeadConfig) -> Segmenter:
+    model = build(
+        tiny_segmenter(
+            vit=tiny_vit(patch_size=8, embed_dim=24, depth=3, num_heads=3),
+            policy=DToPConfig(thresholds=(0.3,), keep_per_class=1),
+            head=head,
+            out_indices=(0, 2),
+            classes=tuple("abcd"),
+        )
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def labelled(rows: slice) -> Batch:
+    """Some of four images with label maps: one without any label, one of a single class, one in part unknown."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(4, 3, 32, 32, generator=generator)
+    labels = torch.randint(0, 4, (4, 32, 32), generator=generator)
+    labels[0] = labels[2, :20] = 255
+    labels[1] = 1
+    return Batch(list(images[rows]), [{"labels": one} for one in labels[rows]], torch.device("cpu"))
+
+
 def gradients(rows: slice, case: str) -> dict[str, Tensor]:
     """Of the sum of losses on some images, averaged over processes; and the running statistics afterwards."""
     torch.manual_seed(0)
-    neck, per_sample, frozen = CASES[case]
-    budgets = (0.5, 1.2) if case == "budgets" else None
-    model = build(tiny_model(neck=neck, per_sample=per_sample, budgets=budgets)).train()
-    freeze(model.vit, frozen)
+    if case in SEGMENTERS:
+        model, given = segmenter(SEGMENTERS[case]), labelled(rows)
+    else:
+        (neck, per_sample, frozen), given = DETECTORS[case], batch(rows)
+        budgets = (0.5, 1.2) if case == "budgets" else None
+        model = build(tiny_model(neck=neck, per_sample=per_sample, budgets=budgets))
+        freeze(model.vit, frozen)
     for name, parameter in model.named_parameters():
         if name.endswith("gamma"):
             torch.nn.init.constant_(parameter, 0.1)  # at zero the injectors have no gradient
-    losses = Losses(model)
+    losses = Losses(model.train())
     wrapped = DistributedDataParallel(losses) if dist.is_initialized() else losses
     torch.manual_seed(rows.start)  # the second process draws something else than the first
-    values, _ = wrapped(batch(rows), selected=case == "selected")
+    values, shares = wrapped(given, selected=case == "selected")
+    assert 0 < shares.min() < 1
     torch.stack(list(values.values())).sum().backward()
     result = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert result.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -144,16 +172,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left."""
     folder = tmp_path_factory.mktemp("two")
     generate(folder / "data", num_images=5, size=(64, 64), seed=1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, __file__, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_two_processes(__file__, folder)
     return folder
 
 
@@ -167,7 +186,8 @@ def test_gradients_are_those_of_one_process(folder: Path, case: str, monkeypatch
         scale = float(expected.double().abs().max())
         difference = float((two[name] - expected).abs().max())
         assert difference <= 1e-4 * scale + 1e-6, f"{name}: {difference} of {scale}"
-    assert any(float(one[name].abs().max()) > 0 for name in one if "policy" in name)
+    policy = [float(value.abs().max()) for name, value in one.items() if "policy" in name]
+    assert case in SEGMENTERS or max(policy) > 0
 
 
 def test_figures_are_those_of_one_process(folder: Path):

@@ -1,28 +1,13 @@
-"""Losses against loops in double precision; labels that are not known; two processes against one.
-
-This file is also what torchrun runs.
-"""
+"""Losses against loops in double precision, and labels that are not known."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from sievit.heads import ATMConfig, LinearConfig, SemanticHeadConfig, SETRNaiveConfig
 from sievit.losses import ATMLossConfig, atm_loss, dice, focal, pixel_loss, presence
-from sievit.models.build import build
-from sievit.models.inputs import InputConfig
-from sievit.models.segmenter import Segmenter, SegmenterConfig
-from sievit.policies import DToPConfig
-from sievit.vit import ViTConfig
 
 K = 4
 IGNORED = 255
@@ -174,80 +159,3 @@ def test_perfect_masks_cost_next_to_nothing() -> None:
     nothing = torch.zeros_like(counted)
     assert not focal(sure, target, nothing, 0.25, 2.0).any()
     assert not dice(sure, target, nothing).any()
-
-
-# Two processes.
-
-CASES: dict[str, SemanticHeadConfig] = {
-    "atm": ATMConfig(channels=16, num_heads=2, num_layers=2, dropout=0.0),
-    "linear": LinearConfig(),
-    "naive": SETRNaiveConfig(channels=8, dropout=0.0),
-}
-
-
-def gradients(rows: slice, case: str) -> dict[str, Tensor]:
-    """Of the sum of losses on some of four images, averaged over processes."""
-    torch.manual_seed(0)
-    model = build(
-        SegmenterConfig(
-            vit=ViTConfig(grid=(4, 4), patch_size=8, embed_dim=24, depth=3, num_heads=3),
-            policy=DToPConfig(thresholds=(0.3,), keep_per_class=1),
-            input=InputConfig(min_size=None),
-            classes=tuple("abcd"),
-            head=CASES[case],
-            out_indices=(0, 2),
-        )
-    )
-    assert isinstance(model, Segmenter)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    generator = torch.Generator().manual_seed(1)
-    images = torch.rand(4, 3, 32, 32, generator=generator)
-    labels = torch.randint(0, K, (4, 32, 32), generator=generator)
-    labels[0] = IGNORED  # the halves differ in every count
-    labels[1] = 1
-    labels[2, :20] = IGNORED
-    model.train()
-    wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
-    output = wrapped(list(images[rows]), [{"labels": own} for own in labels[rows]])
-    torch.stack(list(output.losses.values())).sum().backward()
-    result = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert len(result) == len(list(model.parameters()))
-    return {**result, "exited": output.trace.exited[0].float().mean()}
-
-
-def worker(folder: Path) -> None:
-    """What each process of torchrun does; process 0 writes the results."""
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
-    results = {case: gradients(slice(2 * rank, 2 * rank + 2), case) for case in CASES}
-    if rank == 0:
-        torch.save(results, folder / "gradients.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, __file__, str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    results = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    for case in CASES:
-        one, two = gradients(slice(0, 4), case), results[case]
-        assert 0 < float(one.pop("exited")) < 1
-        for name, expected in one.items():
-            scale = float(expected.double().abs().max())
-            difference = float((two[name] - expected).abs().max())
-            assert difference <= 1e-4 * scale + 1e-6, f"{case} {name}: {difference} of {scale}"
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))

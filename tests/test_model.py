@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,46 +18,35 @@ from torch import Tensor
 import sievit
 import sievit.vit.loop
 from sievit.config import ConfigError
-from sievit.heads import MaskRCNNConfig
-from sievit.heads.config import BoxConfig, MaskConfig
 from sievit.models.build import build, load, save
 from sievit.models.detector import Detector, DetectorConfig
 from sievit.models.inputs import InputConfig
-from sievit.necks import NeckConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.necks.pyramid import PyramidConfig
-from sievit.policies import KeepAllConfig, PolicyConfig, RandomConfig, SViTConfig, build_policy
-from sievit.vit import ViTConfig
+from sievit.policies import KeepAllConfig, RandomConfig, SViTConfig, build_policy
 from sievit.vit.execution import Execution
 from sievit.vit.executor import execute_run
+from tiny import random_images, tiny_detector, tiny_head, tiny_vit
 
-HEAD = MaskRCNNConfig(
-    num_classes=3,
-    fpn_channels=16,
-    box=BoxConfig(fc=32, min_score=0.1, max_detections=20),
-    mask=MaskConfig(convs=(16,), deconv=16),
-)
+ADAPTER = AdapterConfig(conv_inplane=8, deform_num_heads=2)
 
 
-def tiny_config(*, policy: PolicyConfig | None = None, neck: NeckConfig | None = None) -> DetectorConfig:
-    return DetectorConfig(
-        vit=ViTConfig(grid=(6, 6), embed_dim=16, depth=4, num_heads=2),
-        neck=PyramidConfig(out_channels=16) if neck is None else neck,
-        policy=SViTConfig(first_block=1, targets=(0.7, 0.5, 0.3)) if policy is None else policy,
-        head=HEAD,
-        input=InputConfig(min_size=96, max_size=160),
-        classes=("ball", "box", "cone"),
-        category_ids=(1, 4, 9),
-    )
+def tiny_config(**changes: Any) -> DetectorConfig:
+    """Three classes, the last of them with ids that have holes, and gates that keep some tokens."""
+    fields: dict[str, Any] = {
+        "vit": tiny_vit(grid=(6, 6)),
+        "policy": SViTConfig(first_block=1, targets=(0.7, 0.5, 0.3)),
+        "head": tiny_head(box={"min_score": 0.1, "max_detections": 20}, rpn={"post_nms_test": 1000}),
+        "input": InputConfig(min_size=96, max_size=160),
+        "classes": ("ball", "box", "cone"),
+        "category_ids": (1, 4, 9),
+    }
+    return tiny_detector(**{**fields, **changes})
 
 
 @pytest.fixture
 def model() -> Detector:
     return build(tiny_config()).eval()
-
-
-def random_images(*sizes: tuple[int, int]) -> list[Tensor]:
-    return [torch.rand(3, *size) for size in sizes]
 
 
 def random_target(height: int, width: int) -> dict[str, Tensor]:
@@ -71,7 +61,7 @@ def assert_same(a: list[dict[str, Tensor]], b: list[dict[str, Tensor]]) -> None:
             torch.testing.assert_close(one[name], other[name], atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("neck", [PyramidConfig(out_channels=16), AdapterConfig(conv_inplane=8, deform_num_heads=2)])
+@pytest.mark.parametrize("neck", [PyramidConfig(out_channels=16), ADAPTER])
 def test_training_reaches_every_parameter(neck) -> None:
     model = build(tiny_config(neck=neck)).train()
     output = model(random_images((80, 100), (64, 130)), [random_target(80, 100), random_target(64, 130)])
@@ -109,7 +99,7 @@ def test_the_batch_changes_nothing(model) -> None:
 
 
 def test_resizing_is_undone() -> None:
-    model = build(replace(tiny_config(), input=InputConfig(min_size=None)))
+    model = build(tiny_config(input=InputConfig(min_size=None)))
     box = {"boxes": torch.tensor([[10.0, 20.0, 30.0, 60.0]]), "masks": torch.ones(1, 1, 28, 28)}
     found = model._on_image(box, (100, 200), (50, 400))
     assert found["boxes"].tolist() == [[20.0, 10.0, 60.0, 30.0]]
@@ -160,7 +150,8 @@ def test_predict_leaves_the_mode(model) -> None:
     assert model.training
 
 
-def test_a_policy_for_one_call(model) -> None:
+def test_a_policy_for_one_call() -> None:
+    model = build(tiny_config(policy=RandomConfig(first_block=1, shares=(0.5,)))).eval()
     dense = build_policy(KeepAllConfig(), embed_dim=16, depth=4)
     images = random_images((96, 96))
     with torch.inference_mode():
@@ -195,10 +186,11 @@ def test_three_lines(model, tmp_path) -> None:
         assert getattr(sievit, name) is not None
     with pytest.raises(AttributeError, match="'lod'"):
         sievit.lod  # noqa: B018
+    assert sievit.convert.svit_backbone.__module__ == "sievit.convert.svit", "parts are found when they are used"
 
 
 def test_half_precision_halves_the_file(model, tmp_path) -> None:
-    model = build(tiny_config(neck=AdapterConfig(conv_inplane=8, deform_num_heads=2))).eval()
+    model = build(tiny_config(neck=ADAPTER)).eval()
     save(model, tmp_path / "full.safetensors")
     save(model, tmp_path / "half.safetensors", half=True)
     assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * (tmp_path / "full.safetensors").stat().st_size
@@ -251,7 +243,7 @@ def test_answers_are_found_as_the_configuration_says(tmp_path, monkeypatch) -> N
     """Losses are not."""
     own = Execution(mode="bucketed", attention="batched", precision="bfloat16")
     save(
-        build(replace(tiny_config(neck=AdapterConfig(conv_inplane=8, deform_num_heads=2)), execution=own)),
+        build(tiny_config(neck=ADAPTER, execution=own)),
         tmp_path / "m.safetensors",
     )
     seen = set()
@@ -325,10 +317,3 @@ def test_a_failed_save_leaves_the_old_file(model, tmp_path, monkeypatch, where, 
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
     load(path)
-
-
-def test_the_package_finds_its_parts_when_they_are_asked_for() -> None:
-    assert sievit.convert.svit_backbone.__module__ == "sievit.convert.svit"
-    assert all(getattr(sievit, name) is not None for name in sievit.__all__)
-    with pytest.raises(AttributeError, match="nonsense"):
-        sievit.nonsense  # noqa: B018
