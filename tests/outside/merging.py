@@ -5,7 +5,6 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from sievit.policies import Notes, Policy, PolicyConfig, Projections, register
 from sievit.tokens import Tokens, Trace
@@ -56,5 +55,5 @@ class Merging(Policy):
         return tokens.unmerge()
 
     def dense_notes(self, index: int, tokens: Tokens) -> Notes:
-        n: Tensor = tokens.valid_or_all().sum(1).double()
+        n = tokens.valid_or_all().sum(1).double()
         return {"macs": n**2 * self.head_dim} if index < self.depth else {}
