@@ -38,6 +38,7 @@ LEVELS = {
     "sievit.viz": 6,
     "sievit.measure.clock": 1,
     "sievit.measure.meters": 1,
+    "sievit.measure.modes": 2,
     "sievit.measure": 7,
     "sievit.tasks": 8,
     "sievit.engine": 8,

@@ -24,15 +24,16 @@ from sievit.policies import (
     AttentionConfig,
     DToPConfig,
     KeepAllConfig,
+    Policy,
     PolicyConfig,
     SViT,
     SViTConfig,
     TopNormConfig,
 )
+from sievit.policies.selection import SharesPolicy
 from sievit.report import evaluate
-from sievit.tokens import Tokens
 from sievit.tune import Goal, Judged, Tuning, table_of, tune
-from sievit.tune.subject import Clock, Part, Setup, Subject
+from sievit.tune.workload import Clock, Setup, TimedBlocks, Workload
 from sievit.vit import ViTConfig
 
 R = TypeVar("R")
@@ -105,14 +106,11 @@ def wound(overhead: Mapping[int, float] | float) -> Clock:
         extra = overhead.get(index, 0.0) if isinstance(overhead, Mapping) else overhead
         return 1 + 9 * share + (extra if share < 1 else 0)
 
-    def clock(what: Part | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
+    def clock(what: TimedBlocks | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
         result: Any = call()
         if isinstance(what, Setup):
             shares = result.trace.shares().mean(1).tolist()
             return sum(of(i, share) for i, share in enumerate(shares)), result
-        if isinstance(result, Tokens):  # one run of blocks
-            share = 1.0 if result.keep is None else result.keep.double().mean().item()
-            return sum(of(i, share) for i in range(what.start, what.stop)), result
         kept = [keep.double().mean().item() for keep in result[1].keep]
         return sum(of(i, kept[i]) for i in range(what.start, what.stop)), result
 
@@ -153,9 +151,9 @@ def test_a_policy_that_wins_in_no_race_is_not_written(saved: Saved, images: Path
     """Its blocks are faster, each by itself; the model as a whole is not."""
     fast = wound(0.0)
 
-    def clock(what: Part | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
+    def clock(what: TimedBlocks | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
         elapsed, result = fast(what, call, device)
-        return (elapsed if isinstance(what, Part) else 60.0), result
+        return (elapsed if isinstance(what, TimedBlocks) else 60.0), result
 
     figures = tune(saved(GATES), images, out, tuning=QUICK, clock=clock)
     assert policy_of(out) == KeepAllConfig() and "noise" in figures["why"]
@@ -165,7 +163,7 @@ def test_a_policy_that_was_lucky_is_not_written(saved: Saved, images: Path, out:
     """It wins the race, and not the second one."""
     fast, runs = wound(0.0), []
 
-    def clock(what: Part | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
+    def clock(what: TimedBlocks | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
         elapsed, result = fast(what, call, device)
         gates = isinstance(what, Setup) and isinstance(what.policy, SViTConfig)
         runs.extend([what] * gates)
@@ -226,6 +224,21 @@ def test_gflops_meet_their_target(policy: PolicyConfig, mode: str, saved: Saved,
     )
 
 
+def test_a_policy_without_dials_runs_as_it_is_configured(
+    saved: Saved, images: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As one of a user's package that implements `before_block` alone."""
+    for name in ("ranges", "dials", "is_static"):
+        monkeypatch.setattr(SharesPolicy, name, getattr(Policy, name))
+    policy = TopNormConfig(first_block=1)
+    figures = tune(saved(policy), images, out, tuning=QUICK, clock=wound(0.0))
+    assert policy_of(out) == policy and figures["mode"] == "dynamic" and figures["candidates"][0]["dials"] == 0
+    assert figures["why"].endswith("the policy 'top_norm' has no dial, and ran as it is configured")
+    assert tune(saved(policy), images, out, tuning=QUICK, clock=wound(50.0))["policy"] == "keep_all"
+    with pytest.raises(ConfigError, match=r"--target-gflops 0.001: the policy 'top_norm' has no dial"):
+        tune(saved(policy), images, out, goal=Goal(target_gflops=0.001), tuning=QUICK, clock=wound(0.0))
+
+
 def _pixels(path: Path) -> Any:
     import numpy as np
 
@@ -278,7 +291,7 @@ def evaluate_gflops(model: Model, config: PolicyConfig, images: Path) -> float:
     """GFLOPs per image, mean."""
     pictures = [[torch.from_numpy(_pixels(path))] for path in sorted(images.iterdir())]
     with torch.inference_mode():
-        return Subject(model, pictures).spent(config).gflops
+        return Workload(model, pictures).cost(config).gflops
 
 
 def test_milliseconds_meet_their_target(saved: Saved, images: Path, out: Path):
@@ -335,7 +348,7 @@ def test_accuracy_falls_by_no_more_than_it_may(most: float, saved: Saved, images
 def test_static_counts_win_where_choices_are_dear(saved: Saved, images: Path, out: Path):
     plain = wound(0.0)
 
-    def clock(what: Part | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
+    def clock(what: TimedBlocks | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
         elapsed, result = plain(what, call, device)
         dear = (
             isinstance(what, Setup) and not isinstance(what.policy, KeepAllConfig) and _mode(what.policy) == "dynamic"

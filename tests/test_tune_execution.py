@@ -22,7 +22,7 @@ from sievit.policies import KeepAllConfig, PolicyConfig, RandomConfig, SViTConfi
 from sievit.report import evaluate
 from sievit.tokens import Prediction, Tokens, Trace
 from sievit.tune import Goal, Tuning, tune
-from sievit.tune.subject import Clock, Part, Setup
+from sievit.tune.workload import Clock, Setup, TimedBlocks
 from sievit.vit import ViTConfig
 from sievit.vit.execution import Execution, copied
 from sievit.vit.executor import execute_run
@@ -110,8 +110,8 @@ def name_of(setup: Setup) -> str:
 def clock_of(fast: Mapping[str, float]) -> Clock:
     """Everything takes 60 ms but what is named."""
 
-    def clock(what: Part | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
-        if isinstance(what, Part):
+    def clock(what: TimedBlocks | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
+        if isinstance(what, TimedBlocks):
             return (1.0 if what.pruned else 2.0), call()
         return fast.get(name_of(what), 60.0), call()
 
@@ -178,10 +178,10 @@ def test_precision_is_that_of_the_race_and_of_the_model(
     tuning = replace(QUICK, precision="bfloat16", modes=("dynamic",))
     seen: list[torch.dtype] = []
 
-    def clock(what: Part | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
+    def clock(what: TimedBlocks | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
         result: Any = call()
-        if isinstance(what, Part):
-            seen.append(result.x.dtype)
+        if isinstance(what, TimedBlocks):
+            seen.append(result[0].x.dtype)
         return (60.0 if isinstance(what, Setup) and name_of(what) == "dense" else 30.0 - 9 * _pruned(what)), result
 
     figures = tune(model, images, out, tuning=tuning, clock=clock)
@@ -194,8 +194,8 @@ def test_precision_is_that_of_the_race_and_of_the_model(
     assert {dtype for _, _, dtype in executed} == {torch.bfloat16}, "another policy in the same precision"
 
 
-def _pruned(what: Part | Setup) -> bool:
-    return isinstance(what, Part) and what.pruned
+def _pruned(what: TimedBlocks | Setup) -> bool:
+    return isinstance(what, TimedBlocks) and what.pruned
 
 
 def test_another_policy_runs_in_the_default_mode(model: Path, tmp_path: Path):

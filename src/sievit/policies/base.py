@@ -179,7 +179,7 @@ class Policy(nn.Module):
         """Dials of the cost, the best first, further ones for what that one does not reach; empty where there is none.
 
         Args:
-            passes: of a configuration, its traces on sample images.
+            passes: of a configuration, its traces on sample images; called when a dial is first turned.
         """
         return []
 

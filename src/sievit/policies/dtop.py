@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import ClassVar, Literal
 
 import torch
@@ -233,16 +234,19 @@ class DToP(Policy):
     def dials(self, passes: Callable[[PolicyConfig], Iterable[Trace]]) -> list[Dial]:
         """One threshold for all auxiliary heads, by the share of all grades that are above it."""
         stages, last = len(self._stages), self.thresholds[self.depth - 1]
-        none_leave = replace(self.config, thresholds=(*[math.nextafter(1.0, 0.0)] * stages, 1.0))
-        grades = [
-            graded(prediction.scores(), self.config.grade)[trace.valid].float().cpu()
-            for trace in passes(none_leave)
-            for prediction in trace.predictions[:-1]
-        ]
-        scale = Scale(torch.cat(grades))
+
+        @cache
+        def scale() -> Scale:
+            none_leave = replace(self.config, thresholds=(*[math.nextafter(1.0, 0.0)] * stages, 1.0))
+            grades = [
+                graded(prediction.scores(), self.config.grade)[trace.valid].float().cpu()
+                for trace in passes(none_leave)
+                for prediction in trace.predictions[:-1]
+            ]
+            return Scale(torch.cat(grades))
 
         def turn(position: float) -> PolicyConfig:
-            value = 1.0 if position <= 0 else 0.0 if position >= 1 else min(1.0, max(0.0, scale.at(1 - position)))
+            value = 1.0 if position <= 0 else 0.0 if position >= 1 else min(1.0, max(0.0, scale().at(1 - position)))
             return replace(self.config, thresholds=(*[value] * stages, last))
 
         return [turn]

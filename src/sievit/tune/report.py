@@ -1,9 +1,81 @@
-"""What tuning found, for people."""
+"""The report of tuning: figures of everything that was compared, and a table."""
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
+
+from sievit.config import kind_of, to_json
+from sievit.measure.clock import median_and_p95
+from sievit.measure.modes import DENSE, RunMode
+from sievit.policies import PolicyConfig
+from sievit.tune.candidates import Candidate
+from sievit.tune.options import Goal
+from sievit.tune.race import Outcome
+from sievit.tune.targets import MaxGFLOPs, MaxMilliseconds
+from sievit.tune.workload import Workload
+
+DENSE_MODES = ("dense", "dense_compiled")
+Accuracy = Callable[[PolicyConfig], dict[str, float]]
+"""The accuracy of a policy by the name of its measure; empty where it was not measured."""
+
+
+def figures_of(workload: Workload, goal: Goal, outcome: Outcome, accuracy: Accuracy) -> dict[str, Any]:
+    """What `tune` returns about the policies, see there."""
+    chosen, setup = outcome.chosen, outcome.setup
+
+    def row(config: PolicyConfig, times: list[float] | None) -> dict[str, Any]:
+        cost = workload.cost(config)
+        return {
+            "gflops": round(cost.gflops, 6),
+            "keep": [round(share, 4) for share in cost.shares.double().mean(1).tolist()],
+            **(median_and_p95("ms", times, digits=3) if times else {}),
+            **accuracy(config),
+        }
+
+    def candidate_row(candidate: Candidate) -> dict[str, Any]:
+        times, variant = outcome.raced.get(id(candidate)), candidate.variant
+        return {
+            "mode": candidate.name,
+            "execution": to_json(candidate.execution),
+            "settings": workload.policy(candidate.config).settings(),
+            **row(candidate.config, None if times is None else times.other),
+            "speedup": None if times is None else times.ratio.to_json(),
+            "dials": len(variant.dials),
+            "blocks": [t.to_json(dense=t.blocks.start in candidate.dense) for t in candidate.timings],
+            "tried": list(candidate.found.tried),
+            "chosen": candidate is chosen,
+        }
+
+    why = outcome.why
+    if outcome.candidates and not any(c.variant.dials for c in outcome.candidates):
+        why += f"; the policy {kind_of(workload.model.config.policy)!r} has no dial, and ran as it is configured"
+    tuned = row(setup.policy, outcome.times.other)
+    return {
+        "tokens": round(workload.cost(DENSE).tokens),
+        "target": _target(goal, tuned),
+        "policy": kind_of(setup.policy),
+        "mode": RunMode("dense", setup.execution).name if chosen is None else chosen.name,
+        "execution": to_json(setup.execution),
+        "why": why,
+        **{name: row(DENSE, times) for name, times in zip(DENSE_MODES, outcome.times.dense, strict=False)},
+        "tuned": tuned,
+        "speedup": {**outcome.times.ratio.to_json(), "pairs": len(outcome.times.other)},
+        "settings": to_json(setup.policy),
+        "candidates": [candidate_row(candidate) for candidate in outcome.candidates],
+    }
+
+
+def _target(goal: Goal, tuned: dict[str, Any]) -> dict[str, Any] | None:
+    """The target that was given, and whether it is met."""
+    given = {name: value for name, value in vars(goal).items() if value is not None}
+    met = True
+    if goal.target_gflops is not None:
+        met = tuned["gflops"] <= goal.target_gflops * (1 + MaxGFLOPs.tolerance)
+    if goal.target_ms is not None:
+        met = tuned["ms"] <= goal.target_ms * (1 + 2 * MaxMilliseconds.tolerance)
+    return {**given, "met": met} if given else None
 
 
 def table_of(figures: dict[str, Any]) -> Table:
@@ -13,12 +85,12 @@ def table_of(figures: dict[str, Any]) -> Table:
         f"{figures['images']} images, {size}, {figures['tokens']} tokens, batch {figures['batch_size']}, "
         f"{figures['device']}, {figures['precision']}"
     )
-    measure = next((name for name in ("miou", "mask_ap", "box_ap") if name in figures["dense"]), None)
+    measure = next((name for name in figures["dense"] if name not in ("gflops", "keep", "ms", "ms_p95")), None)
     table = Table(title=title, title_justify="left", box=SIMPLE, collapse_padding=True)
     headings = ["", "GFLOPs", "ms", "speed-up", "keep", "dense blocks", *([measure] if measure else [])]
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    denses = [{"mode": name, **figures[name]} for name in ("dense", "dense_compiled") if name in figures]
+    denses = [{"mode": name, **figures[name]} for name in DENSE_MODES if name in figures]
     for row in [*({**row, "chosen": row["mode"] == figures["mode"]} for row in denses), *figures["candidates"]]:
         table.add_row(*_cells(row, measure), style="bold" if row["chosen"] else None)
     return table

@@ -28,17 +28,19 @@ def run_blocks(
     stop: int | None = None,
     execution: Execution = Execution(),
     class_token: bool = False,
+    inplace: bool = False,
 ) -> tuple[Tokens, Trace]:
     """Blocks `start` to `stop` (0-based, without `stop`; None: to the last) on the tokens that the policy chooses.
 
     Args:
         blocks: all of the backbone's.
         class_token: the first prefix token is one, whose attention a policy may ask for.
+        inplace: write results into the canvas that came in, where no gradient is needed; for a caller that owns it.
 
     Returns:
         The canvas, whole, and the trace of this and of earlier pieces of the loop.
     """
-    stop, given, half = len(blocks) if stop is None else stop, tokens.x, None
+    stop, given, half = len(blocks) if stop is None else stop, None if inplace else tokens.x, None
     step, end = 2 * start, 2 * stop  # halves of blocks: 2i is the attention of block i, 2i + 1 its MLP
     while step < end:
         tokens, notes = _decide(policy, blocks, step, tokens, trace, half, class_token)

@@ -138,12 +138,19 @@ class ViT(nn.Module):
         start: int = 0,
         stop: int | None = None,
         execution: Execution = Execution(),
+        inplace: bool = False,
     ) -> tuple[Tokens, Trace]:
         """Some of the blocks, see `loop.run_blocks`."""
-        blocks = [block for block in self.blocks if isinstance(block, Block)]
-        class_token = self.config.class_token
         return run_blocks(
-            blocks, tokens, policy, trace, start=start, stop=stop, execution=execution, class_token=class_token
+            [block for block in self.blocks if isinstance(block, Block)],
+            tokens,
+            policy,
+            trace,
+            start=start,
+            stop=stop,
+            execution=execution,
+            class_token=self.config.class_token,
+            inplace=inplace,
         )
 
     def forward(

@@ -1,0 +1,197 @@
+"""The targets that the dial of a policy is turned for."""
+
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sievit.config import ConfigError, kind_of
+from sievit.measure.clock import Quartiles
+from sievit.measure.modes import DENSE
+from sievit.policies import PolicyConfig
+from sievit.policies.base import Dial
+from sievit.tune.workload import Workload
+
+Switch = Callable[[PolicyConfig], PolicyConfig]
+Accuracy = Callable[[PolicyConfig], float]
+"""Points (0..100) of a policy on annotated images."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where the dials were left.
+
+    Attributes:
+        config: the policy there.
+        met: whether the target is met; where not, `config` is the most pruning that there is.
+        tried: the settings that were tried, a dict for each.
+    """
+
+    config: PolicyConfig
+    met: bool
+    tried: tuple[dict[str, Any], ...] = ()
+
+
+class Target(ABC):
+    """A target, and how it is reached."""
+
+    name: str = ""
+
+    def dense_suffices(self) -> bool:
+        """Whether the dense model meets the target, so that nothing has to be left out."""
+        return False
+
+    @abstractmethod
+    def find(
+        self, config: PolicyConfig, dials: Sequence[Dial], switch: Switch, start: PolicyConfig | None = None
+    ) -> Found:
+        """Turn the dials.
+
+        Args:
+            config: the policy without a target.
+            switch: computes all tokens in the blocks that are slower with tokens left out.
+            start: a setting that is near the target: of another mode, or from before blocks were switched.
+
+        Raises:
+            ConfigError: a target that needs a dial, and there is none.
+        """
+
+    def unreachable(self, found: Found, dense: Collection[int]) -> str:
+        """The error message for a target that no setting meets; `dense` as in `Candidate`."""
+        raise NotImplementedError
+
+
+class NoTarget(Target):
+    """The policy as it is configured."""
+
+    def find(
+        self, config: PolicyConfig, dials: Sequence[Dial], switch: Switch, start: PolicyConfig | None = None
+    ) -> Found:
+        return Found(switch(config), met=True)
+
+
+class Limit(Target):
+    """The least pruning whose cost is at most the limit."""
+
+    tolerance: float
+    steps: int
+
+    def __init__(self, workload: Workload, limit: float) -> None:
+        self.workload, self.limit = workload, limit
+
+    @abstractmethod
+    def cost(self, config: PolicyConfig) -> float:
+        """What the limit is of."""
+
+    def dense_suffices(self) -> bool:
+        return self.cost(DENSE) <= self.limit
+
+    def find(
+        self, config: PolicyConfig, dials: Sequence[Dial], switch: Switch, start: PolicyConfig | None = None
+    ) -> Found:
+        if not dials:
+            raise ConfigError(
+                f"--target-{self.name} {self.limit:g}: the policy {kind_of(config)!r} has no dial that could be turned "
+                "to it; leave the target out, or give another policy by --policy"
+            )
+        tried: list[dict[str, Any]] = []
+
+        def at(dial: Dial, position: float) -> tuple[PolicyConfig, float]:
+            turned = switch(dial(position))
+            cost = self.cost(turned)
+            tried.append({"dial": round(position, 4), self.name: round(cost, 6)})
+            return turned, cost
+
+        least: tuple[float, PolicyConfig] | None = None
+        for dial in dials:
+            turned, cost = at(dial, 1.0)
+            if least is None or cost < least[0]:
+                least = cost, turned
+            if cost > self.limit:
+                continue  # does not reach that low
+            if len(dials) > 1 and at(dial, 0.0)[1] < self.limit * (1 - self.tolerance):
+                continue  # starts below: another one comes closer
+            low, high = 0.0, 1.0
+            for _ in range(self.steps):
+                if cost >= self.limit * (1 - self.tolerance):
+                    break
+                middle = (low + high) / 2
+                there, its_cost = at(dial, middle)
+                if its_cost > self.limit:
+                    low = middle
+                else:
+                    high, turned, cost = middle, there, its_cost
+            return Found(turned, met=True, tried=tuple(tried))
+        assert least is not None
+        return Found(least[1], met=least[0] <= self.limit, tried=tuple(tried))
+
+    def unreachable(self, found: Found, dense: Collection[int]) -> str:
+        least = min(step[self.name] for step in found.tried)
+        blocks = f" (blocks {', '.join(map(str, sorted(dense)))} are faster dense)" if dense else ""
+        option = f"--target-{self.name} {self.limit:g}"
+        return (
+            f"{option}: out of reach; with hardly any tokens left the model takes {least:g}, "
+            f"the dense one {self.cost(DENSE):g}{blocks}; give a target in between, a smaller --size or a smaller model"
+        )
+
+
+class MaxGFLOPs(Limit):
+    """At most so many GFLOPs per image, mean over the images."""
+
+    name, tolerance, steps = "gflops", 0.01, 14
+
+    def cost(self, config: PolicyConfig) -> float:
+        return self.workload.cost(config).gflops
+
+
+class MaxMilliseconds(Limit):
+    """At most so many milliseconds per image, by the ratio to dense runs in turn with it."""
+
+    name, tolerance, steps = "ms", 0.03, 7
+
+    def __init__(self, workload: Workload, limit: float, rounds: int) -> None:
+        super().__init__(workload, limit)
+        self.rounds = rounds
+        self.dense = statistics.median(workload.race([workload.setup(DENSE)], rounds)[0])
+
+    def cost(self, config: PolicyConfig) -> float:
+        if config == DENSE:
+            return self.dense
+        dense, other = self.workload.race([self.workload.setup(DENSE), self.workload.setup(config)], self.rounds)
+        return self.dense * Quartiles.of_ratios(other, dense).median
+
+
+class MaxDrop(Target):
+    """The most pruning whose accuracy is at most so many points below the dense model's."""
+
+    name, steps = "accuracy", 6
+
+    def __init__(self, workload: Workload, most: float, accuracy: Accuracy) -> None:
+        self.workload, self.most, self.accuracy = workload, most, accuracy
+
+    def find(
+        self, config: PolicyConfig, dials: Sequence[Dial], switch: Switch, start: PolicyConfig | None = None
+    ) -> Found:
+        tried: list[dict[str, Any]] = []
+        allowed: list[PolicyConfig] = []
+
+        def is_allowed(config: PolicyConfig, position: float | None) -> bool:
+            drop = self.accuracy(DENSE) - self.accuracy(config)
+            gflops = round(self.workload.cost(config).gflops, 6)
+            tried.append({"dial": position, self.name: round(self.accuracy(config), 3), "gflops": gflops})
+            allowed.extend([config] if drop <= self.most + 1e-9 else [])
+            return config in allowed
+
+        if is_allowed(switch(config if start is None else start), None) and start is not None:
+            return Found(allowed[0], met=True, tried=tuple(tried))
+        low, high = 0.0, 1.0
+        for _ in range(self.steps if dials else 0):
+            middle = (low + high) / 2
+            if is_allowed(switch(dials[0](middle)), round(middle, 4)):
+                low = middle
+            else:
+                high = middle
+        if not allowed:
+            return Found(switch(dials[0](0.0) if dials else config), met=False, tried=tuple(tried))
+        return Found(min(allowed, key=lambda c: self.workload.cost(c).gflops), met=True, tried=tuple(tried))
