@@ -28,9 +28,9 @@ from sievit.bench import (
 from sievit.bench.backbone import ADAPTERS
 from sievit.bench.blocks import calibrated, frozen
 from sievit.bench.common import SIZES, load_images, load_pictures
-from sievit.bench.heads import COUNTED, _rates, parts_of, stopwatch
+from sievit.bench.heads import _rates, stopwatch
 from sievit.bench.modes import MODES, Way, static_config
-from sievit.bench.network import SEGMENTERS, calibrated_exits, dense_policy, random_segmenter, time_model
+from sievit.bench.network import SEGMENTERS, calibrated_exits, random_segmenter, time_model
 from sievit.bench.plot import draw_rows
 from sievit.bench.rates import machine_rates
 from sievit.bench.timing import Cost
@@ -38,7 +38,6 @@ from sievit.config import ConfigError
 from sievit.heads import ATMConfig, MaskRCNNConfig, build_head
 from sievit.heads.config import BoxConfig, MaskConfig
 from sievit.measure.clock import Pair
-from sievit.measure.flops import model_gflops
 from sievit.measure.meters import counted_syncs, memory
 from sievit.models.detector import Detector, DetectorConfig
 from sievit.models.inputs import InputConfig
@@ -344,7 +343,7 @@ def test_gflops_and_shares_of_a_row_are_the_model_s(pictures: Path) -> None:
     detector = tiny_detector(with_masks=False)
     images = load_images(pictures, None, 3)
     (figures,) = time_model(detector, [[image] for image in images], NetworkBench(modes=("dynamic",)))
-    dense = [model_gflops(detector, detector([i], policy=dense_policy(detector))).item() for i in images]
+    dense = [detector.gflops(detector([i], policy=detector.build_policy(KeepAllConfig()))).item() for i in images]
     assert figures["gflops"][0] == pytest.approx(sum(dense) / 3, abs=0.0001)
     assert figures["keep"][0] == 1.0 and figures["keep"][1:] == pytest.approx([0.5] * 3, abs=0.03)
 
@@ -486,8 +485,8 @@ def test_the_parts_of_a_detector_are_all_of_it(monkeypatch: pytest.MonkeyPatch) 
     )
     assert parts["blocks, gates"]["dense_gflops"] > parts["blocks, gates"]["sparse_gflops"]
     assert parts["FPN"]["dense_gflops"] == parts["FPN"]["sparse_gflops"] > 0
-    assert {name for name, part in parts.items() if "sparse_gflops_per_s" in part} == set(COUNTED)
-    assert min(parts[name]["sparse_gflops_per_s"] for name in COUNTED) > 0
+    rates = {name: part["sparse_gflops_per_s"] for name, part in parts.items() if "sparse_gflops_per_s" in part}
+    assert rates.keys() == tiny_detector().counted_parts().keys() and min(rates.values()) > 0
     assert set(row["machine_gflops_per_s"]) == {"linear", "conv3x3", "attention"}
     assert min(row["machine_gflops_per_s"].values()) > 0
     said = console.export_text()
@@ -498,7 +497,7 @@ def test_rates_of_parts_are_those_of_the_sparse_passes() -> None:
     """Medians over the batches; the neck is the sum of its parts, and what took no time has none."""
 
     def cost(gflops: float) -> Cost:
-        counted = {**dict.fromkeys(COUNTED, 0.0), "FPN": gflops, "neck": 3.0, "mask layers": 1.0}
+        counted = {"RPN layers": 0.0, "FPN": gflops, "neck": 3.0, "mask layers": 1.0}
         return Cost(images=2, tokens=48, gflops=9, policy=0, keep=(), more={"parts": counted})
 
     def spent(ms: float) -> dict[str, float]:
@@ -506,7 +505,7 @@ def test_rates_of_parts_are_those_of_the_sparse_passes() -> None:
 
     pairs = [Pair(1.0, 1.0, cost(99.0), cost(gflops)) for gflops in (1.0, 2.0, 4.0)]
     watched = [Pair(1.0, 1.0, spent(99.0), spent(ms)) for ms in (4.0, 5.0, 5.0)]
-    assert _rates(pairs, watched) == {"FPN": 800.0, "neck": 200.0}
+    assert _rates(pairs, watched, cost(0.0).more["parts"]) == {"FPN": 800.0, "neck": 200.0}
 
 
 def test_rates_count_two_operations_per_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,15 +530,15 @@ def test_the_parts_of_a_trained_detector(tmp_path: Path) -> None:
     config = HeadsBench(checkpoints=(tmp_path / "balls",), sizes=((64, 96),), batches=(2,), repeats=2)
     (row,) = bench_heads(config, Console(quiet=True))["rows"]
     assert row["tokens"] == 24 and "neck: pyramid" in row["parts"] and "neck: injectors" not in row["parts"]
-    before = [dict(vars(owner)) for owner, _, _ in parts_of(detector)]
-    with stopwatch(parts_of(detector), torch.device("cpu")) as spent, torch.inference_mode():
+    before = [dict(vars(owner)) for owner, _, _ in detector.timed_parts()]
+    with stopwatch(detector.timed_parts(), torch.device("cpu")) as spent, torch.inference_mode():
         detector([torch.rand(3, 64, 96)])
-    assert spent["FPN"] > 0 and [dict(vars(owner)) for owner, _, _ in parts_of(detector)] == before
+    assert spent["FPN"] > 0 and [dict(vars(owner)) for owner, _, _ in detector.timed_parts()] == before
     detector.config = replace(detector.config, policy=KeepAllConfig())
     sievit.save(detector, tmp_path / "dense.safetensors")
     with pytest.raises(ConfigError, match="computes every token"):
         bench_heads(replace(config, checkpoints=(tmp_path / "dense.safetensors",)))
     segmenter = random_segmenter(TINY, HEAD, (1, 3, 5))
     sievit.save(segmenter, tmp_path / "s.safetensors")
-    with pytest.raises(ConfigError, match=r"s\.safetensors: is a segmenter"):
-        bench_heads(replace(config, checkpoints=(tmp_path / "s.safetensors",), policy="random"))
+    (row,) = bench_heads(replace(config, checkpoints=(tmp_path / "s.safetensors",), policy="random"))["rows"]
+    assert row["parts"]["head 2"]["sparse_gflops"] > 0 and row["parts"]["head 0"]["sparse_gflops"] == 0

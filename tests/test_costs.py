@@ -10,8 +10,7 @@ from PIL import Image
 
 from sievit import cli
 from sievit.heads import ATMConfig
-from sievit.measure.costs import costs, default_size, everyone, per_image
-from sievit.measure.flops import model_gflops, published_gflops
+from sievit.measure.costs import costs, per_image
 from sievit.models.build import build, load, save
 from sievit.models.inputs import InputConfig
 from sievit.models.segmenter import Segmenter, SegmenterConfig
@@ -78,18 +77,18 @@ def test_paper_and_pass_agree_where_nobody_leaves():
     for policy in (KeepAllConfig(), DToPConfig(thresholds=(0.5,), keep_per_class=24), DToPConfig(thresholds=(1.0,))):
         model = build(small(policy)).eval()
         with torch.no_grad():
-            spent = model_gflops(model, model([image])).item()
+            spent = model.gflops(model([image])).item()
         assert costs(model.config, size=(64, 96))["gflops_full"] == pytest.approx(spent, abs=1e-5)
     detector = build(recipe("nuclei_svit").model)
-    trace = everyone(detector, (70, 100)).trace
+    trace = detector.dense_answer((70, 100)).trace
     assert trace.grid == (6, 8), "padded as the network pads"
     assert sum("logits" in aux for aux in trace.aux) == 9
 
 
 def test_sizes_that_nobody_names():
-    assert default_size(small(KeepAllConfig())) == (64, 64)
-    assert default_size(small(KeepAllConfig(), crop=(48, 80), stride=(48, 80))) == (48, 80)
-    assert default_size(recipe("coco_vit_adapter_t").model) == (800, 1333)
+    assert small(KeepAllConfig()).default_size == (64, 64)
+    assert small(KeepAllConfig(), crop=(48, 80), stride=(48, 80)).default_size == (48, 80)
+    assert recipe("coco_vit_adapter_t").model.default_size == (800, 1333)
 
 
 def test_images_of_a_checkpoint(checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str]):
@@ -129,7 +128,7 @@ def test_thresholds_take_the_place_of_the_models_own(
     said = run(capsys, str(checkpoint), *options)["per_image"]
     assert said["left_at"] == [0.0, 0.0, 0.0]
     model = build_like(checkpoint)
-    dense = [published_gflops(model.config, size) for size in ((64, 64), (48, 64), (64, 96))]
+    dense = [costs(model.config, size=size)["gflops"] for size in ((64, 64), (48, 64), (64, 96))]
     assert [row["published"] for row in said["images"]] == pytest.approx(dense, abs=2e-6)
 
 

@@ -14,7 +14,6 @@ from sievit.engine import evaluate as engine
 from sievit.engine.evaluate import compare, evaluate, timed
 from sievit.heads import MaskRCNNConfig
 from sievit.heads.config import BoxConfig, MaskConfig, RPNConfig
-from sievit.measure.flops import detector_gflops
 from sievit.models.build import build
 from sievit.models.detector import Detector, DetectorConfig
 from sievit.models.inputs import InputConfig
@@ -78,7 +77,7 @@ def test_figures_are_those_of_the_parts(sparse: Detector, scenes: CocoDetection)
         with torch.inference_mode():
             output = sparse([image])
         metric.update(target["image_id"], output.detections[0])
-        gflops.append(detector_gflops(sparse, output))
+        gflops.append(sparse.gflops(output))
         shares.append(output.trace.shares())
         tokens.append(output.trace.counts())
     assert figures["images"] == 5

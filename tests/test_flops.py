@@ -5,7 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sievit.heads.config import BoxConfig, MaskConfig, MaskRCNNConfig
-from sievit.measure.flops import backbone_gflops, block_macs, blocks_gflops, detector_gflops
+from sievit.measure.flops import block_macs, blocks_gflops
+from sievit.models.backbone import backbone_gflops
 from sievit.models.build import build
 from sievit.models.detector import Detector, DetectorConfig
 from sievit.models.inputs import InputConfig
@@ -61,18 +62,18 @@ def test_dense_backbone_equals_torchs_counter_plus_sampling(model: Detector) -> 
         _, trace = model.backbone(torch.randn(1, 3, 64, 96), policy=dense)
     cells = 4 * 24 + 24 + 6
     sampling = (2 * 24 * 3 + 4 * cells) * 32 * 4 * 5  # 2 injectors on 3 levels, 4 extractors; 4 points
-    got = backbone_gflops(model.backbone, trace, [(64, 96)]).item() * 1e9
+    got = sum(gflops.item() for gflops in backbone_gflops(model.backbone, trace, [(64, 96)]).values()) * 1e9
     assert got == pytest.approx(counter.get_total_flops() / 2 + sampling)
 
 
 @torch.inference_mode()
 def test_each_image_is_counted_at_its_own_size_and_with_its_own_tokens(model: Detector) -> None:
     images = [torch.rand(3, 64, 96), torch.rand(3, 64, 64)]
-    together = detector_gflops(model, model(images))
-    dense = detector_gflops(model, model(images, policy=build_policy(KeepAllConfig(), embed_dim=32, depth=4)))
+    together = model.gflops(model(images))
+    dense = model.gflops(model(images, policy=build_policy(KeepAllConfig(), embed_dim=32, depth=4)))
     assert together[0] > together[1]
     assert (together < dense).all()
-    alone = detector_gflops(model, model(images[1:]))
+    alone = model.gflops(model(images[1:]))
     per_detection = 14 * 14 * (16 * 16 * 9) + 28 * 28 * 16 * 2 + 14 * 14 * 4 * 16 * 16  # the mask branch
     assert abs(together[1] - alone[0]).item() * 1e9 <= 100 * per_detection
 
@@ -82,7 +83,7 @@ def test_counting_leaves_the_model_alone(model: Detector) -> None:
     model.train()
     with torch.no_grad():
         output = model([torch.rand(3, 64, 64)])
-    detector_gflops(model, output)
+    model.gflops(output)
     assert model.training and all(module.training for module in model.modules())
     after = model.state_dict()
     changed = [name for name, value in before.items() if not torch.equal(value, after[name])]

@@ -11,7 +11,6 @@ from torch import Tensor
 from sievit.convert.pth import read_checkpoint
 from sievit.heads import MaskRCNNConfig
 from sievit.heads.masks import paste_masks
-from sievit.measure.flops import by_module
 from sievit.models.build import load, save
 from sievit.models.detector import Detector, DetectorConfig
 from sievit.policies import KeepAllConfig, build_policy
@@ -102,8 +101,8 @@ def test_what_a_model_that_sees_padding_costs(detector: Detector):
     wide, high = torch.rand(3, 80, 120), torch.rand(3, 120, 80)
     dense = build_policy(KeepAllConfig(), embed_dim=64, depth=12)
     with torch.inference_mode():
-        alone = by_module(detector, detector([wide], policy=dense))
-        together = by_module(detector, detector([wide, high], policy=dense))
+        alone = detector.count(detector([wide], policy=dense))
+        together = detector.count(detector([wide, high], policy=dense))
     for name in ("patch_embed", "blocks", "neck", "fpn", "rpn"):
         assert together[name][0] == together[name][1] > alone[name][0], name
     assert together["patch_embed"][0] == pytest.approx(alone["patch_embed"][0] * 192 / 128)  # 192x192 for 128x192

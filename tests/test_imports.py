@@ -27,6 +27,8 @@ LEVELS = {
     "sievit.heads": 2,
     "sievit.vit": 2,
     "sievit.models.inputs": 3,
+    "sievit.measure.flops": 3,
+    "sievit.measure.published": 3,
     "sievit.necks.adapter": 3,
     "sievit.models.backbone": 4,
     "sievit.hub": 4,

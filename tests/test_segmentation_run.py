@@ -338,7 +338,7 @@ def test_selected_tokens_alone_are_for_gates_and_early_exits_train_as_ever(
     original = Segmenter.forward
 
     def spied(self: Segmenter, images: list, targets: Any = None, **options: Any) -> Any:
-        modes.append(options["mode"])
+        modes.append(options["execution"].mode)
         return original(self, images, targets, **options)
 
     monkeypatch.setattr(Segmenter, "forward", spied)

@@ -78,11 +78,11 @@ def test_a_batch_of_sizes_equals_each_alone(head: str, policy: str) -> None:
             torch.testing.assert_close(together[i], model.scores([image])[0], atol=1e-5, rtol=1e-5)
             assert together[i].shape == (4, *SIZES[i])
             assert output.labels[i].shape == SIZES[i]
-            assert torch.equal(output.left_at(i), alone.left_at(0))
+            assert torch.equal(output.exit_stages(i), alone.exit_stages(0))
             assert torch.equal(output.trace.counts()[:, i], alone.trace.counts()[:, 0])
     assert output.losses == {}
     assert output.owner == tuple(range(5))
-    assert output.resized == output.sizes == SIZES
+    assert output.sizes == SIZES
     assert output.image_size == (48, 64)
     assert output.trace.valid.sum(1).tolist() == [20, 24, 1, 5, 12]
 
@@ -207,7 +207,7 @@ def test_how_many_windows_go_together_changes_nothing(options: dict) -> None:
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
         assert torch.equal(first[1].trace.counts(), output.trace.counts())
         assert torch.equal(first[1].trace.seen(), output.trace.seen())
-        assert all(torch.equal(first[1].left_at(i), output.left_at(i)) for i in range(3))
+        assert all(torch.equal(first[1].exit_stages(i), output.exit_stages(i)) for i in range(3))
         assert first[1].windows == output.windows
 
 
@@ -232,7 +232,7 @@ def test_where_tokens_left_on_the_pixels() -> None:
     (image,) = random_images((30, 44))
     with torch.inference_mode():
         output = model([image])
-    left = output.left_at(0)
+    left = output.exit_stages(0)
     assert left.shape == (30, 44)
     assert left.dtype == torch.int64
     for y, x in ((0, 0), (7, 8), (29, 43), (15, 16)):
@@ -254,13 +254,13 @@ def test_where_windows_overlap_the_later_stage_counts() -> None:
                 token = (dy // 8) * 2 + dx // 8
                 stages = [stage for stage, exited in enumerate(output.trace.exited) if exited[i, token]]
                 expected[y + dy, x + dx] = max(int(expected[y + dy, x + dx]), stages[0] if stages else 3)
-    assert torch.equal(output.left_at(0), expected)
+    assert torch.equal(output.exit_stages(0), expected)
 
 
 def test_without_stages_nobody_leaves() -> None:
     with torch.inference_mode():
         output = built(KeepAllConfig())(random_images((30, 44)))
-    assert not output.left_at(0).any()
+    assert not output.exit_stages(0).any()
 
 
 # Images in, labels out.
@@ -271,7 +271,7 @@ def test_labels_lie_on_the_given_pixels() -> None:
     images = random_images((60, 90), (20, 10))
     with torch.inference_mode():
         output = model(images)
-    assert output.resized == [(32, 48), (64, 32)]
+    assert output.sizes == [(32, 48), (64, 32)]
     assert [tuple(labels.shape) for labels in output.labels] == [(60, 90), (20, 10)]
     assert all(labels.dtype == torch.int64 and 0 <= labels.min() <= labels.max() <= 3 for labels in output.labels)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from sievit.data.presets import preset
 from sievit.engine.recipe import LabelsData, Recipe, open_data, with_classes
 from sievit.heads import ATMConfig, SETRNaiveConfig
-from sievit.measure.flops import published_gflops
+from sievit.measure.costs import costs
 from sievit.models.build import build
 from sievit.models.segmenter import SegmenterConfig
 from sievit.policies import DToPConfig, KeepAllConfig
@@ -127,7 +127,7 @@ def test_the_papers_settings(name: str, golden_root: Path):
 def test_the_papers_gflops(name: str, published: float, within: float):
     _, model, _ = parts(name)
     assert model.crop is not None
-    assert published_gflops(model, model.crop) == pytest.approx(published, rel=within)
+    assert costs(model, size=model.crop)["gflops"] == pytest.approx(published, rel=within)
 
 
 def test_setr():

@@ -196,7 +196,7 @@ def test_selected_tokens_alone_after_so_many_steps_and_a_killed_run_goes_on_exac
 
     def spied(self: Detector, images: list, targets: Any = None, **options: Any) -> Any:
         if targets is not None:
-            modes.append(options["mode"])
+            modes.append(options["execution"].mode)
         return original(self, images, targets, **options)
 
     monkeypatch.setattr(Detector, "forward", spied)

@@ -1,10 +1,12 @@
 """Sums over all processes, so that several processes compute the losses of one with the same global batch."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -20,6 +22,15 @@ def global_sum(x: Tensor) -> Tensor:
     loss of global sums, that average is the gradient of the one process.
     """
     return x if world_size() == 1 else _GlobalSum.apply(x)
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all processes, in their order; with several processes all of them have to call it."""
+    if world_size() == 1:
+        return [value]
+    parts = [value] * world_size()
+    dist.all_gather_object(parts, value)
+    return parts
 
 
 def from_first(x: Tensor) -> Tensor:

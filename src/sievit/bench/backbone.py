@@ -13,7 +13,7 @@ from sievit.bench.blocks import CALIBRATED, BlocksBench, calibrated, frozen
 from sievit.bench.common import SIZES, ModesBench, Place, check_known, kept, run, table_of
 from sievit.bench.modes import calls_of
 from sievit.bench.timing import Cost, time_modes
-from sievit.measure.flops import backbone_gflops
+from sievit.models.backbone import backbone_gflops
 from sievit.models.inputs import Size
 from sievit.necks.adapter import AdapterConfig, ViTAdapter
 from sievit.policies import Policy
@@ -76,7 +76,7 @@ def time_backbone(
 
     def cost(policy: Policy, result: tuple[Maps, Trace]) -> Cost:
         _, trace = result
-        return Cost.of(trace, backbone_gflops(backbone, trace, sizes), policy)
+        return Cost.of(trace, torch.stack(list(backbone_gflops(backbone, trace, sizes).values())).sum(0), policy)
 
     traces = [backbone(images)[1] for images in batches[:CALIBRATED]]
     sparse = backbone.policy

@@ -1,4 +1,4 @@
-"""Where the time of a whole detector goes: each part of one pass by itself, dense and sparse.
+"""Where the time of a whole model goes: each part of one pass by itself, dense and sparse.
 
 The clock is read around the parts while they run, so that the parts of a pass and its rest add up to it. On CUDA that
 means waiting for the device at each of them: their sum is then more than the pass takes undisturbed, which is given
@@ -6,7 +6,7 @@ beside it.
 """
 
 import statistics
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,44 +20,31 @@ from torch import Tensor, nn
 
 from sievit.bench.backbone import ADAPTERS, random_adapter
 from sievit.bench.common import SIZES, Bench, Place, check_known, run
-from sievit.bench.network import as_given, dense_policy, named, opened
+from sievit.bench.network import found_figures, named, opened
 from sievit.bench.rates import machine_rates
 from sievit.bench.timing import Cost, figures_of, memory_figures
-from sievit.config import ConfigError
 from sievit.heads import MaskRCNN, MaskRCNNConfig
 from sievit.measure.clock import Pair, alternately, clocked
-from sievit.measure.flops import by_module
 from sievit.measure.meters import counted_syncs, memory
-from sievit.models.detector import Detector, DetectorConfig, Output
+from sievit.models.base import Answer, Model
+from sievit.models.detector import Detector, DetectorConfig
 from sievit.models.inputs import InputConfig, Size
-from sievit.necks.adapter import ViTAdapter
-from sievit.policies import Policy, SViTConfig
+from sievit.policies import KeepAllConfig, Policy, SViTConfig
 from sievit.vit.execution import Execution
 
 HEAD = MaskRCNNConfig(num_classes=80)
 """The papers' on COCO."""
-COUNTED = {
-    "patch embedding": ("patch_embed",),
-    "blocks, gates": ("blocks", "policy"),
-    "neck": ("neck",),
-    "FPN": ("fpn",),
-    "RPN layers": ("rpn",),
-    "box layers": ("box",),
-    "mask layers": ("mask",),
-}
-"""Parts, and what `flops` calls them."""
-PARTS = ("patch embedding", "blocks, gates", "neck", "neck: spatial prior", "neck: injectors", "neck: extractors")
-PARTS += ("neck: pyramid", "neck: maps", "neck: rest", "FPN", "RPN layers", "RPN proposals")
-PARTS += ("box pooling", "box layers", "box NMS", "mask pooling", "mask layers", "mask pasting", "rest")
-"""In the order of a table; `neck` is the sum of what follows it."""
+CHANNELS = HEAD.fpn_channels
+"""Of the convolution whose rate is measured by itself."""
+SIDES = ("dense", "sparse")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsBench(Bench):
-    """A whole detector by parts, dense against its policy.
+    """A whole model by parts, dense against its policy.
 
     Attributes:
-        checkpoints: trained detectors, each with its own policy; by default none, but `models`.
+        checkpoints: trained models, each with its own policy; by default none, but `models`.
         policy: takes the place of the checkpoints' own.
         models: names of backbones of random ViT-Adapters with Mask R-CNN for 80 classes and SViT.
         sizes: (height, width) of the images in pixels.
@@ -80,28 +67,21 @@ def bench_heads(config: HeadsBench, console: Console | None = None) -> dict[str,
     """Run, print a table, and return it as a dict with `rows`, each with `parts`.
 
     Raises:
-        ConfigError: an unknown model, a folder without pictures, a checkpoint that is no detector or cannot be loaded.
+        ConfigError: an unknown model, a folder without pictures, a checkpoint that cannot be loaded.
     """
-    trained = {name: _detector(path, config.policy) for name, path in named(config.checkpoints).items()}
+    trained = {name: opened(path, config.policy, None) for name, path in named(config.checkpoints).items()}
     if not trained:
         check_known(config.models, ADAPTERS)
 
     def rows_of(name: str, size: Size | None, batch: int, place: Place, modes: tuple[str, ...]) -> list[dict[str, Any]]:
         assert size is not None
         if trained:
-            model = as_given(trained[name]).to(place.device)
+            model = trained[name].as_given().to(place.device)
         else:
             model = random_detector(name, place.pictures(size, 1), config.targets, config.candidates)
         return [{"mode": mode, **time_parts(model, place.images(size, batch), place.dtype)} for mode in modes]
 
     return run("heads", config, trained or config.models, config.sizes, ("dynamic",), rows_of, _table, console)
-
-
-def _detector(path: Path, policy: str | None) -> Detector:
-    model = opened(path, policy, None)
-    if not isinstance(model, Detector):
-        raise ConfigError(f"{path}: is a segmenter; the parts that are timed are a detector's")
-    return model
 
 
 def random_detector(model: str, pictures: Tensor, targets: tuple[float, ...], candidates: int) -> Detector:
@@ -146,42 +126,6 @@ def random_detector(model: str, pictures: Tensor, targets: tuple[float, ...], ca
     return Detector(config, backbone=backbone, head=head).eval()
 
 
-def parts_of(model: Detector) -> list[tuple[object, str, str]]:
-    """Owner and name of every method that is timed, and what its part is called; where one calls another the inner one
-    counts."""
-    backbone, head = model.backbone, model.head
-    parts: list[tuple[object, str, str]] = [
-        (model, "forward", "rest"),
-        (backbone, "forward", "neck: rest"),
-        (backbone.vit, "embed", "patch embedding"),
-        (backbone.vit, "run_blocks", "blocks, gates"),
-    ]
-    if isinstance(backbone, ViTAdapter):
-        parts.append((backbone.spm, "forward", "neck: spatial prior"))
-        parts += [(injector, "forward", "neck: injectors") for injector in backbone.injectors]
-        parts += [(extractor, "forward", "neck: extractors") for extractor in backbone.extractors]
-        parts.append((backbone, "_maps", "neck: maps"))
-    else:
-        parts.append((backbone.pyramid, "forward", "neck: pyramid"))
-    roi = head.roi_heads
-    parts += [
-        (head, "pyramid", "FPN"),
-        (head.rpn.head, "forward", "RPN layers"),
-        (head.rpn, "forward", "RPN proposals"),
-        (roi, "box_branch", "box pooling"),
-        (roi.box_head, "forward", "box layers"),
-        (roi.box_predictor, "forward", "box layers"),
-        (roi, "detect", "box NMS"),
-    ]
-    if head.config.with_masks:
-        parts += [
-            (roi, "mask_branch", "mask pooling"),
-            (roi.mask_head, "forward", "mask layers"),
-            (roi.mask_predictor, "forward", "mask layers"),
-        ]
-    return [*parts, (model, "_on_image", "mask pasting")]
-
-
 @contextmanager
 def stopwatch(parts: Sequence[tuple[object, str, str]], device: torch.device) -> Generator[dict[str, float]]:
     """Milliseconds spent in each part, itself alone, while the context lasts."""
@@ -208,8 +152,8 @@ def stopwatch(parts: Sequence[tuple[object, str, str]], device: torch.device) ->
             owner.__dict__.pop(attribute, None)
 
 
-def time_parts(model: Detector, batches: Sequence[list[Tensor]], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """A detector with every token computed and with its own policy, alternately: whole passes, then passes by parts.
+def time_parts(model: Model, batches: Sequence[list[Tensor]], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """A model with every token computed and with its own policy, alternately: whole passes, then passes by parts.
 
     Args:
         batches: images (3, h, w) in 0..1.
@@ -219,12 +163,12 @@ def time_parts(model: Detector, batches: Sequence[list[Tensor]], dtype: torch.dt
         Times and ratios of whole passes; `parts` by name: milliseconds `dense_ms` and `sparse_ms` (medians over the
         batches), and where they are counted `dense_gflops` and `sparse_gflops` per image (1e9 multiply-adds, means) and
         `sparse_gflops_per_s`, the rate that is reached (two operations per multiply-add); the rates of single products
-        in the same units, `machine_gflops_per_s`; `detections` per image.
+        in the same units, `machine_gflops_per_s`; of a detector `detections` per image.
     """
-    device, parts = model.device, parts_of(model)
+    device, parts, counted = model.device, model.timed_parts(), model.counted_parts()
 
-    def whole(policy: Policy | None) -> Callable[[list[Tensor]], Output]:
-        def of(images: list[Tensor]) -> Output:
+    def whole(policy: Policy | None) -> Callable[[list[Tensor]], Answer]:
+        def of(images: list[Tensor]) -> Answer:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32):
                 return model(images, policy=policy, execution=Execution())
 
@@ -238,23 +182,21 @@ def time_parts(model: Detector, batches: Sequence[list[Tensor]], dtype: torch.dt
 
         return of
 
-    def cost(policy: Policy) -> Callable[[Output], Cost]:
-        def of(answer: Output) -> Cost:
-            parts = by_module(model, answer)
-            total = torch.stack(list(parts.values())).sum(0)
-            found = sum(len(each["boxes"]) for each in answer.detections)
-            counted = {
-                name: sum(parts[key].sum().item() for key in keys if key in parts) for name, keys in COUNTED.items()
-            }
-            return Cost.of(answer.trace, total, policy, found=found, parts=counted, grid=answer.trace.grid)
+    def cost(policy: Policy) -> Callable[[Answer], Cost]:
+        def of(answer: Answer) -> Cost:
+            gflops = {name: each.sum().item() for name, each in model.count(answer).items()}
+            of_parts = {name: sum(gflops[key] for key in keys) for name, keys in counted.items()}
+            images = len(answer.sizes)
+            more = {"parts": of_parts, "grid": answer.trace.grid, "found": answer.found()}
+            return Cost.of(answer.trace, model.gflops(answer), policy, images=images, **more)
 
         return of
 
     def as_it_is(spent: dict[str, float]) -> dict[str, float]:
         return spent
 
-    dense = dense_policy(model)
-    pairs = alternately((whole(dense), cost(dense)), (whole(None), cost(model.backbone.policy)), batches, device)
+    dense = model.build_policy(KeepAllConfig())
+    pairs = alternately((whole(dense), cost(dense)), (whole(None), cost(model.policy)), batches, device)
     watched = alternately((by_parts(dense), as_it_is), (by_parts(None), as_it_is), batches, device)
     held = [
         memory(lambda policy=policy: whole(policy)(batches[0]), device, list(model.vit.blocks))
@@ -262,38 +204,45 @@ def time_parts(model: Detector, batches: Sequence[list[Tensor]], dtype: torch.dt
     ]
     with counted_syncs(device) as places:
         whole(None)(batches[0])
-    images = sum(pair.sparse.images for pair in pairs)
-    rows: dict[str, dict[str, float]] = {}
-    for name in watched[0].dense:
-        rows[name] = {
-            "dense_ms": round(statistics.median(pair.dense[name] for pair in watched), 2),
-            "sparse_ms": round(statistics.median(pair.sparse[name] for pair in watched), 2),
-        }
-    for name in COUNTED:
-        for side in ("dense", "sparse"):
-            gflops = sum(getattr(pair, side).more["parts"][name] for pair in pairs)
-            rows.setdefault(name, {})[f"{side}_gflops"] = round(gflops / images, 4)
-    neck = [row for name, row in rows.items() if name.startswith("neck: ")]
-    rows["neck"] |= {key: round(sum(row[key] for row in neck), 2) for key in ("dense_ms", "sparse_ms")}
-    for name, rate in _rates(pairs, watched).items():
-        rows[name]["sparse_gflops_per_s"] = rate
-    rows = {name: rows[name] for name in sorted(rows, key=[*PARTS, *rows].index)}
-    grid, channels = pairs[0].dense.more["grid"], model.head.config.fpn_channels
+    grid = pairs[0].dense.more["grid"]
     return {
         **figures_of(pairs),
         **memory_figures(held[0], held[1], pairs[0].sparse.keep),
         "syncs": places.total(),
         "sync_places": dict(places),
-        "detections": round(sum(pair.sparse.more["found"] for pair in pairs) / images, 1),
-        "parts": rows,
-        "machine_gflops_per_s": machine_rates(model.vit.config, grid, len(batches[0]), channels, device, dtype),
+        **found_figures(pairs),
+        "parts": _part_rows(pairs, watched, counted),
+        "machine_gflops_per_s": machine_rates(model.vit.config, grid, len(batches[0]), CHANNELS, device, dtype),
     }
 
 
-def _rates(pairs: Sequence[Pair[Cost]], watched: Sequence[Pair[dict[str, float]]]) -> dict[str, float]:
+def _part_rows(
+    pairs: Sequence[Pair[Cost]], watched: Sequence[Pair[dict[str, float]]], counted: Collection[str]
+) -> dict[str, dict[str, float]]:
+    """Times, GFLOPs and rates by part; a part of parts stands before them, with their sum."""
+    images = sum(pair.sparse.images for pair in pairs)
+    rows: dict[str, dict[str, float]] = {}
+    for name in watched[0].dense:
+        whole, colon, _ = name.partition(": ")
+        times = {f"{side}_ms": statistics.median(getattr(pair, side)[name] for pair in watched) for side in SIDES}
+        for part in (whole, name) if colon else (name,):
+            row = rows.setdefault(part, dict.fromkeys(times, 0.0))
+            row |= {key: round(row[key] + ms, 2) for key, ms in times.items()}
+    for name in counted:
+        for side in SIDES:
+            gflops = sum(getattr(pair, side).more["parts"][name] for pair in pairs)
+            rows[name][f"{side}_gflops"] = round(gflops / images, 4)
+    for name, rate in _rates(pairs, watched, counted).items():
+        rows[name]["sparse_gflops_per_s"] = rate
+    return rows
+
+
+def _rates(
+    pairs: Sequence[Pair[Cost]], watched: Sequence[Pair[dict[str, float]]], counted: Collection[str]
+) -> dict[str, float]:
     """GF/s of the sparse passes, by the parts that took time and have counted operations; medians over the batches."""
     rates = {}
-    for name in COUNTED:
+    for name in counted:
         gflops = [pair.sparse.more["parts"][name] for pair in pairs]
         spent = [
             sum(ms for part, ms in pair.sparse.items() if part == name or part.startswith(f"{name}: "))
@@ -311,7 +260,7 @@ PRODUCTS = {"linear": "linear layer", "conv3x3": "3x3 convolution", "attention":
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(
-        title="detectors by parts, dense against sparse",
+        title="models by parts, dense against sparse",
         caption="GFLOPs: 1e9 multiply-adds per image; GF/s: two operations per multiply-add",
         box=SIMPLE,
         collapse_padding=True,

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,15 +21,13 @@ from sievit.bench.modes import Way, calls_of, is_static, no_static, static_confi
 from sievit.bench.timing import Cost, time_modes
 from sievit.config import ConfigError, kind_of
 from sievit.heads import ATM, ATMConfig, SemanticHead
-from sievit.hub import Pretrained
 from sievit.hub.fetch import HUB
 from sievit.measure.clock import Pair
-from sievit.measure.flops import model_gflops
-from sievit.models.build import Model, load
-from sievit.models.detector import Output
+from sievit.models.base import Answer, Model
+from sievit.models.build import load
 from sievit.models.inputs import InputConfig, Size
 from sievit.models.segmenter import Segmentation, Segmenter, SegmenterConfig
-from sievit.policies import DToPConfig, KeepAllConfig, Policy, PolicyConfig, build_policy
+from sievit.policies import DToPConfig, KeepAllConfig, Policy
 from sievit.policies.dtop import leave
 from sievit.tokens import Prediction, Trace
 from sievit.vit import ViTConfig
@@ -39,7 +37,6 @@ SEGMENTERS = {
     "vit_l": (ATMConfig(channels=512, num_heads=8), (7, 15, 23)),
 }
 """The papers' head, and the blocks behind which it stands."""
-M = TypeVar("M", bound=Pretrained)
 PAPER_SIZES = ((512, 512), (640, 640))
 CLASSES = 150
 CALIBRATED = 12
@@ -110,7 +107,7 @@ def _bench_checkpoints(config: NetworkBench, console: Console | None) -> dict[st
     ) -> Iterator[dict[str, Any]]:
         model = models[name].to(place.device)
         if size is not None:
-            model = as_given(model)
+            model = model.as_given()
         return time_model(model, place.images(size, batch), replace(config, modes=modes), place.dtype)
 
     def table(rows: list[dict[str, Any]]) -> Table:
@@ -145,22 +142,6 @@ def opened(path: Path, policy: str | None, thresholds: tuple[float, ...] | None)
     return model
 
 
-def dense_policy(model: Model) -> Policy:
-    """What computes every token of a model, and of a segmenter only the last head."""
-    if isinstance(model, Segmenter):
-        return model.net.build_policy(KeepAllConfig())
-    vit = model.vit.config
-    return build_policy(KeepAllConfig(), embed_dim=vit.embed_dim, depth=vit.depth)
-
-
-def as_given(model: M) -> M:
-    """The same model, which takes images at the size they have."""
-    config = replace(model.config, input=replace(model.config.input, min_size=None))
-    same = type(model).from_config(config).eval().to(next(model.parameters()).device)
-    same.load_state_dict(model.state_dict())
-    return same
-
-
 def time_model(
     model: Model, batches: Sequence[list[Tensor]], config: ModesBench, dtype: torch.dtype = torch.float32
 ) -> Iterator[dict[str, Any]]:
@@ -174,19 +155,19 @@ def time_model(
         dtype: of automatic mixed precision, where it is not float32.
 
     Returns:
-        Rows as of `time_modes`, and `kind`, `policy` and, of a detector, `detections` per image. `tokens` are those of
+        Rows as of `time_modes`, and `kind`, `policy` and `found_figures`. `tokens` are those of
         all windows of an image (mean).
     """
     device = model.device
-    own: Any = model.net if isinstance(model, Segmenter) else model.backbone
+    own: Any = model.network
     one_size = len({image.shape for images in batches for image in images}) == 1
 
-    def call_of(policy: Policy, way: Way) -> Callable[[list[Tensor]], Output | Segmentation]:
+    def call_of(policy: Policy, way: Way) -> Callable[[list[Tensor]], Answer]:
         if way.how != "eager" and not one_size:
             raise ConfigError("the images are of several sizes, and each would be compiled by itself; give --sizes")
         fast = way.compiled(lambda given: type(own).forward(own, *given[0], **given[1]), autotune=config.autotune)
 
-        def of(images: list[Tensor]) -> Output | Segmentation:
+        def of(images: list[Tensor]) -> Answer:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype != torch.float32):
                 if way.how == "eager":
                     return model(images, policy=policy, execution=way.execution)
@@ -198,33 +179,23 @@ def time_model(
 
         return of
 
-    def cost(policy: Policy, answer: Output | Segmentation) -> Cost:
-        found = sum(len(each["boxes"]) for each in answer.detections) if isinstance(answer, Output) else None
-        images = len(answer.detections) if isinstance(answer, Output) else len(answer.labels)
-        return Cost.of(answer.trace, model_gflops(model, answer), policy, images=images, found=found)
+    def cost(policy: Policy, answer: Answer) -> Cost:
+        return Cost.of(answer.trace, model.gflops(answer), policy, images=len(answer.sizes), found=answer.found())
 
     sparse: Policy = own.policy
-    ways: dict[str, Policy | str] = {"dense": dense_policy(model), "dynamic": sparse, "bucketed": sparse}
+    ways: dict[str, Policy | str] = {
+        "dense": model.build_policy(KeepAllConfig()),
+        "dynamic": sparse,
+        "bucketed": sparse,
+    }
     ways["static"] = no_static(model.config.policy)
     if not is_static(model.config.policy):
         traces = [model(images).trace for images in batches[:CALIBRATED]]
         static = static_config(sparse, traces, config.multiple)
         if static is not None:
-            ways["static"] = _same_weights(model, static)
-    more = None if isinstance(model, Segmenter) else _of_detections
-    rows = time_modes(config, ways, call_of, batches, device, cost, list(model.vit.blocks), more)
+            ways["static"] = model.build_policy(static)
+    rows = time_modes(config, ways, call_of, batches, device, cost, list(model.vit.blocks), found_figures)
     return ({**row, "kind": kind_of(model.config), "policy": kind_of(model.config.policy)} for row in rows)
-
-
-def _same_weights(model: Model, config: PolicyConfig) -> Policy:
-    """Another policy for a model, with the weights of its own."""
-    vit, own = model.vit, (model.net if isinstance(model, Segmenter) else model.backbone).policy
-    if isinstance(model, Segmenter):
-        policy = model.net.build_policy(config)
-    else:
-        policy = build_policy(config, embed_dim=vit.config.embed_dim, depth=vit.config.depth)
-    policy.load_state_dict(own.state_dict())
-    return policy.eval().to(model.device)
 
 
 def time_network(
@@ -263,10 +234,10 @@ def _of_exits(pairs: Sequence[Pair[Cost]]) -> dict[str, Any]:
     }
 
 
-def _of_detections(pairs: Sequence[Pair[Cost]]) -> dict[str, Any]:
-    """Detections per image."""
-    images = sum(pair.sparse.images for pair in pairs)
-    return {"detections": round(sum(pair.sparse.more["found"] for pair in pairs) / images, 1)}
+def found_figures(pairs: Sequence[Pair[Cost]]) -> dict[str, Any]:
+    """What the cost of the sparse passes depends on beside tokens, per image: detections."""
+    images, names = sum(pair.sparse.images for pair in pairs), pairs[0].sparse.more["found"]
+    return {name: round(sum(pair.sparse.more["found"][name] for pair in pairs) / images, 1) for name in names}
 
 
 def random_segmenter(vit: ViTConfig, head: ATMConfig, out_indices: tuple[int, ...]) -> Segmenter:
@@ -329,10 +300,7 @@ def calibrated_exits(segmenter: Segmenter, pictures: Tensor, left: tuple[float, 
 
 def _gflops(segmenter: Segmenter, trace: Trace, size: tuple[int, int]) -> Tensor:
     """(b,) GFLOPs of everything in a pass of the network over images of `size`."""
-    b = len(trace.valid)
-    whole = ((0, 0, *size),) * b
-    output = Segmentation([], {}, trace, tuple(range(b)), whole, [size] * b, size)
-    return model_gflops(segmenter, output)
+    return segmenter.gflops(Segmentation.whole(trace, [size] * len(trace.valid), size))
 
 
 def _unasked_heads(segmenter: Segmenter, trace: Trace) -> float:

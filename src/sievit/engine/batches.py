@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from sievit.config import ConfigError
 from sievit.data.coco import collate
 from sievit.engine.recipe import TrainConfig
-from sievit.models.build import Model
+from sievit.models.base import Model
 from sievit.vit import Execution
 
 Samples = tuple[list[Tensor], list[dict[str, Any]]]

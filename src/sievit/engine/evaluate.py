@@ -4,7 +4,6 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,10 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from sievit.config import ConfigError
 from sievit.data.coco import CocoDetection
 from sievit.data.labels import LabelDataset
-from sievit.distributed import world_size
+from sievit.distributed import gathered, world_size
 from sievit.engine.batches import leave_signals_to_parent, loading
-from sievit.measure.flops import model_gflops
-from sievit.models.build import Model
+from sievit.models.base import Model
 from sievit.models.detector import Detector, Output
 from sievit.models.segmenter import Segmentation, Segmenter
 from sievit.tasks.metrics import CocoMetric, SegmentationMetric
@@ -76,61 +74,44 @@ def headline(figures: dict[str, Any]) -> str:
     return next(name for name in ("miou", "mask_ap", "box_ap") if name in figures)
 
 
-@dataclass
 class _Records:
-    """What is collected image by image, beside the answers."""
+    """What the images took: by name a value, or values by block or stage, for each of them."""
 
-    gflops: list[float] = field(default_factory=list)
-    milliseconds: list[float] = field(default_factory=list)
-    shares: list[list[float]] = field(default_factory=list)
-    tokens: list[list[int]] = field(default_factory=list)
-    left: list[list[float]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.values: dict[str, list[Any]] = {}
 
     def add(self, model: Model, answer: Answer, elapsed: float) -> None:
         """Add a batch that took `elapsed` milliseconds."""
-        gflops = model_gflops(model, answer).tolist()
-        self.gflops += gflops
-        self.milliseconds += [elapsed / len(gflops)] * len(gflops)
-        owner = answer.owner if isinstance(answer, Segmentation) else range(len(gflops))
-        of_image = torch.zeros(len(gflops), len(owner), dtype=torch.float64)
-        of_image[list(owner), range(len(owner))] = 1
-        trace = answer.trace
-        valid = of_image @ trace.valid.sum(1).cpu().double()  # (images,) over all windows of each
-        kept = of_image @ torch.stack([keep.sum(1) for keep in trace.keep], dim=1).cpu().double()
-        self.shares += (kept / valid.clamp(min=1)[:, None]).tolist()
-        self.tokens += (of_image @ trace.counts().T.cpu().double()).tolist()
-        if trace.exited:
-            gone = of_image @ torch.stack([exited.sum(1) for exited in trace.exited], dim=1).cpu().double()
-            self.left += (gone.diff(dim=1, prepend=gone.new_zeros(len(gone), 1)) / valid[:, None]).tolist()
+        spent = {name: value.tolist() for name, value in model.spent(answer).items()}
+        images = len(answer.sizes)
+        for name, values in {**spent, "ms": [elapsed / images] * images}.items():
+            self.values.setdefault(name, []).extend(values)
 
     def gather(self) -> None:
         """Join with the records of all processes."""
-        if world_size() > 1:
-            parts: list[_Records] = [_Records()] * world_size()
-            dist.all_gather_object(parts, self)
-            for name in ("gflops", "milliseconds", "shares", "tokens", "left"):
-                setattr(self, name, [value for part in parts for value in getattr(part, name)])
+        parts = gathered(self.values)
+        self.values = {name: [v for part in parts for v in part.get(name, ())] for part in parts for name in part}
 
     def figures(self) -> dict:
         """Means over images; time as median and 95th percentile."""
-        if not self.gflops:
+        if not self.values:
             return {"images": 0}
-        ordered = sorted(self.milliseconds)
+        known, gflops, ordered = dict(self.values), self.values["gflops"], sorted(self.values["ms"])
         figures = {
-            "keep": [round(statistics.fmean(column), 4) for column in zip(*self.shares, strict=True)],
-            "tokens": [round(statistics.fmean(column), 1) for column in zip(*self.tokens, strict=True)],
-            "gflops": round(statistics.fmean(self.gflops), 3),
-            "gflops_std": round(statistics.pstdev(self.gflops), 3),
-            "gflops_min": round(min(self.gflops), 3),
-            "gflops_max": round(max(self.gflops), 3),
+            "keep": [round(statistics.fmean(column), 4) for column in zip(*known.pop("keep"), strict=True)],
+            "tokens": [round(statistics.fmean(column), 1) for column in zip(*known.pop("tokens"), strict=True)],
+            "gflops": round(statistics.fmean(gflops), 3),
+            "gflops_std": round(statistics.pstdev(gflops), 3),
+            "gflops_min": round(min(gflops), 3),
+            "gflops_max": round(max(gflops), 3),
             "ms_per_image": round(statistics.median(ordered), 2),
             "ms_per_image_p95": round(ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))], 2),
             "images": len(ordered),
         }
-        if self.left:
-            stages = list(zip(*self.left, strict=True))
+        for name in known.keys() - {"gflops", "ms"}:
+            stages = list(zip(*known[name], strict=True))
             for suffix, of in (("", statistics.fmean), ("_std", statistics.pstdev), ("_min", min), ("_max", max)):
-                figures[f"left_at{suffix}"] = [round(of(stage), 4) for stage in stages]
+                figures[name + suffix] = [round(of(stage), 4) for stage in stages]
         return figures
 
 
@@ -207,10 +188,7 @@ def evaluate(
         model.train(training)
     records.gather()
     figures = {**accuracy.compute(), **records.figures()}
-    if world_size() > 1:
-        parts = [failures] * world_size()
-        dist.all_gather_object(parts, failures)
-        failures = [failure for part in parts for failure in part]
+    failures = [failure for part in gathered(failures) for failure in part]
     return {**figures, "failures": failures} if failures else figures
 
 
@@ -244,7 +222,7 @@ def compare(
             answer, elapsed = timed(models[name], [image], precision=precision)
             records[name].add(models[name], answer, elapsed)
             accuracies[name].add([target], answer)
-    pairs = zip(records["dense"].milliseconds, records["sparse"].milliseconds, strict=True)
+    pairs = zip(records["dense"].values["ms"], records["sparse"].values["ms"], strict=True)
     ratios = [a / b for a, b in pairs]
     figures: dict = {name: {**accuracies[name].compute(), **records[name].figures()} for name in models}
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3

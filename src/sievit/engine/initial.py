@@ -9,7 +9,8 @@ from sievit.config import ConfigError
 from sievit.convert.keys import load_strictly
 from sievit.convert.pth import read_checkpoint
 from sievit.convert.timm import from_timm, timm_state
-from sievit.models.build import POLICY_PREFIXES, Model, model_file, read
+from sievit.models.base import Model
+from sievit.models.build import POLICY_PREFIXES, model_file, read
 from sievit.models.detector import Detector
 from sievit.vit import ViT, ViTConfig
 

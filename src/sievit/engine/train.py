@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sievit.config import ConfigError
-from sievit.distributed import world_size
+from sievit.distributed import gathered, world_size
 from sievit.engine.batches import Batch, EpochBatches, Losses, Samples, grouped, loading, training_loader
 from sievit.engine.checkpoint import CsvLog, RunFolder, write_json
 from sievit.engine.evaluate import Data, evaluate, headline
@@ -347,10 +347,7 @@ class _Run:
         random = {"cpu": torch.get_rng_state()}
         if self.fabric.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.fabric.device)
-        randoms = [random]
-        if world_size() > 1:
-            randoms = [{}] * world_size()
-            dist.all_gather_object(randoms, random)
+        randoms = gathered(random)
         if self.fabric.is_global_zero:
             state = {
                 "model": self.model.state_dict(),

@@ -25,6 +25,9 @@ class SemanticHeadConfig:
 class SemanticHead(nn.Module):
     """A head behind some block: tokens to a `Prediction`."""
 
+    scale: int = 1
+    """Predictions per token and side of an image."""
+
     def forward(self, tokens: Tokens, part: Tensor | None = None, previous: Prediction | None = None) -> Prediction:
         """Judge the tokens of `part` (b, n); None: all of them. Elsewhere the maps of `previous` stand, or zeros."""
         raise NotImplementedError

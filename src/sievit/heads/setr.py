@@ -147,6 +147,7 @@ class SETRPUP(SemanticHead):
         self.norms = nn.ModuleList(BatchNorm2d(config.channels) for _ in self.convs)
         self.drop = nn.Dropout2d(config.dropout)
         self.classifier = nn.Conv2d(config.channels, num_classes, 1)
+        self.scale = 2**config.num_convs
 
     def forward(self, tokens: Tokens, part: Tensor | None = None, previous: Prediction | None = None) -> Prediction:
         x = self.norm(tokens.patches).transpose(1, 2).unflatten(2, tokens.grid)
@@ -160,13 +161,12 @@ class SETRPUP(SemanticHead):
                 x = repeat_edges(x, own[0] * 2**i, own[1] * 2**i)
             x = resize(x, (2 * x.shape[2], 2 * x.shape[3]))
         fine = self.classifier(self.drop(x))
-        scale = 2 ** len(self.convs)
         if part is not None and previous is not None:
             earlier = previous.fine
             if earlier is None:
                 earlier = resize(previous.maps.unflatten(2, tokens.grid), (fine.shape[2], fine.shape[3]))
-            fine = torch.where(_enlarged(part.unflatten(1, tokens.grid)[:, None], scale), fine, earlier)
-        return Prediction(F.avg_pool2d(fine, scale).flatten(2), fine=fine)
+            fine = torch.where(_enlarged(part.unflatten(1, tokens.grid)[:, None], self.scale), fine, earlier)
+        return Prediction(F.avg_pool2d(fine, self.scale).flatten(2), fine=fine)
 
     def macs(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         cells, total = grid[0] * grid[1], 0.0
@@ -174,7 +174,7 @@ class SETRPUP(SemanticHead):
             assert isinstance(conv, nn.Conv2d)
             total += cells * 4**i * conv.weight.numel()
             total += cells * 4 ** (i + 1) * conv.out_channels * 4  # up-sampling
-        total += cells * 4 ** len(self.convs) * self.classifier.weight.numel()
+        total += cells * self.scale**2 * self.classifier.weight.numel()
         return torch.full(tokens.shape, total, dtype=torch.float64, device=tokens.device)
 
 

@@ -13,12 +13,9 @@ from rich.table import Table
 
 from sievit.config import ConfigError, kind_of
 from sievit.data.images import list_images, read_image, to_tensor
-from sievit.measure.flops import by_module, model_gflops, published_gflops, published_gflops_of
-from sievit.models.build import Model, build
-from sievit.models.detector import Output
+from sievit.models.base import Answer, Model
+from sievit.models.build import build
 from sievit.models.inputs import ModelConfig, Size
-from sievit.models.segmenter import Segmentation, Segmenter, SegmenterConfig
-from sievit.tokens import Tokens, Trace
 
 BINS = 8
 """Bars of the histogram."""
@@ -30,27 +27,27 @@ def costs(config: ModelConfig, *, size: Size | None = None, console: Console | N
     """GFLOPs of a model for an image in which every token takes part in every block; no weights are made.
 
     Args:
-        size: (height, width) in pixels; None: the window that a segmenter was trained on, or the largest test image of
-            a detector.
+        size: (height, width) in pixels; None: `ModelConfig.default_size`.
         console: where a table goes; None for none.
 
     Returns:
-        `gflops` by the published rule (of a detector, which has none, everything), `gflops_full` with everything that
-        is computed, the policy's gates and the heads that it asks included, `by_module` its parts, `size`, `policy` and
+        `gflops` by the published rule (everything, where there is none), `gflops_full` with everything that is
+        computed, the policy's gates and the heads that it asks included, `by_module` its parts, `size`, `policy` and
         `parameters`.
 
     Raises:
         ConfigError: an image without pixels.
     """
-    size = default_size(config) if size is None else size
+    size = config.default_size if size is None else size
     if min(size) < 1:
         raise ConfigError(f"the size is height and width in pixels, at least 1, not {size}")
     with torch.device("meta"):
         model = build(config)
-    parts = {name: round(value.item(), 6) for name, value in by_module(model, everyone(model, size)).items()}
-    full = round(sum(parts.values()), 6)
+    answer = model.dense_answer(size)
+    parts = {name: round(value.item(), 6) for name, value in model.count(answer).items()}
+    full, published = round(sum(parts.values()), 6), model.published_gflops(answer)
     figures = {
-        "gflops": round(published_gflops(config, size), 6) if isinstance(config, SegmenterConfig) else full,
+        "gflops": full if published is None else round(published.item(), 6),
         "gflops_full": full,
         "by_module": parts,
         "size": list(size),
@@ -58,37 +55,8 @@ def costs(config: ModelConfig, *, size: Size | None = None, console: Console | N
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     if console is not None:
-        console.print(_table(figures, segmenter=isinstance(config, SegmenterConfig)))
+        console.print(_table(figures, published=published is not None))
     return figures
-
-
-def default_size(config: ModelConfig) -> Size:
-    """(height, width): the window that a segmenter was trained on, or the largest test image of a detector."""
-    stride, grid = config.vit.stride, config.vit.grid
-    if isinstance(config, SegmenterConfig) and config.crop is not None:
-        return config.crop
-    if isinstance(config, SegmenterConfig) or config.input.min_size is None:
-        return grid[0] * stride, grid[1] * stride
-    return config.input.min_size, config.input.max_size
-
-
-def everyone(model: Model, size: Size) -> Segmentation | Output:
-    """What a pass over one image of `size` would return if no token was left out, as far as its cost is concerned."""
-    stride, depth = model.config.vit.stride, model.config.vit.depth
-    grid = (-(-size[0] // stride), -(-size[1] // stride))
-    if not isinstance(model, Segmenter):
-        divisor = model.backbone.size_divisor
-        padded = tuple(-(-edge // divisor) * divisor for edge in size)
-        grid = (padded[0] // stride, padded[1] // stride)
-    valid = torch.ones(1, grid[0] * grid[1], dtype=torch.bool)
-    prefix = model.vit.num_prefix
-    canvas = Tokens(torch.zeros(1, 1, 1).expand(1, prefix + valid.shape[1], 1), grid, prefix)
-    notes = tuple(model.policy.dense_notes(index, canvas) for index in range(depth + 1))
-    trace = Trace(grid, valid, (valid,) * depth, (valid,) * depth, ((prefix, prefix),) * depth, notes)
-    if isinstance(model, Segmenter):
-        return Segmentation([], {}, trace, (0,), ((0, 0, *size),), [size], (grid[0] * stride, grid[1] * stride))
-    detections = [{"boxes": torch.zeros(model.config.head.box.max_detections, 4)}]
-    return Output(detections, {}, trace, [size], size)
 
 
 @torch.inference_mode()
@@ -108,10 +76,10 @@ def per_image(
         console: where a table with a histogram goes. progress: where the progress bar does. None for none.
 
     Returns:
-        Of GFLOPs with everything `mean`, `std`, `min`, `max` and `quantiles`; of a segmenter `published` (mean by the
-        published rule); `keep`, the mean share of tokens in each block; where tokens leave early, `left_at`, the mean
-        share that leaves at each stage; `images`, the same of each with its `file`; and `failures`, files that could
-        not be read, if there are any.
+        Of GFLOPs with everything `mean`, `std`, `min`, `max` and `quantiles`; where there is a published rule,
+        `published`, the mean by it; `keep`, the mean share of tokens in each block; where tokens leave early,
+        `left_at`, the mean share that leaves at each stage; `images`, the same of each with its `file`; and `failures`,
+        files that could not be read, if there are any.
 
     Raises:
         ConfigError: no such folder, or no image in it that can be read.
@@ -143,30 +111,20 @@ def per_image(
     return figures
 
 
-def _rows(model: Model, answer: Segmentation | Output, names: Sequence[str]) -> list[dict[str, Any]]:
+def _rows(model: Model, answer: Answer, names: Sequence[str]) -> list[dict[str, Any]]:
     """The figures of each image of a pass."""
-    trace = answer.trace
-    owner = answer.owner if isinstance(answer, Segmentation) else range(len(names))
-    of_image = torch.zeros(len(names), len(owner), dtype=torch.float64)
-    of_image[list(owner), range(len(owner))] = 1
-    valid = of_image @ trace.valid.sum(1).cpu().double()
-    columns = {"keep": trace.keep}
-    if trace.exited:
-        gone = torch.stack(trace.exited)
-        columns["left_at"] = (gone[0], *(gone[1:] & ~gone[:-1]))
-    shares = {
-        name: of_image @ torch.stack([part.sum(1) for part in parts], dim=1).cpu().double() / valid[:, None]
-        for name, parts in columns.items()
-    }
-    gflops = {"gflops": model_gflops(model, answer)}
-    if isinstance(answer, Segmentation):
-        assert isinstance(model, Segmenter)
-        gflops["published"] = published_gflops_of(model.config, answer)
+    spent, published = model.spent(answer), model.published_gflops(answer)
+    gflops = (
+        {"gflops": spent.pop("gflops")}
+        if published is None
+        else {"gflops": spent.pop("gflops"), "published": published}
+    )
+    del spent["tokens"]
     return [
         {
             "file": name,
             **{key: round(value[i].item(), 6) for key, value in gflops.items()},
-            **{key: [round(share, 4) for share in value[i].tolist()] for key, value in shares.items()},
+            **{key: [round(share, 4) for share in value[i].tolist()] for key, value in spent.items()},
         }
         for i, name in enumerate(names)
     ]
@@ -190,14 +148,13 @@ def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     means: dict[str, Any] = {}
     if "published" in rows[0]:
         means["published"] = round(statistics.fmean(row["published"] for row in rows), 6)
-    for key in ("keep", "left_at"):
-        if key in rows[0]:
-            columns = zip(*(row[key] for row in rows), strict=True)
-            means[key] = [round(statistics.fmean(column), 4) for column in columns]
+    for key in (key for key, value in rows[0].items() if isinstance(value, list)):
+        columns = zip(*(row[key] for row in rows), strict=True)
+        means[key] = [round(statistics.fmean(column), 4) for column in columns]
     return means
 
 
-def _table(figures: dict[str, Any], *, segmenter: bool) -> Table:
+def _table(figures: dict[str, Any], *, published: bool) -> Table:
     height, width = figures["size"]
     title = f"{height}x{width} pixels, every token in every block, {figures['parameters'] / 1e6:.1f} M parameters"
     table = Table(title=title, title_justify="left")
@@ -208,7 +165,7 @@ def _table(figures: dict[str, Any], *, segmenter: bool) -> Table:
         table.add_row(name, f"{value:.3f}", f"{value / figures['gflops_full']:.1%}")
     table.add_section()
     table.add_row("everything", f"{figures['gflops_full']:.3f}", "")
-    if segmenter:
+    if published:
         table.add_row("by the published rule", f"{figures['gflops']:.3f}", "")
     return table
 

@@ -5,17 +5,15 @@ from typing import overload
 
 import torch
 
-from sievit.config import ConfigError
 from sievit.hub.fetch import model_file
 from sievit.hub.file import FORMAT, POLICY_PREFIXES, read, restored, write
+from sievit.models.base import Model, model_class
 from sievit.models.detector import Detector, DetectorConfig
 from sievit.models.inputs import ModelConfig
 from sievit.models.segmenter import Segmenter, SegmenterConfig
 from sievit.policies import PolicyConfig
 
 __all__ = ["FORMAT", "POLICY_PREFIXES", "Model", "build", "load", "model_file", "read", "save"]
-
-Model = Detector | Segmenter
 
 
 @overload
@@ -26,11 +24,7 @@ def build(config: SegmenterConfig) -> Segmenter: ...
 def build(config: ModelConfig) -> Model: ...
 def build(config: ModelConfig) -> Model:
     """The model that `config` describes, with random weights."""
-    if isinstance(config, SegmenterConfig):
-        return Segmenter.from_config(config)
-    if isinstance(config, DetectorConfig):
-        return Detector.from_config(config)
-    raise ConfigError(f"no model is known for {type(config).__name__}")
+    return model_class(config).from_config(config)
 
 
 def save(model: Model, path: Path | str, *, half: bool = False) -> None:

@@ -3,9 +3,8 @@
 Letters: b images, (h, w) an image's pixels, d detections, g objects. Boxes are xyxy pixels.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -13,13 +12,12 @@ from torch import Tensor
 from sievit.config import ConfigError, variant
 from sievit.heads.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from sievit.heads.masks import paste_masks
-from sievit.hub import Pretrained
-from sievit.models.backbone import Backbone, build_backbone
-from sievit.models.inputs import ModelConfig, Size, batched, in_batches
+from sievit.measure.flops import count_macs
+from sievit.models.backbone import Backbone, backbone_gflops, build_backbone, padded_size
+from sievit.models.base import Answer, Model, TimedPart, dense_trace, register_model
+from sievit.models.inputs import ModelConfig, Size, batched
 from sievit.necks import NeckConfig
 from sievit.policies import Policy
-from sievit.tokens import Trace
-from sievit.vit import ViT
 from sievit.vit.execution import Execution
 
 
@@ -49,33 +47,30 @@ class DetectorConfig(ModelConfig):
             )
 
 
-@dataclass(frozen=True)
-class Output:
-    """What a pass of the detector returns.
+@dataclass(frozen=True, kw_only=True)
+class Output(Answer[dict[str, Tensor]]):
+    """What a pass of the detector returns; `results` are `detections`."""
 
-    Attributes:
-        detections: per image `boxes` (d, 4), `labels` (d,), `scores` (d,) best first, and with a mask branch `masks`
-            (d, 1, h, w) bool, all on the pixels of the image that was given; empty when targets were given.
-        losses: by name, weighted; empty without targets.
-        trace: which tokens took part in which block.
-        sizes: per image the (height, width) that the network saw; `image_size`: that of the padded batch.
-    """
+    @property
+    def detections(self) -> list[dict[str, Tensor]]:
+        """Per image `boxes` (d, 4), `labels` (d,), `scores` (d,) best first, and with a mask branch `masks`
+        (d, 1, h, w) bool, all on the pixels of the image that was given; empty when targets were given."""
+        return self.results
 
-    detections: list[dict[str, Tensor]]
-    losses: dict[str, Tensor]
-    trace: Trace
-    sizes: list[Size]
-    image_size: Size
+    def found(self) -> dict[str, int]:
+        return {"detections": sum(len(found["boxes"]) for found in self.results)}
 
 
-class Detector(Pretrained):
+@register_model(DetectorConfig)
+class Detector(Model[dict[str, Tensor]]):
     """A backbone and Mask R-CNN."""
 
     kind = "detector"
+    config: DetectorConfig
 
     def __init__(self, config: DetectorConfig, *, backbone: Backbone, head: MaskRCNN) -> None:
         super().__init__()
-        self.config: DetectorConfig = config
+        self.config = config
         self.backbone: Backbone = backbone
         self.head = head
 
@@ -86,19 +81,8 @@ class Detector(Pretrained):
         return cls(config, backbone=backbone, head=MaskRCNN(config.head, in_channels=backbone.out_channels))
 
     @property
-    def policy(self) -> Policy:
-        """Decides which tokens take part."""
-        return self.backbone.policy
-
-    @property
-    def vit(self) -> ViT:
-        """The plain ViT inside."""
-        return self.backbone.vit
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
+    def network(self) -> Backbone:
+        return self.backbone
 
     def forward(
         self,
@@ -108,14 +92,10 @@ class Detector(Pretrained):
         policy: Policy | None = None,
         execution: Execution | None = None,
     ) -> Output:
-        """Losses when `targets` are given, detections when not.
+        """See `Model.forward`.
 
         Args:
-            images: (3, h, w) RGB, float in 0..1 or uint8, of any sizes. With targets they are used at their size,
-                without they are resized to the test size.
             targets: per image `boxes` (g, 4), `labels` (g,), and `masks` (g, h, w) for a mask branch.
-            policy: takes the place of the model's own.
-            execution: how the pass is run, in place of the model's own; by default losses run as `Execution()`.
         """
         given = [(image.shape[-2], image.shape[-1]) for image in images]
         sizes = given if targets is not None else [self.config.input.test_size(size) for size in given]
@@ -134,7 +114,7 @@ class Detector(Pretrained):
             chosen = self.policy if policy is None else policy
             losses = {**losses, **chosen.loss(trace)}
         detections = [self._on_image(d, *pair) for d, *pair in zip(detections, sizes, given, strict=targets is None)]
-        return Output(detections=detections, losses=losses, trace=trace, sizes=sizes, image_size=image_size)
+        return Output.whole(trace, sizes, image_size, results=detections, losses=losses)
 
     def _on_image(self, detection: dict[str, Tensor], size: Size, given: Size) -> dict[str, Tensor]:
         """The detection on the pixels of the image that was given, instead of those that the network saw."""
@@ -146,29 +126,77 @@ class Detector(Pretrained):
             moved["masks"] = paste_masks(detection["masks"], boxes, given, self.config.head)
         return moved
 
-    @torch.no_grad()
-    def predict(
-        self, images: Sequence[Any], *, batch_size: int = 1, policy: Policy | None = None
-    ) -> list[dict[str, Tensor]]:
-        """Detect objects; the model is in evaluation mode meanwhile.
+    def count(self, answer: Answer[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """See `Model.count`; further parts are `neck`, `fpn`, `rpn`, `box` (at the limit of proposals per image) and
+        `mask` (on the detections that there are). The sampling of deformable attention is counted, which the papers'
+        tools leave out."""
+        sizes = answer.sizes
+        if self.config.padding == "seen":
+            sizes = [answer.image_size] * len(sizes)
+        parts = backbone_gflops(self.backbone, answer.trace, sizes)
+        heads = [
+            self._head_macs(padded_size(size, self.backbone.size_divisor), len(found["boxes"]))
+            for size, found in zip(sizes, answer.results, strict=True)
+        ]
+        device = parts["blocks"].device
+        for name in heads[0]:
+            parts[name] = torch.tensor([macs[name] for macs in heads], dtype=torch.float64, device=device) / 1e9
+        return parts
 
-        Args:
-            images: paths, PIL images, arrays (h, w, 3) or (h, w) of uint8, tensors (3, h, w) of uint8 or float in 0..1;
-                RGB.
-            batch_size: images that go through the network together.
+    def _head_macs(self, size: Size, detections: int) -> dict[str, float]:
+        """Multiply-adds of FPN, proposals, box branch and mask branch."""
+        head, config, roi = self.head, self.head.config, self.head.roi_heads
+        levels = [(size[0] // s, size[1] // s) for s in (4, 8, 16, 32, 64)]
+        maps = {str(i): _meta(self.backbone.out_channels, *level) for i, level in enumerate(levels[:4])}
+        pooled = _meta(config.fpn_channels, config.box.pool, config.box.pool)
+        box = count_macs(roi.box_head, pooled) + count_macs(roi.box_predictor, _meta(config.box.fc))
+        mask = 0.0
+        if config.with_masks:
+            mask = count_macs(roi.mask_head, _meta(config.fpn_channels, config.mask.pool, config.mask.pool))
+            mask += count_macs(roi.mask_predictor, _meta(config.mask.convs[-1], config.mask.pool, config.mask.pool))
+        return {
+            "fpn": count_macs(head.fpn, maps),
+            "rpn": count_macs(head.rpn.head, [_meta(config.fpn_channels, *level) for level in levels]),
+            "box": config.rpn.post_nms_test * box,
+            "mask": detections * mask,
+        }
 
-        Returns:
-            Per image `boxes` (d, 4), `labels` (d,), `scores` (d,), `masks` (d, 1, h, w) bool, on its own pixels.
+    def dense_answer(self, size: Size) -> Output:
+        padded, vit = padded_size(size, self.backbone.size_divisor), self.vit.config
+        grid = (padded[0] // vit.stride, padded[1] // vit.stride)
+        trace = dense_trace(self.policy, grid, num_prefix=vit.num_prefix, depth=vit.depth)
+        found = {"boxes": torch.zeros(self.config.head.box.max_detections, 4)}
+        return Output.whole(trace, [size], size, results=[found])
 
-        Raises:
-            ConfigError: not a list of images, or a file that cannot be read.
-        """
-        training = self.training
-        self.eval()
-        try:
-            detections = []
-            for tensors in in_batches(images, batch_size):
-                detections += self(tensors, policy=policy).detections
-        finally:
-            self.train(training)
-        return detections
+    def timed_parts(self) -> list[TimedPart]:
+        backbone, head, roi = self.backbone, self.head, self.head.roi_heads
+        parts: list[TimedPart] = [
+            (backbone.vit, "embed", "patch embedding"),
+            (backbone.vit, "run_blocks", "blocks, gates"),
+            *backbone.timed_parts(),
+            (backbone, "forward", "neck: rest"),
+            (head, "pyramid", "FPN"),
+            (head.rpn.head, "forward", "RPN layers"),
+            (head.rpn, "forward", "RPN proposals"),
+            (roi, "box_branch", "box pooling"),
+            (roi.box_head, "forward", "box layers"),
+            (roi.box_predictor, "forward", "box layers"),
+            (roi, "detect", "box NMS"),
+        ]
+        if head.config.with_masks:
+            parts += [
+                (roi, "mask_branch", "mask pooling"),
+                (roi.mask_head, "forward", "mask layers"),
+                (roi.mask_predictor, "forward", "mask layers"),
+            ]
+        return [*parts, (self, "_on_image", "mask pasting"), (self, "forward", "rest")]
+
+    def counted_parts(self) -> dict[str, tuple[str, ...]]:
+        names = {"patch embedding": ("patch_embed",), "blocks, gates": ("blocks", "policy"), "neck": ("neck",)}
+        names |= {"FPN": ("fpn",), "RPN layers": ("rpn",), "box layers": ("box",)}
+        return {**names, "mask layers": ("mask",)} if self.config.head.with_masks else names
+
+
+def _meta(*shape: int) -> Tensor:
+    """(1, *shape) on the meta device."""
+    return torch.empty(1, *shape, device="meta")

@@ -62,6 +62,13 @@ class ModelConfig:
     classes: tuple[str, ...]
     execution: Execution = field(default=Execution(), kw_only=True)
 
+    @property
+    def default_size(self) -> Size:
+        """(height, width) of a typical image: the largest test image, or the one that the ViT's positions are for."""
+        if self.input.min_size is not None:
+            return self.input.min_size, self.input.max_size
+        return self.vit.grid[0] * self.vit.stride, self.vit.grid[1] * self.vit.stride
+
 
 def batched(images: list[Tensor], sizes: list[Size], config: InputConfig, device: torch.device) -> Tensor:
     """(b, 3, H, W): resized to `sizes`, normalised, padded with zeros at the right and the bottom.

@@ -5,7 +5,7 @@ Letters: b images or windows, (h, w) pixels of one, n grid tokens, k classes.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 from sievit.config import ConfigError, variant
 from sievit.heads.semantic import SemanticHead, SemanticHeadConfig, build_head, extents, repeat_edges, resize
-from sievit.hub import Pretrained
-from sievit.models.inputs import ModelConfig, Size, batched, in_batches, normalised
+from sievit.measure.flops import traced_macs
+from sievit.measure.published import judged_tokens, published_macs
+from sievit.models.base import Answer, Model, TimedPart, Window, dense_trace, register_model
+from sievit.models.inputs import ModelConfig, Size, batched, normalised
 from sievit.policies import Policy, PolicyConfig
 from sievit.policies.base import Head
 from sievit.tokens import Prediction, Tokens, Trace
 from sievit.vit import Execution, Sizes, ViT, ViTConfig
-
-Window = tuple[int, int, int, int]
-"""y, x, height, width in pixels."""
 
 
 @variant("segmenter")
@@ -67,48 +66,20 @@ class SegmenterConfig(ModelConfig):
         if self.windows_at_once < 1:
             raise ConfigError(f"windows_at_once is at least 1, not {self.windows_at_once}")
 
+    @property
+    def default_size(self) -> Size:
+        """(height, width) of the window that the segmenter was trained on."""
+        return self.crop or (self.vit.grid[0] * self.vit.stride, self.vit.grid[1] * self.vit.stride)
 
-@dataclass(frozen=True)
-class Segmentation:
-    """What a pass of the segmenter returns.
 
-    Attributes:
-        labels: per image (h, w) int64, on the pixels of the image that was given; empty when targets were given.
-        losses: by name, weighted; empty without targets.
-        trace: which tokens took part in which block; its batch is the windows of all images, one after the other.
-        owner: the image of each window. windows: where each lies in its image, as the network saw it.
-        resized: per image (height, width) that the network saw.
-        image_size: (height, width) of the canvas that every window was padded to.
-    """
-
-    labels: list[Tensor]
-    losses: dict[str, Tensor]
-    trace: Trace
-    owner: tuple[int, ...]
-    windows: tuple[Window, ...]
-    resized: list[Size]
-    image_size: Size
+@dataclass(frozen=True, kw_only=True)
+class Segmentation(Answer[Tensor]):
+    """What a pass of the segmenter returns; `results` are `labels`."""
 
     @property
-    def sizes(self) -> list[Size]:
-        """(height, width) of each window."""
-        return [(h, w) for _, _, h, w in self.windows]
-
-    def left_at(self, index: int) -> Tensor:
-        """(h, w) int64 on the pixels of image `index` as the network saw it: the stage at which the token there left,
-        and the number of stages where it never did. Where windows overlap the later stage counts."""
-        stages = torch.zeros(self.trace.valid.shape, dtype=torch.int64, device=self.trace.valid.device)
-        for exited in self.trace.exited:
-            stages += ~exited
-        patch = self.image_size[0] // self.trace.grid[0]
-        out = torch.zeros(self.resized[index], dtype=torch.int64)
-        for own, (y, x, h, w), of_window in zip(self.owner, self.windows, stages.cpu(), strict=True):
-            if own == index:
-                pixels = of_window.unflatten(0, self.trace.grid).repeat_interleave(patch, 0)
-                pixels = pixels.repeat_interleave(patch, 1)[:h, :w]
-                here = out[y : y + h, x : x + w]
-                here.copy_(here.maximum(pixels))
-        return out
+    def labels(self) -> list[Tensor]:
+        """Per image (h, w) int64, on the pixels of the image that was given; empty when targets were given."""
+        return self.results
 
 
 class SegmentationNet(nn.Module):
@@ -152,7 +123,7 @@ class SegmentationNet(nn.Module):
                 images, whatever the input's is; this does so too.
         """
         predictions, trace = self.predictions(images, sizes, policy=policy, execution=execution)
-        logits = picture(predictions[self.out_indices[-1]], trace.grid, self._canvas(images), via=head_size)
+        logits = upsampled(predictions[self.out_indices[-1]], trace.grid, self._canvas(images), via=head_size)
         return logits[..., : images.shape[2], : images.shape[3]], trace
 
     def predictions(
@@ -210,7 +181,7 @@ class _AfterNorm:
         return self.head(replace(tokens, x=self.norm(tokens.x)), part, previous)
 
 
-def picture(prediction: Prediction, grid: tuple[int, int], size: Size, *, via: Size | None = None) -> Tensor:
+def upsampled(prediction: Prediction, grid: tuple[int, int], size: Size, *, via: Size | None = None) -> Tensor:
     """(b, k, *size): what is said of the tokens of `grid`, on pixels, resized bilinearly (by way of the size `via`)."""
     if prediction.fine is not None:
         maps = prediction.fine
@@ -220,14 +191,16 @@ def picture(prediction: Prediction, grid: tuple[int, int], size: Size, *, via: S
     return resize(maps if via is None else resize(maps, via), size)
 
 
-class Segmenter(Pretrained):
+@register_model(SegmenterConfig)
+class Segmenter(Model[Tensor]):
     """A network, and what happens to images before it and to its answers after it."""
 
     kind = "segmenter"
+    config: SegmenterConfig
 
     def __init__(self, config: SegmenterConfig, net: SegmentationNet) -> None:
         super().__init__()
-        self.config: SegmenterConfig = config
+        self.config = config
         self.net = net
 
     @classmethod
@@ -237,19 +210,11 @@ class Segmenter(Pretrained):
         return cls(config, net)
 
     @property
-    def policy(self) -> Policy:
-        """Decides which tokens take part."""
-        return self.net.policy
+    def network(self) -> SegmentationNet:
+        return self.net
 
-    @property
-    def vit(self) -> ViT:
-        """The plain ViT inside."""
-        return self.net.vit
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
+    def new_policy(self, config: PolicyConfig) -> Policy:
+        return self.net.build_policy(config)
 
     def forward(
         self,
@@ -259,21 +224,18 @@ class Segmenter(Pretrained):
         policy: Policy | None = None,
         execution: Execution | None = None,
     ) -> Segmentation:
-        """Losses when `targets` are given (of all heads in training, else of those that were asked), labels when not.
+        """See `Model.forward`. Losses are of all heads in training, else of those that were asked.
 
         Args:
-            images: (3, h, w) RGB, float in 0..1 or uint8, of any sizes. With targets they are used at their size,
-                without they are resized to the test size and, if there is a crop, looked at window by window.
+            images: where there is a crop, they are looked at window by window without targets.
             targets: per image `labels` (h, w) int64, the size of the image.
-            policy: takes the place of the model's own.
-            execution: how the pass is run, in place of the model's own; by default losses run as `Execution()`.
         """
         if targets is not None:
             return self._losses(images, [target["labels"] for target in targets], policy, execution or Execution())
         scores, output = self._score(images, policy, self.config.execution if execution is None else execution)
         given = [(image.shape[-2], image.shape[-1]) for image in images]
         labels = [resize(m[None], own)[0].argmax(0) for m, own in zip(scores, given, strict=True)]
-        return replace(output, labels=labels)
+        return replace(output, results=labels)
 
     def _losses(
         self, images: list[Tensor], labels: list[Tensor], policy: Policy | None, execution: Execution
@@ -297,8 +259,7 @@ class Segmenter(Pretrained):
             for name, loss in head.losses(said[block], trace.grid, truth, config.ignore_index).items():
                 losses[name if last else f"aux_{stage}_{name}"] = loss if last else config.aux_weight * loss
         losses |= (self.policy if policy is None else policy).loss(trace)
-        whole = tuple((0, 0, *own) for own in sizes)
-        return Segmentation([], losses, trace, tuple(range(len(images))), whole, sizes, size)
+        return Segmentation.whole(trace, sizes, size, losses=losses)
 
     def scores(self, images: list[Tensor], *, policy: Policy | None = None) -> list[Tensor]:
         """Per image (k, h, w), on its pixels as the network sees them: what the labels are the largest of.
@@ -334,7 +295,15 @@ class Segmenter(Pretrained):
                 counts[i][y : y + h, x : x + w] += 1
         means = [total / count for total, count in zip(sums, counts, strict=True)]
         owner, windows = zip(*placed, strict=True)
-        return means, Segmentation([], {}, Trace.join(traces), owner, windows, resized, (size[0], size[1]))
+        return means, Segmentation(
+            results=[],
+            losses={},
+            trace=Trace.join(traces),
+            owner=owner,
+            windows=windows,
+            sizes=resized,
+            image_size=(size[0], size[1]),
+        )
 
     def _windows(self, size: Size) -> Iterator[Window]:
         """The windows over an image of `size`; the last ones are moved inside."""
@@ -350,29 +319,67 @@ class Segmenter(Pretrained):
             for x in starts[1]:
                 yield y, x, sides[0], sides[1]
 
-    @torch.no_grad()
-    def predict(self, images: Sequence[Any], *, batch_size: int = 1, policy: Policy | None = None) -> list[Tensor]:
-        """Label every pixel; the model is in evaluation mode meanwhile.
+    def count(self, answer: Answer[Tensor]) -> dict[str, Tensor]:
+        """See `Model.count`; further parts are `heads.0`, ... and `upsampling`: bilinear resizing of what the last head
+        says, to windows and to the images that were given, at four per value that comes out, as DToP counts it."""
+        trace, vit, classes = answer.trace, self.vit.config, len(self.config.classes)
+        rows, columns = extents(trace.valid, trace.grid)
+        last = self.net.heads[-1]
+        resized = 0 if last.scale == vit.stride else 4 * classes * vit.stride**2
+        parts = {
+            "patch_embed": trace.valid.sum(1).double() * 3 * vit.patch_size**2 * vit.embed_dim,
+            "blocks": traced_macs(vit, trace),
+            "policy": self.policy.macs(trace).double(),
+            **{f"heads.{i}": macs for i, macs in enumerate(self._heads_macs(trace))},
+            "upsampling": (resized * rows * columns).double(),
+        }
+        of_images = {name: answer.per_image(macs) for name, macs in parts.items()}
+        for i, (labels, seen) in enumerate(zip(answer.results, answer.sizes, strict=False)):
+            if tuple(labels.shape) != tuple(seen):
+                of_images["upsampling"][i] += 4 * classes * labels.numel()
+        return {name: macs / 1e9 for name, macs in of_images.items()}
 
-        Args:
-            images: paths, PIL images, arrays (h, w, 3) or (h, w) of uint8, tensors (3, h, w) of uint8 or float in 0..1;
-                RGB.
-            batch_size: images that go through the network together.
+    def _heads_macs(self, trace: Trace) -> list[Tensor]:
+        """Per stage (r,) multiply-adds of its head, each row on the grid of its own; zero where it was not asked."""
+        asked = trace.asked if trace.exited else self.net.out_indices[-1:]
+        grids = list(zip(*(edge.tolist() for edge in extents(trace.valid, trace.grid)), strict=True))
+        found = []
+        for block, head in zip(self.net.out_indices, self.net.heads, strict=True):
+            assert isinstance(head, SemanticHead)
+            tokens = judged_tokens(trace, block)
+            macs = torch.zeros(len(grids), dtype=torch.float64, device=tokens.device)
+            for grid in set(grids) if block in asked else ():
+                rows = torch.tensor([i for i, own in enumerate(grids) if own == grid], device=tokens.device)
+                macs[rows] = head.macs(tokens[rows], grid).double()
+            found.append(macs)
+        return found
 
-        Returns:
-            Per image (h, w) int64, the class of each of its pixels.
+    def published_gflops(self, answer: Answer[Tensor]) -> Tensor:
+        """See `measure.published`; all windows of each image."""
+        config = self.config
+        macs = published_macs(config.vit, config.head, len(config.classes), config.out_indices, answer.trace)
+        return answer.per_image(macs) / 1e9
 
-        Raises:
-            ConfigError: not a list of images, or a file that cannot be read.
-        """
-        training = self.training
-        self.eval()
-        try:
-            return [
-                labels for tensors in in_batches(images, batch_size) for labels in self(tensors, policy=policy).labels
-            ]
-        finally:
-            self.train(training)
+    def dense_answer(self, size: Size) -> Segmentation:
+        vit = self.vit.config
+        grid = (-(-size[0] // vit.stride), -(-size[1] // vit.stride))
+        trace = dense_trace(self.policy, grid, num_prefix=vit.num_prefix, depth=vit.depth)
+        return Segmentation.whole(trace, [size], (grid[0] * vit.stride, grid[1] * vit.stride))
+
+    def timed_parts(self) -> list[TimedPart]:
+        parts: list[TimedPart] = [
+            (self.vit, "embed", "patch embedding"),
+            (self.vit, "run_blocks", "blocks, gates"),
+            *((head, "forward", f"head {i}") for i, head in enumerate(self.net.heads)),
+            (self.net, "forward", "up-sampling"),
+            (self, "forward", "rest"),
+        ]
+        return parts
+
+    def counted_parts(self) -> dict[str, tuple[str, ...]]:
+        heads = {f"head {i}": (f"heads.{i}",) for i in range(len(self.net.heads))}
+        first = {"patch embedding": ("patch_embed",), "blocks, gates": ("blocks", "policy")}
+        return {**first, **heads, "up-sampling": ("upsampling",)}
 
 
 def build_net(

@@ -225,6 +225,21 @@ class ViTAdapter(nn.Module):
                 c = extractor(c, tokens.patches, branch_points, shapes, masks)
         return self._maps(c1, c, tokens, shapes, masks), trace
 
+    def sampling_macs(self, size: tuple[int, int]) -> float:
+        """Multiply-adds of bilinear sampling for an image of `size`: four per channel and point, one for its weight."""
+        cells = [(size[0] // s) * (size[1] // s) for s in (8, 16, 32)]
+        channels = self.vit.config.embed_dim * self.config.deform_ratio * self.config.num_points * 5
+        injected = len(self.injectors) * cells[1] * 3
+        extracted = len(self.extractors) * sum(cells)
+        return (injected + extracted) * channels
+
+    def timed_parts(self) -> list[tuple[object, str, str]]:
+        """Owner and name of the methods to time, and what each part of the neck is called."""
+        parts: list[tuple[object, str, str]] = [(self.spm, "forward", "neck: spatial prior")]
+        parts += [(injector, "forward", "neck: injectors") for injector in self.injectors]
+        parts += [(extractor, "forward", "neck: extractors") for extractor in self.extractors]
+        return [*parts, (self, "_maps", "neck: maps")]
+
     def _maps(self, c1: Tensor, c: Tensor, tokens: Tokens, shapes: Shapes, masks: Masks) -> dict[str, Tensor]:
         """Branch features plus the tokens resized to each stride, normalised."""
         levels = c.split([h * w for h, w in shapes], dim=1)

@@ -9,8 +9,7 @@ from sievit.convert import read_checkpoint
 from sievit.convert.family import require_family
 from sievit.convert.pth import Checkpoint
 from sievit.data.label_files import read_text
-from sievit.models.detector import Detector
-from sievit.models.segmenter import Segmenter
+from sievit.models.base import Model
 from sievit.vit import ViT
 
 
@@ -24,7 +23,7 @@ class Converted:
         keys: how many the file had. dropped: those that were left out on purpose, by the reason why.
     """
 
-    model: Detector | Segmenter
+    model: Model
     facts: dict[str, str]
     keys: int
     dropped: dict[str, list[str]]

@@ -15,7 +15,8 @@ from sievit.engine.evaluate import evaluate as run_evaluation
 from sievit.engine.recipe import default_data_root
 from sievit.files import write_atomically
 from sievit.hub.fetch import REPOSITORY
-from sievit.models.build import Model, load, model_file, read
+from sievit.models.base import Model
+from sievit.models.build import load, model_file, read
 from sievit.models.detector import Detector
 from sievit.models.segmenter import Segmenter
 from sievit.policies import DToPConfig, SViTConfig
@@ -82,6 +83,7 @@ def predict(
         if ids is not None:
             raise ConfigError(f"--ids {ids}: a segmenter labels pixels and writes no COCO results; leave it out")
         return semantic.predict(model, images, out)
+    assert isinstance(model, Detector)
     return detection.predict(model, images, out, score_threshold=score_threshold, ids=ids)
 
 
@@ -114,6 +116,7 @@ def evaluate(
     else:
         if labels is None or annotations is not None:
             raise ConfigError(f"{model_path}: is a segmenter; give --labels, a folder of label images")
+        assert isinstance(model, Segmenter)
         dataset = semantic.open_labels(model, images, labels, label_files)
     figures = run_evaluation(
         model,

@@ -15,7 +15,6 @@ from sievit.data.coco import CocoDetection
 from sievit.data.images import read_image, to_tensor
 from sievit.engine.evaluate import compare, timed
 from sievit.files import write_atomically
-from sievit.measure.flops import detector_gflops
 from sievit.models.detector import Detector, Output
 from sievit.report.common import images_below, picture_names, progress, save_picture, tell_failures
 from sievit.tasks.metrics import coco_results
@@ -100,7 +99,7 @@ def _view(title: str, model: Detector, output: Output, milliseconds: float, min_
     """What a picture says of a model's answer for one image."""
     found = output.detections[0]
     count = int((found["scores"] >= min_score).sum())
-    note = f"{count} objects · {detector_gflops(model, output).item():.1f} GFLOPs · {milliseconds:.0f} ms"
+    note = f"{count} objects · {model.gflops(output).item():.1f} GFLOPs · {milliseconds:.0f} ms"
     return viz.View(title, note, found)
 
 

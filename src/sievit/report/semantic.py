@@ -19,7 +19,6 @@ from sievit.data.images import read_image, to_tensor
 from sievit.data.labels import LabelDataset
 from sievit.engine.evaluate import compare, timed
 from sievit.files import write_atomically
-from sievit.measure.flops import segmenter_gflops
 from sievit.models.segmenter import Segmentation, Segmenter
 from sievit.report.common import images_below, picture_names, progress, save_picture, tell_failures
 
@@ -202,7 +201,7 @@ def _draw_pairs(dense: Segmenter, sparse: Segmenter, dataset: LabelDataset, out:
 
 def _view(title: str, model: Segmenter, answer: Segmentation, milliseconds: float) -> viz.LabelView:
     """What a picture says of a model's answer for one image."""
-    note = f"{segmenter_gflops(model, answer).item():.1f} GFLOPs · {milliseconds:.0f} ms"
+    note = f"{model.gflops(answer).item():.1f} GFLOPs · {milliseconds:.0f} ms"
     return viz.LabelView(title, note, answer.labels[0])
 
 
@@ -210,6 +209,6 @@ def _exits(model: Segmenter, answer: Segmentation) -> viz.Exits | None:
     """Where the tokens of the one image left; None where they cannot."""
     if not answer.trace.exited:
         return None
-    left = answer.left_at(0)
+    left = answer.exit_stages(0)
     places = [f"after block {block}" for block in model.config.out_indices[:-1]]
     return viz.Exits(left.clamp(max=len(places)), (*places, "never"))

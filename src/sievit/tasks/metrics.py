@@ -7,14 +7,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
 from sievit.config import ConfigError
 from sievit.data.annotations import Annotations, load_annotations
 from sievit.data.masks import encode, tight_patch
-from sievit.distributed import world_size
+from sievit.distributed import gathered
 
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
@@ -75,11 +74,8 @@ class CocoMetric:
 
     def gather(self) -> None:
         """Give every process the detections of all of them; nothing to do without a process group."""
-        if world_size() > 1:
-            parts: list[dict[int, list[dict[str, Any]]]] = [{} for _ in range(world_size())]
-            dist.all_gather_object(parts, self._results)
-            for part in parts:
-                self._results = {**part, **self._results}
+        for part in gathered(self._results):
+            self._results = {**part, **self._results}
 
     def compute(self) -> dict[str, float]:
         """box_ap, box_ap50, box_ap75, box_ap_small, box_ap_medium, box_ap_large, and mask_* if there are masks; 0..1,
@@ -208,11 +204,7 @@ class SegmentationMetric:
 
     def total(self) -> Tensor:
         """The matrix of all processes together; with several, all of them have to call it."""
-        if world_size() == 1:
-            return self.matrix
-        parts = [self.matrix] * world_size()
-        dist.all_gather_object(parts, self.matrix)
-        return torch.stack(parts).sum(0)
+        return torch.stack(gathered(self.matrix)).sum(0)
 
     def compute(self) -> dict[str, Any]:
         """miou (over classes that are true or predicted somewhere), pixel_accuracy, mean_accuracy (over classes that

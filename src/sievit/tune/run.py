@@ -11,7 +11,6 @@ from rich.console import Console
 from torch import Tensor
 
 from sievit.bench.common import fitted
-from sievit.bench.network import as_given
 from sievit.config import ConfigError
 from sievit.data.coco import CocoDetection
 from sievit.data.images import list_images, read_image, to_tensor
@@ -20,8 +19,10 @@ from sievit.devices import device_name
 from sievit.engine.evaluate import evaluate, headline
 from sievit.files import write_atomically
 from sievit.measure.modes import DENSE
-from sievit.models.build import Model, model_file, read, save
+from sievit.models.base import Model
+from sievit.models.build import model_file, read, save
 from sievit.models.detector import Detector
+from sievit.models.segmenter import Segmenter
 from sievit.policies import PolicyConfig
 from sievit.report import open_model
 from sievit.report.detection import open_annotations
@@ -77,7 +78,7 @@ def tune(
     execution = Execution(precision=tuning.precision)
     accuracy = _accuracy(own, images, judged, label_files, execution, console)
     tensors, failures = _read(images, tuning)
-    model = own if tuning.size is None else as_given(own)
+    model = own if tuning.size is None else own.as_given()
     workload = Workload(model, _batches(tensors, tuning.batch_size), clock, console, execution)
     say = (lambda text: None) if console is None else lambda text: console.print(text, style="dim", highlight=False)
     say(f"{len(tensors)} images, counting")
@@ -168,6 +169,7 @@ def _accuracy(
     else:
         if judged.labels is None or judged.annotations is not None:
             raise ConfigError("the model is a segmenter; give --labels, a folder of label images")
+        assert isinstance(model, Segmenter)
         dataset = open_labels(model, images, judged.labels, files)
     return _Accuracy(Workload(model, [], execution=execution), dataset, judged.eval_limit, console)
 

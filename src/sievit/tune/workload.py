@@ -11,10 +11,7 @@ from rich.progress import track
 from torch import Tensor
 
 from sievit.measure.clock import clocked, in_turns
-from sievit.measure.flops import model_gflops
-from sievit.models.build import Model, build
-from sievit.models.detector import Output
-from sievit.models.segmenter import Segmentation, Segmenter
+from sievit.models.base import Answer, Model
 from sievit.policies import Policy, PolicyConfig
 from sievit.policies.base import BlockRange
 from sievit.tokens import Trace
@@ -99,16 +96,9 @@ class Workload:
 
     def policy(self, config: PolicyConfig) -> Policy:
         """The policy that `config` describes, with the weights of the model's policy if that is of the same class."""
-        model = self.model
-        if isinstance(model, Segmenter):
-            policy = model.net.build_policy(config)
-        else:
-            policy = model.vit.build_policy(config)
-        if type(config) is type(model.config.policy):
-            policy.load_state_dict(model.policy.state_dict())
-        return policy.eval().to(model.device)
+        return self.model.build_policy(config)
 
-    def run(self, policy: Policy, execution: Execution, images: list[Tensor]) -> Output | Segmentation:
+    def run(self, policy: Policy, execution: Execution, images: list[Tensor]) -> Answer:
         """A pass with a policy in place of the model's."""
         return self.model(images, policy=policy, execution=execution)
 
@@ -125,7 +115,7 @@ class Workload:
             gflops, shares, tokens, images = 0.0, [], 0.0, 0
             for batch in self.with_progress(self.batches, "counting", len(self.batches)):
                 answer = self.run(policy, self.execution, batch)
-                gflops += model_gflops(self.model, answer).sum().item()
+                gflops += self.model.gflops(answer).sum().item()
                 shares.append(answer.trace.shares().cpu())
                 tokens += answer.trace.valid.sum().item()
                 images += len(batch)
@@ -168,7 +158,4 @@ class Workload:
     def model_with(self, setup: Setup, model: Model | None = None) -> Model:
         """A model (by default the one that is tuned) with another setup."""
         model = self.model if model is None else model
-        same = build(replace(model.config, policy=setup.policy, execution=setup.execution)).eval().to(model.device)
-        tensors = model.state_dict()
-        same.load_state_dict({name: tensors[name] for name in same.state_dict()})
-        return same
+        return model.with_config(policy=setup.policy, execution=setup.execution)
