@@ -1,4 +1,4 @@
-"""The README is a test: its Python runs, and its commands are commands."""
+"""The README and the guides are tests: their Python runs, and their commands are commands."""
 
 import re
 import shlex
@@ -10,7 +10,8 @@ import timm
 from sievit import cli
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("use", "train", "weights", "speed"))]
+README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 def blocks(language: str) -> list[str]:
@@ -19,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[list[str]]:
     lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("sievit ")]
+    return [shlex.split(line, comments=True)[1:] for line in dict.fromkeys(lines) if line.startswith("sievit ")]
 
 
 def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
