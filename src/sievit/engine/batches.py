@@ -31,16 +31,26 @@ class Batch:
 
 
 class Losses(nn.Module):
-    """What is trained: a batch to losses by name, and the kept share per block."""
+    """What is trained: a batch to losses by name, and the kept share per block.
 
-    def __init__(self, model: Model) -> None:
+    Args:
+        teacher: the dense model, for a policy whose loss compares with it; it is not trained.
+    """
+
+    def __init__(self, model: Model, teacher: Model | None = None) -> None:
         super().__init__()
         self.model = model
+        self._teacher = [] if teacher is None else [teacher]  # in a list, so that its weights are none of this module's
 
     def forward(self, batch: Batch, *, selected: bool = False) -> tuple[dict[str, Tensor], Tensor]:
         """`selected`: of a policy with gates, blocks compute the chosen tokens alone."""
         selected = selected and self.model.policy.gates_in_training
-        output = self.model(batch.images, batch.targets, execution=Execution(mode="selected" if selected else "auto"))
+        shown = None
+        for teacher in self._teacher:
+            with torch.no_grad():
+                shown = teacher(batch.images, batch.targets).trace
+        execution = Execution(mode="selected" if selected else "auto")
+        output = self.model(batch.images, batch.targets, execution=execution, teacher=shown)
         losses, trace = dict(output.losses), output.trace
         if selected:
             # blocks without a token get gradients of zero, not none: those of another process may have some

@@ -10,8 +10,9 @@ from sievit.convert.keys import load_strictly
 from sievit.convert.pth import read_checkpoint
 from sievit.convert.timm import from_timm, timm_state
 from sievit.models.base import Model
-from sievit.models.build import POLICY_PREFIXES, model_file, read
+from sievit.models.build import POLICY_PREFIXES, load, model_file, read
 from sievit.models.detector import Detector
+from sievit.policies import Policy
 from sievit.vit import ViT, ViTConfig
 
 MASK_PREFIX = "head.roi_heads.mask_"
@@ -65,6 +66,21 @@ def _rows_of_classes(theirs: torch.Size, ours: torch.Size, counts: tuple[int, in
         return False
     rows = ((1, 0), (1, 1), (4, 1))
     return any((theirs[0], ours[0]) == tuple(each * (count + more) for count in counts) for each, more in rows)
+
+
+def dense_teacher(policy: Policy, path: Path | None) -> Model | None:
+    """The dense model of `path`, fixed, for a policy whose loss compares with it; None for all others.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    if not policy.needs_teacher:
+        return None
+    if path is None:
+        raise ConfigError(f"{type(policy).__name__} learns from the dense model; name it with train.init-from")
+    teacher = load(path, policy="keep_all", compile=False).requires_grad_(False)
+    teacher.policy.train()  # so that its trace holds the tokens at the end of the pass
+    return teacher
 
 
 def start_vit_from(vit: ViT, source: Path) -> None:

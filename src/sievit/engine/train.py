@@ -23,7 +23,7 @@ from sievit.distributed import gathered, world_size
 from sievit.engine.batches import Batch, EpochBatches, Losses, Samples, grouped, loading, training_loader
 from sievit.engine.checkpoint import CsvLog, RunFolder, write_json
 from sievit.engine.evaluate import Data, evaluate, headline
-from sievit.engine.initial import start_from, start_vit_from, timm_name
+from sievit.engine.initial import dense_teacher, start_from, start_vit_from, timm_name
 from sievit.engine.optim import Average, build_optimizer, freeze, learning_rate, set_learning_rate, total_steps
 from sievit.engine.recipe import CocoData, Recipe, TrainConfig, default_data_root, open_data, with_own_classes
 from sievit.hub.fetch import HUB, model_file
@@ -149,7 +149,9 @@ class _Run:
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         optimizer = build_optimizer(self.model, config)
-        self.losses, self.optimizer = fabric.setup(Losses(self.model), optimizer)
+        teacher = dense_teacher(self.model.policy, config.init_from)
+        losses = Losses(self.model, None if teacher is None else teacher.to(fabric.device))
+        self.losses, self.optimizer = fabric.setup(losses, optimizer)
         self.average = Average(self.model, config.ema) if config.ema else None
         self.batches = EpochBatches(len(train_set), config, rank=fabric.global_rank, processes=fabric.world_size)
         self.loader = training_loader(train_set, self.batches)

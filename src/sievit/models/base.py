@@ -158,6 +158,7 @@ class Model(Pretrained, ABC, Generic[R]):
         *,
         policy: Policy | None = None,
         execution: Execution | None = None,
+        teacher: Trace | None = None,
     ) -> Answer[R]:
         """Losses when `targets` are given, results when not.
 
@@ -167,6 +168,7 @@ class Model(Pretrained, ABC, Generic[R]):
             targets: per image what the kind of model learns from, by name.
             policy: takes the place of the model's own.
             execution: how the pass is run, in place of the model's own; by default losses run as `Execution()`.
+            teacher: the trace of the dense model, for losses of policies that compare with it.
         """
 
     @torch.no_grad()

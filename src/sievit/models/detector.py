@@ -18,6 +18,7 @@ from sievit.models.base import Answer, Model, TimedPart, dense_trace, register_m
 from sievit.models.inputs import ModelConfig, Size, batched
 from sievit.necks import NeckConfig
 from sievit.policies import Policy
+from sievit.tokens import Trace
 from sievit.vit.execution import Execution
 
 
@@ -91,6 +92,7 @@ class Detector(Model[dict[str, Tensor]]):
         *,
         policy: Policy | None = None,
         execution: Execution | None = None,
+        teacher: Trace | None = None,
     ) -> Output:
         """See `Model.forward`.
 
@@ -112,7 +114,7 @@ class Detector(Model[dict[str, Tensor]]):
             detections, losses = self.head(features, image_size, sizes, targets)
         if targets is not None:
             chosen = self.policy if policy is None else policy
-            losses = {**losses, **chosen.loss(trace)}
+            losses = {**losses, **chosen.loss(trace, teacher=teacher, targets=targets)}
         detections = [self._on_image(d, *pair) for d, *pair in zip(detections, sizes, given, strict=targets is None)]
         return Output.whole(trace, sizes, image_size, results=detections, losses=losses)
 

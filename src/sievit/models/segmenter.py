@@ -223,6 +223,7 @@ class Segmenter(Model[Tensor]):
         *,
         policy: Policy | None = None,
         execution: Execution | None = None,
+        teacher: Trace | None = None,
     ) -> Segmentation:
         """See `Model.forward`. Losses are of all heads in training, else of those that were asked.
 
@@ -231,7 +232,10 @@ class Segmenter(Model[Tensor]):
             targets: per image `labels` (h, w) int64, the size of the image.
         """
         if targets is not None:
-            return self._losses(images, [target["labels"] for target in targets], policy, execution or Execution())
+            output = self._losses(images, [target["labels"] for target in targets], policy, execution or Execution())
+            chosen = self.policy if policy is None else policy
+            more = chosen.loss(output.trace, teacher=teacher, targets=targets)
+            return replace(output, losses={**output.losses, **more})
         scores, output = self._score(images, policy, self.config.execution if execution is None else execution)
         given = [(image.shape[-2], image.shape[-1]) for image in images]
         labels = [resize(m[None], own)[0].argmax(0) for m, own in zip(scores, given, strict=True)]
@@ -258,7 +262,6 @@ class Segmenter(Model[Tensor]):
             assert isinstance(head, SemanticHead)
             for name, loss in head.losses(said[block], trace.grid, truth, config.ignore_index).items():
                 losses[name if last else f"aux_{stage}_{name}"] = loss if last else config.aux_weight * loss
-        losses |= (self.policy if policy is None else policy).loss(trace)
         return Segmentation.whole(trace, sizes, size, losses=losses)
 
     def scores(self, images: list[Tensor], *, policy: Policy | None = None) -> list[Tensor]:
