@@ -20,7 +20,11 @@ from sievit.tokens import Trace
 
 Picture = Tensor | Image.Image
 Colour = tuple[int, int, int]
+Panel = tuple[str, str, Image.Image]
+"""Title, note under it, and picture."""
 
+WIDTH, MARGIN, GAP = 1640, 24, 14
+"""Of a figure, in pixels; gaps are between its panels."""
 INK: Colour = (38, 42, 51)
 FAINT: Colour = (128, 134, 145)
 PAPER: Colour = (255, 255, 255)
@@ -193,18 +197,14 @@ def semantic_figure(
     *,
     exits: Exits | None = None,
     title: str = "",
-    width: int = 1640,
+    width: int = WIDTH,
     columns: int = 3,
 ) -> Image.Image:
-    """The whole story of one image: input, one panel per view, where tokens left, and what the colours mean."""
-    margin, gap, head = 24, 14, 44
-    base = to_pil(image)
-    inner = width - 2 * margin
-    count = 1 + len(views) + (exits is not None)
-    columns = min(columns, count)
-    panel_width = (inner - gap * (columns - 1)) // columns
-    box = (panel_width, round(panel_width * 1.4))
-    panels = [("input", f"{base.width} x {base.height} pixels", fit(base, box))]
+    """One image: input, one panel per view, where tokens left, and what the colours mean."""
+    base, inner = to_pil(image), width - 2 * MARGIN
+    columns = min(columns, 1 + len(views) + (exits is not None))
+    box = _panel_box(inner, columns)
+    panels = [_input_panel(base, box)]
     panels += [(view.title, view.note, label_map(base, view.labels, colours, box=box)) for view in views]
     legends = [_legend(_present(views, classes, colours), inner)]
     if exits is not None:
@@ -213,24 +213,7 @@ def semantic_figure(
         places = [f"{place} ({share:.0%})" for place, share in zip(exits.places, shares, strict=True)]
         entries = list(zip(places, exit_colours(len(places)), strict=True))
         legends.append(_legend([("tokens left:", None), *entries], inner))
-    top = margin + (34 if title else 0)
-    row_height = head + max(panel.height for _, _, panel in panels) + gap
-    rows = -(-count // columns)
-    height = top + rows * row_height + sum(legend.height + 6 for legend in legends) + margin
-    sheet = Image.new("RGB", (width, height), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    if title:
-        pen.text((margin, margin - 6), title, fill=INK, font=_font(24))
-    for i, (name, note, panel) in enumerate(panels):
-        x, y = margin + (i % columns) * (panel_width + gap), top + (i // columns) * row_height
-        pen.text((x, y), name, fill=INK, font=_font(18))
-        pen.text((x, y + 22), note, fill=FAINT, font=_font(14))
-        sheet.paste(panel, (x, y + head))
-    y = top + rows * row_height
-    for legend in legends:
-        sheet.paste(legend, (margin, y))
-        y += legend.height + 6
-    return sheet
+    return _sheet(title, panels, legends, width=width, columns=columns)
 
 
 def _present(
@@ -277,19 +260,15 @@ def keep_maps(
     columns: int = 6,
 ) -> Image.Image:
     """One panel per block for image `index` of the batch: the title is the share of tokens, skipped ones are faded."""
-    depth = len(trace.keep)
-    columns = min(columns, depth)
-    gap, head = 10, 22
-    panel_width = (width - gap * (columns - 1)) // columns
-    base = to_pil(image)
-    panel = fit(base, (panel_width, round(panel_width * 1.4)))
-    rows = -(-depth // columns)
-    sheet = Image.new("RGB", (width, rows * (panel.height + head + gap) - gap), PAPER)
+    columns, head = min(columns, len(trace.keep)), 22
+    box = _panel_box(width, columns)
+    panel = fit(to_pil(image), box)
+    row_height = panel.height + head + GAP
+    sheet = Image.new("RGB", (width, -(-len(trace.keep) // columns) * row_height - GAP), PAPER)
     pen = ImageDraw.Draw(sheet)
     shares = trace.shares()[:, index].tolist()
     for block, keep in enumerate(trace.keep):
-        x = (block % columns) * (panel_width + gap)
-        y = (block // columns) * (panel.height + head + gap)
+        x, y = (block % columns) * (box[0] + GAP), (block // columns) * row_height
         computed = _on_pixels(keep[index].float(), trace, panel.size, size, image_size) > 0.5
         pen.text((x, y + 2), f"block {block}", fill=INK, font=_font(14))
         pen.text((x + panel.width, y + 2), f"{shares[block]:.0%}", fill=FAINT, font=_font(14), anchor="ra")
@@ -324,53 +303,57 @@ def figure(
     size: tuple[int, int],
     image_size: tuple[int, int],
     title: str = "",
-    width: int = 1640,
+    width: int = WIDTH,
     min_score: float = 0.5,
 ) -> Image.Image:
-    """The whole story of one image: input, one panel per view, blocks per token, and below them the map of every block.
+    """One image: input, one panel per view, blocks per token, and below them the map of every block.
 
     `trace` is that of the view that skips tokens.
     """
-    margin, gap, head = 24, 14, 44
-    depth = len(trace.keep)
-    base = to_pil(image)
-    inner = width - 2 * margin
-    panel_width = (inner - gap * (len(views) + 1)) // (len(views) + 2)
-    box = (panel_width, round(panel_width * 1.4))
-    panels = [("input", f"{base.width} x {base.height} pixels", fit(base, box))]
+    base, inner, columns = to_pil(image), width - 2 * MARGIN, len(views) + 2
+    box = _panel_box(inner, columns)
+    panels = [_input_panel(base, box)]
     for view in views:
-        panels.append(
-            (view.title, view.note, predictions(base, view.detections, classes, min_score=min_score, box=box))
-        )
+        found = predictions(base, view.detections, classes, min_score=min_score, box=box)
+        panels.append((view.title, view.note, found))
+    heat = heat_map(base, trace, index, size=size, image_size=image_size, box=box)
     mean = trace.shares()[:, index].mean().item()
-    panels.append(
-        (
-            "blocks per token",
-            f"{mean:.0%} of all computed",
-            heat_map(base, trace, index, size=size, image_size=image_size, box=box),
-        )
-    )
+    panels.append(("blocks per token", f"{mean:.0%} of all computed", _with_colour_bar(heat, len(trace.keep))))
     maps = keep_maps(base, trace, index, size=size, image_size=image_size, width=inner)
-    top = margin + (34 if title else 0)
-    panel_height = panels[0][2].height
-    bar = 30
-    sheet = Image.new("RGB", (width, top + head + panel_height + bar + gap + maps.height + margin), PAPER)
+    return _sheet(title, panels, [maps], width=width, columns=columns)
+
+
+def _sheet(
+    title: str, panels: Sequence[Panel], below: Sequence[Image.Image], *, width: int, columns: int
+) -> Image.Image:
+    """Panels side by side in so many columns, with their titles and notes above them, and pictures below them."""
+    head = 44
+    top = MARGIN + (34 if title else 0)
+    step = _panel_box(width - 2 * MARGIN, columns)[0] + GAP
+    row_height = head + max(picture.height for _, _, picture in panels) + GAP
+    y = top + -(-len(panels) // columns) * row_height
+    sheet = Image.new("RGB", (width, y + sum(picture.height + 6 for picture in below) + MARGIN - 6), PAPER)
     pen = ImageDraw.Draw(sheet)
-    if title:
-        pen.text((margin, margin - 6), title, fill=INK, font=_font(24))
-    for i, (name, note, panel) in enumerate(panels):
-        x = margin + i * (panel_width + gap)
-        pen.text((x, top), name, fill=INK, font=_font(18))
-        pen.text((x, top + 22), note, fill=FAINT, font=_font(14))
-        sheet.paste(panel, (x, top + head))
-    _colour_bar(
-        sheet,
-        (margin + (len(panels) - 1) * (panel_width + gap), top + head + panel_height + 8),
-        panels[-1][2].width,
-        depth,
-    )
-    sheet.paste(maps, (margin, top + head + panel_height + bar + gap))
+    pen.text((MARGIN, MARGIN - 6), title, fill=INK, font=_font(24))
+    for picture in below:
+        sheet.paste(picture, (MARGIN, y))
+        y += picture.height + 6
+    for i, (name, note, picture) in enumerate(panels):
+        x, y = MARGIN + (i % columns) * step, top + (i // columns) * row_height
+        pen.text((x, y), name, fill=INK, font=_font(18))
+        pen.text((x, y + 22), note, fill=FAINT, font=_font(14))
+        sheet.paste(picture, (x, y + head))
     return sheet
+
+
+def _panel_box(width: int, columns: int) -> tuple[int, int]:
+    """Largest (width, height) of a panel where so many stand side by side."""
+    panel = (width - GAP * (columns - 1)) // columns
+    return panel, round(panel * 1.4)
+
+
+def _input_panel(base: Image.Image, box: tuple[int, int]) -> Panel:
+    return "input", f"{base.width} x {base.height} pixels", fit(base, box)
 
 
 def _on_pixels(
@@ -399,15 +382,17 @@ def _heat(share: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(share, stops, HEAT[:, c]) for c in range(3)], axis=-1)
 
 
-def _colour_bar(sheet: Image.Image, at: tuple[int, int], width: int, depth: int) -> None:
-    """The legend of `heat_map`: no block at the left, all of them at the right."""
-    pen = ImageDraw.Draw(sheet)
-    left = at[0] + 16
-    length = width - 16 - 22
-    ramp = _heat(np.linspace(0, 1, length))[None].repeat(10, axis=0).astype(np.uint8)
-    sheet.paste(Image.fromarray(ramp), (left, at[1]))
-    pen.text((at[0], at[1] + 5), "0", fill=FAINT, font=_font(14), anchor="lm")
-    pen.text((at[0] + width, at[1] + 5), str(depth), fill=FAINT, font=_font(14), anchor="rm")
+def _with_colour_bar(picture: Image.Image, depth: int) -> Image.Image:
+    """A heat map above its legend: no block at the left, all of them at the right."""
+    width, y = picture.width, picture.height + 8
+    out = Image.new("RGB", (width, y + 22), PAPER)
+    out.paste(picture)
+    ramp = _heat(np.linspace(0, 1, width - 38))[None].repeat(10, axis=0).astype(np.uint8)
+    out.paste(Image.fromarray(ramp), (16, y))
+    pen = ImageDraw.Draw(out)
+    pen.text((0, y + 5), "0", fill=FAINT, font=_font(14), anchor="lm")
+    pen.text((width, y + 5), str(depth), fill=FAINT, font=_font(14), anchor="rm")
+    return out
 
 
 def _paint(pixels: np.ndarray, mask: Tensor, corners: list[float], scale: tuple[float, float], colour: Colour) -> None:

@@ -3,13 +3,11 @@
 import json
 import math
 import os
-import signal
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -26,12 +24,9 @@ from sievit.engine.evaluate import Data, evaluate, headline
 from sievit.engine.initial import dense_teacher, start_from, start_vit_from, timm_name
 from sievit.engine.optim import Average, build_optimizer, freeze, learning_rate, set_learning_rate, total_steps
 from sievit.engine.recipe import CocoData, Recipe, TrainConfig, default_data_root, open_data, with_own_classes
+from sievit.engine.signals import Interrupted, Stop, stopping
 from sievit.hub.fetch import HUB, model_file
 from sievit.models.build import build, read, save
-
-
-class Interrupted(KeyboardInterrupt):
-    """A run was told to stop and has saved its state; the message says how to go on."""
 
 
 def train(recipe: Recipe | None, *, out: Path, resume: bool = False, console: Console | None = None) -> dict:
@@ -71,7 +66,7 @@ def train(recipe: Recipe | None, *, out: Path, resume: bool = False, console: Co
             folder.start(recipe)
         run.open_logs()
     fabric.barrier()
-    with _stopping(f"--resume {out}") as stop:
+    with stopping(f"--resume {out}") as stop:
         try:
             return run.loop(stop)
         except RuntimeError as error:  # a signal to all processes takes the workers that load images with it
@@ -177,7 +172,7 @@ class _Run:
         counts = [sum(p.numel() for p in self.model.parameters() if p.requires_grad or every) for every in (0, 1)]
         self.console.print(f"{self.folder.path}: training {counts[0]:,} of {counts[1]:,} parameters", soft_wrap=True)
 
-    def loop(self, stop: "_Stop") -> dict:
+    def loop(self, stop: Stop) -> dict:
         """Train to the last epoch, validating and saving on the way."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         shown = self.fabric.is_global_zero and self.console.is_terminal
@@ -198,7 +193,7 @@ class _Run:
             self.console.print(f"{self.folder.path}: done, {json.dumps(self.figures)}", soft_wrap=True)
         return self.figures
 
-    def _epoch(self, stop: "_Stop", show: Callable[[str], None]) -> None:
+    def _epoch(self, stop: Stop, show: Callable[[str], None]) -> None:
         """The rest of an epoch from the current step on."""
         config, steps = self.recipe.train, self.batches.steps
         epoch = self.step // steps
@@ -386,46 +381,3 @@ class _Run:
         torch.set_rng_state(random["cpu"])
         if "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"], self.fabric.device)
-
-
-class _Stop:
-    """Whether SIGINT or SIGTERM came. A second SIGINT stops at once."""
-
-    def __init__(self, advice: str) -> None:
-        self.advice = f"go on with {advice}"
-        self.received = self._nothing_to_save = False
-
-    @contextmanager
-    def at_once(self) -> Generator[None]:
-        """Around work that changes nothing of the saved state: signals interrupt it."""
-        self._nothing_to_save = True
-        try:
-            if self.received:
-                raise Interrupted(f"stopped; {self.advice}")
-            yield
-        finally:
-            self._nothing_to_save = False
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = True
-        if self._nothing_to_save:
-            raise Interrupted(f"stopped; {self.advice}")
-
-
-@contextmanager
-def _stopping(advice: str) -> Generator[_Stop]:
-    """Has SIGINT and SIGTERM handled meanwhile."""
-    stop = _Stop(advice)
-    try:
-        before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread, where no signal arrives
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
