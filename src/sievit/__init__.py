@@ -26,36 +26,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Card",
-    "ConfigError",
-    "Detector",
-    "DetectorConfig",
-    "Features",
-    "InputConfig",
-    "MaskRCNNConfig",
-    "ModelConfig",
-    "Output",
-    "Segmentation",
-    "Segmenter",
-    "SegmenterConfig",
-    "SievedViT",
-    "Tokens",
-    "Trace",
-    "ViT",
-    "ViTConfig",
-    "__version__",
-    "build",
-    "convert",
-    "from_timm",
-    "from_transformers",
-    "keep_memory",
-    "load",
-    "policy_config",
-    "save",
-    "sieve",
-]
-
 _HOMES = {
     "Card": "sievit.hub",
     "ConfigError": "sievit.config",
@@ -83,6 +53,9 @@ _HOMES = {
     "save": "sievit.models.build",
     "sieve": "sievit.models.features",
 }
+
+
+__all__ = ["__version__", "convert", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

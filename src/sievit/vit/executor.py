@@ -25,7 +25,7 @@ from sievit.vit.packed import (
     padding_mask,
     unpack,
 )
-from sievit.vit.projections import Rows, placed
+from sievit.vit.projections import Half, placed
 
 BUCKETS = 8
 """Counts per canvas of the bucketed mode."""
@@ -54,15 +54,6 @@ class Run:
             else:
                 x = block(x, layout, num_images)
         return x, heads
-
-
-@dataclass(frozen=True)
-class Half:
-    """The queries, keys and values of an attention, and where its rows stand on the canvas."""
-
-    heads: Heads
-    computed: Rows
-    visible: Rows
 
 
 def execute(

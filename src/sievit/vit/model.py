@@ -129,29 +129,7 @@ class ViT(nn.Module):
             prefix = prefix + self.pos_embed[:, : self.num_stored_prefix]
         return [prefix.to(x.dtype).expand(len(x), -1, -1)]
 
-    def run_blocks(
-        self,
-        tokens: Tokens,
-        policy: Policy,
-        trace: Trace,
-        *,
-        start: int = 0,
-        stop: int | None = None,
-        execution: Execution = Execution(),
-        inplace: bool = False,
-    ) -> tuple[Tokens, Trace]:
-        """Some of the blocks, see `loop.run_blocks`."""
-        return run_blocks(
-            [block for block in self.blocks if isinstance(block, Block)],
-            tokens,
-            policy,
-            trace,
-            start=start,
-            stop=stop,
-            execution=execution,
-            class_token=self.config.class_token,
-            inplace=inplace,
-        )
+    run_blocks = run_blocks
 
     def forward(
         self,

@@ -4,6 +4,7 @@ Letters: b images, n = h*w grid tokens, p prefix tokens, h heads, d channels per
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,15 @@ from sievit.vit.rope import rotate
 
 Rows = Callable[[Tensor], Tensor]
 """Rows of tokens, in the arrangement in which they were computed, to (b, p+n, ...), zero for all other tokens."""
+
+
+@dataclass(frozen=True)
+class Half:
+    """The queries, keys and values of an attention that was computed, and where their rows stand on the canvas."""
+
+    heads: Heads
+    computed: Rows
+    visible: Rows
 
 
 class Projections:
@@ -66,9 +76,7 @@ class Projections:
         return cls(block, tokens, part, query=query, key=key, value=value, class_token=class_token)
 
     @classmethod
-    def inside(
-        cls, block: Block, tokens: Tokens, heads: Heads, computed: Rows, visible: Rows, *, class_token: bool
-    ) -> "Projections":
+    def inside(cls, block: Block, tokens: Tokens, half: Half, *, class_token: bool) -> "Projections":
         """Of a block whose attention was computed."""
         part = tokens.taking_part()
         part = tokens.with_prefix(tokens.valid_or_all(), value=True) if part is None else part
@@ -76,9 +84,9 @@ class Projections:
             block,
             tokens,
             part,
-            query=lambda which: computed(heads.q)[:, which],
-            key=lambda: visible(heads.k),
-            value=lambda: visible(heads.v),
+            query=lambda which: half.computed(half.heads.q)[:, which],
+            key=lambda: half.visible(half.heads.k),
+            value=lambda: half.visible(half.heads.v),
             class_token=class_token,
         )
 
