@@ -205,6 +205,30 @@ def test_half_precision_halves_the_file(model, tmp_path) -> None:
         save(model, tmp_path / "half.safetensors", half=True)
 
 
+def test_matrices_of_8_bits_quarter_the_file(tmp_path) -> None:
+    path, again = tmp_path / "int8.safetensors", tmp_path / "again.safetensors"
+    model = build(tiny_config(head=tiny_head(box={"fc": 512}))).eval()
+    save(model, path, int8=True)
+    save(model, tmp_path / "full.safetensors")
+    assert path.stat().st_size < 0.3 * (tmp_path / "full.safetensors").stat().st_size
+    stored, loaded, before = load_file(path), load(path), model.state_dict()
+    assert any(tensor.dtype == torch.int8 for tensor in stored.values())
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == before[name].dtype
+        scale = stored.get(f"{name}.int8_scale", torch.tensor([1e-3])).max().item()
+        torch.testing.assert_close(tensor, before[name], atol=0.51 * scale, rtol=1e-3)
+    save(loaded, again, int8=True)
+    for name, tensor in load(again).state_dict().items():
+        torch.testing.assert_close(tensor, loaded.state_dict()[name], atol=0, rtol=1e-5)
+    name = next(name for name in stored if name.endswith(".int8_scale"))
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    for wrong in ({}, {name: stored[name][:-1]}):
+        save_file({key: tensor for key, tensor in stored.items() if key != name} | wrong, again, metadata)
+        with pytest.raises(ConfigError, match=r"again\.safetensors: damaged: .* has no scale for each of its rows"):
+            load(again)
+
+
 def test_another_policy(model, tmp_path) -> None:
     path = tmp_path / "m.safetensors"
     save(model, path)

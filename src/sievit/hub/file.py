@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sievit.config import ConfigError, from_json, kind_of, load_json, to_json
 from sievit.files import write_atomically
+from sievit.hub.int8 import SCALE, dequantized, pays, quantized
 from sievit.models.inputs import ModelConfig
 from sievit.policies import PolicyConfig, policy_config
 from sievit.vit.execution import Execution
@@ -29,11 +30,13 @@ POLICY_PREFIXES = ("backbone.policy.", "net.policy.")
 """How the names of a policy's own parameters begin."""
 
 
-def write(model: nn.Module, config: ModelConfig, path: Path, *, half: bool = False) -> None:
+def write(model: nn.Module, config: ModelConfig, path: Path, *, half: bool = False, int8: bool = False) -> None:
     """Write the model and its configuration as one safetensors file, whole or not at all.
 
     Args:
         half: store parameters as float16; buffers (running statistics) keep their type.
+        int8: store large matrices in 8 bits, with a scale for each row, and the other parameters as float16: a quarter
+            of the size. They are restored to float32 when the file is read.
 
     Raises:
         ConfigError: a parameter is too large for float16.
@@ -43,17 +46,20 @@ def write(model: nn.Module, config: ModelConfig, path: Path, *, half: bool = Fal
     tensors = {}
     for name, tensor in model.state_dict().items():
         tensor = tensor.detach().cpu().contiguous()
-        if half and name in parameters:
+        reduced = (half or int8) and name in parameters
+        if reduced and not tensor.half().isfinite().all():
+            raise ConfigError(f"{name} does not fit float16; save the model without half and int8")
+        if reduced and int8 and pays(tensor):
+            tensor, tensors[name + SCALE] = quantized(tensor)
+        elif reduced:
             tensor = tensor.half()
-            if not tensor.isfinite().all():
-                raise ConfigError(f"{name} does not fit float16; save the model with half=False")
         tensors[name] = tensor
     metadata = {"format": FORMAT, "config": json.dumps(to_json(config))}
     write_atomically(path, to_bytes(tensors, metadata))
 
 
 def read(path: Path, *, kind: str | None = None) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The configuration and the tensors, as stored, of a file that `write` wrote.
+    """The configuration and the tensors, as stored (those of 8 bits as float32), of a file that `write` wrote.
 
     Args:
         kind: of model that it has to be, such as "detector"; None: any.
@@ -80,6 +86,10 @@ def read(path: Path, *, kind: str | None = None) -> tuple[ModelConfig, dict[str,
         if kind is not None and data["kind"] != kind:
             raise ConfigError(f"{path}: holds a {data['kind']}, not a {kind}; sievit.load takes either")
     config = from_json(ModelConfig, data, where=f"{path}: model configuration")
+    try:
+        tensors = dequantized(tensors)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     beside = path.with_name(CONFIG_FILE)
     if path.name == MODEL_FILE and beside.is_file():
         _check_same(path, config, beside)

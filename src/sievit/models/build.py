@@ -27,17 +27,19 @@ def build(config: ModelConfig) -> Model:
     return model_class(config).from_config(config)
 
 
-def save(model: Model, path: Path | str, *, half: bool = False) -> None:
+def save(model: Model, path: Path | str, *, half: bool = False, int8: bool = False) -> None:
     """Write the model and its configuration as one safetensors file, whole or not at all.
 
     Args:
         half: store parameters as float16; buffers (running statistics) keep their type.
+        int8: store large matrices in 8 bits, with a scale for each row, and the other parameters as float16: a quarter
+            of the size. They are restored to float32 when the file is read.
 
     Raises:
         ConfigError: a parameter is too large for float16.
         OSError: the disk is full or the folder cannot be written; a file that was there is still the old one.
     """
-    write(model, model.config, Path(path), half=half)
+    write(model, model.config, Path(path), half=half, int8=int8)
 
 
 def load(
