@@ -1,4 +1,4 @@
-"""The bench keeps the shares it was told to, on the pictures it was given, and reports what it timed."""
+"""The bench keeps the shares that it is given, on the images that it is given, and reports what it timed."""
 
 import json
 import time
@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 import sievit
+import tiny
 from sievit.bench import (
     BackboneBench,
     BlocksBench,
@@ -25,25 +26,23 @@ from sievit.bench import (
     bench_heads,
     bench_network,
 )
-from sievit.bench.backbone import ADAPTERS
-from sievit.bench.blocks import calibrated, frozen
-from sievit.bench.common import SIZES, load_images, load_pictures
+from sievit.bench.blocks import timed_blocks
+from sievit.bench.common import load_images, normalised
 from sievit.bench.heads import _rates, stopwatch
-from sievit.bench.modes import MODES, Way, static_config
-from sievit.bench.network import SEGMENTERS, calibrated_exits, random_segmenter, time_model
+from sievit.bench.network import timed_model, timed_network
 from sievit.bench.plot import draw_rows
+from sievit.bench.random_models import ADAPTERS, SEGMENTERS, SIZES, calibrated_exits, random_segmenter, random_vit
 from sievit.bench.rates import machine_rates
-from sievit.bench.timing import Cost
+from sievit.bench.timing import Cost, time_modes
 from sievit.config import ConfigError
-from sievit.heads import ATMConfig, MaskRCNNConfig, build_head
-from sievit.heads.config import BoxConfig, MaskConfig
+from sievit.heads import ATMConfig, build_head
 from sievit.measure.clock import Pair
 from sievit.measure.meters import counted_syncs, memory
-from sievit.models.detector import Detector, DetectorConfig
+from sievit.measure.modes import DENSE, MODES, RunMode
+from sievit.models.detector import Detector
 from sievit.models.inputs import InputConfig
 from sievit.necks.adapter import AdapterConfig
-from sievit.necks.pyramid import PyramidConfig
-from sievit.policies import DToPConfig, KeepAllConfig, RandomConfig, SViTConfig
+from sievit.policies import DToPConfig, PolicyConfig, PolicyOptions, RandomConfig, SViTConfig
 from sievit.policies.svit import SViT
 from sievit.tokens import Trace
 from sievit.vit import Execution, ViTConfig
@@ -52,12 +51,16 @@ from sievit.vit.packed import Packing
 TINY = ViTConfig(grid=(4, 4), embed_dim=32, depth=6, num_heads=2)
 
 
+def scenes(size: tuple[int, int], count: int) -> torch.Tensor:
+    return normalised(load_images(None, size, count))
+
+
 @torch.inference_mode()
-def test_calibrated_gates_keep_their_share_of_these_pictures() -> None:
-    pictures = load_pictures(None, (96, 128), 4)
-    vit, (_, sparse) = calibrated(TINY, pictures, (0.7, 0.3))
+def test_calibrated_gates_keep_their_share_of_these_images() -> None:
+    images = scenes((96, 128), 4)
+    vit, sparse = random_vit(TINY, images, PolicyOptions(), (0.7, 0.3))
     assert isinstance(sparse, SViT)
-    traces = [vit.run_blocks(tokens, sparse, Trace.start(tokens))[1] for tokens in map(vit.embed, pictures.split(1))]
+    traces = [vit(image, sparse)[1] for image in images.split(1)]
     shares = torch.stack([trace.shares()[:, 0] for trace in traces]).mean(0)
     assert shares[:3].tolist() == [1.0, 1.0, 1.0]
     assert shares[3:].tolist() == pytest.approx([sparse.targets[i] for i in range(3)], abs=0.03)
@@ -98,40 +101,54 @@ def test_a_row_for_each_mode_holds_what_was_timed(monkeypatch: pytest.MonkeyPatc
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("mode", ["bucketed", "static"])
-def test_what_is_timed_is_what_the_model_says(mode: str) -> None:
+@pytest.mark.parametrize(("policy", "share"), [("svit", 0.55), ("random", 0.76), ("outside.merging:Merging", 0.9)])
+def test_any_policy_is_timed_at_a_like_share(policy: str, share: float) -> None:
+    """The dial of one with weights is set on the images; others run as they are configured, as does one of a user."""
+    images = scenes((96, 128), 4)
+    vit, chosen = random_vit(TINY, images, PolicyOptions(policy=policy), (0.1,))
+    rows = list(time_modes(timed_blocks(vit, chosen, images.split(2)), ("dynamic", "static"), multiple=1))
+    assert sum(rows[0]["keep"]) / 6 == pytest.approx(share, abs=0.02)
+    assert "merging" not in policy or rows[1]["skipped"].endswith("has no static counts")
+    assert policy == "svit" or "skipped" in rows[1] or rows[0]["keep"] == rows[1]["keep"], "its counts are static"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["bucketed", "static", "dynamic_batched"])
+def test_what_is_timed_is_what_the_model_computes(name: str) -> None:
     """The dynamic choice in buckets gives the numbers of the packed one; static counts those of the same counts."""
-    pictures = load_pictures(None, (96, 128), 3)
-    vit, (_, sparse) = calibrated(TINY, pictures, (0.7, 0.3))
-    _, trace = vit(pictures, sparse)
-    policy = frozen(sparse, [trace], 8) if mode == "static" else sparse
-    got, own = vit(pictures, policy, execution=Way.of(mode).execution)
-    expected, _ = vit(pictures, policy, execution=Execution(mode="masked"))
-    torch.testing.assert_close(got.x, expected.x, atol=1e-5, rtol=1e-4)
-    if mode == "static":
-        wanted = (trace.shares()[3:].mean(1) * 48 / 8 - 1e-6).ceil() * 8
-        assert own.counts()[3:, 0].tolist() == wanted.tolist()
+    images, mode = scenes((96, 128), 3), RunMode.of(name)
+    vit, sparse = random_vit(TINY, images, PolicyOptions(), (0.7, 0.3))
+    timed = timed_blocks(vit, sparse, [images])
+    policy = timed.static_policy(8) if name == "static" else sparse
+    assert policy is not None
+    got, trace = timed.call(policy, mode)(timed.inputs[0])
+    expected, _ = vit.run_blocks(vit.embed(images), policy, Trace.start(vit.embed(images)), execution=MASKED)
+    torch.testing.assert_close(got, expected.x, atol=1e-5, rtol=1e-4)
+    if name == "static":
+        wanted = (vit(images, sparse)[1].shares()[3:].mean(1) * 48 / 8 - 1e-6).ceil() * 8
+        assert trace.counts()[3:, 0].tolist() == wanted.tolist()
+
+
+MASKED = Execution(mode="masked")
 
 
 def test_static_exits_leave_as_many_as_the_dynamic_ones() -> None:
     segmenter = random_segmenter(TINY, HEAD, (1, 3, 5)).eval()
-    pictures = load_pictures(None, (256, 320), 2)
+    images = scenes((256, 320), 2)
     with torch.inference_mode():
-        policy = calibrated_exits(segmenter, pictures, (0.3, 0.6), 1)
-        traces = [segmenter.net(picture[None], policy=policy)[1] for picture in pictures]
-        config = static_config(policy, traces, 1)
-        assert isinstance(config, DToPConfig) and config.static_left is not None
-        assert config.static_left == pytest.approx((0.3, 0.6), abs=0.02)
-        trace = segmenter.net(pictures, policy=segmenter.net.build_policy(config).eval())[1]
+        segmenter.net.policy = calibrated_exits(segmenter, images, (0.3, 0.6), 1)
+        static = timed_network(segmenter, images.split(1)).static_policy(1)
+        assert static is not None and static.config.static_left == pytest.approx((0.3, 0.6), abs=0.02)
+        trace = segmenter.net(images, policy=static)[1]
     left = [gone.double().mean(1).tolist() for gone in trace.exited[:2]]
-    assert left == [pytest.approx([share] * 2, abs=1 / 320) for share in config.static_left]
-    assert static_config(segmenter.net.build_policy(DToPConfig(preserve=True)), traces, 1) is None
+    assert left == [pytest.approx([share] * 2, abs=1 / 320) for share in static.config.static_left]
 
 
-def test_an_unknown_mode_is_named() -> None:
+def test_modes_have_one_name_each() -> None:
     with pytest.raises(ConfigError, match="did you mean 'static_compiled'"):
-        Way.of("static_compile")
-    assert [Way.of(name).name for name in MODES] == list(MODES)
+        RunMode.of("static_compile")
+    assert [RunMode.of(name).name for name in MODES] == list(MODES)
+    assert RunMode("dynamic", Execution("bucketed", compiled=True)).name == "bucketed_compiled"
 
 
 def test_a_mode_that_cannot_be_compiled_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,13 +184,13 @@ def test_compiled_modes_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[0]["predicted"] == 1 and rows[1]["predicted"] > 1 and rows[1]["syncs"] == 0
 
 
-def test_pictures_of_a_folder_are_fitted(tmp_path: Path) -> None:
+def test_images_of_a_folder_are_fitted(tmp_path: Path) -> None:
     for i, shape in enumerate([(40, 90, 3), (200, 60, 3)]):
         Image.fromarray(np.full(shape, 40 * (i + 1), np.uint8)).save(tmp_path / f"{i}.png")
-    pictures = load_pictures(tmp_path, (64, 96), 3)
-    assert pictures.shape == (3, 3, 64, 96)
-    torch.testing.assert_close(pictures[0], pictures[2])
-    assert not torch.equal(pictures[0], pictures[1])
+    images = load_images(tmp_path, (64, 96), 3)
+    assert [image.shape for image in images] == [(3, 64, 96)] * 3
+    torch.testing.assert_close(images[0], images[2])
+    assert not torch.equal(images[0], images[1])
 
 
 def test_an_unknown_model_is_named() -> None:
@@ -186,10 +203,10 @@ HEAD = ATMConfig(channels=32, num_heads=4)
 
 @torch.inference_mode()
 def test_exits_are_set_to_the_shares_that_really_leave() -> None:
-    pictures = load_pictures(None, (256, 320), 4)
+    images = scenes((256, 320), 4)
     segmenter = random_segmenter(TINY, HEAD, (1, 3, 5)).eval()
-    policy = calibrated_exits(segmenter, pictures, (0.35, 0.55), 2)
-    traces = [segmenter.net(picture[None], policy=policy)[1] for picture in pictures]
+    policy = calibrated_exits(segmenter, images, (0.35, 0.55), 2)
+    traces = [segmenter.net(image, policy=policy)[1] for image in images.split(1)]
     left = torch.stack([torch.stack([exited.double().mean() for exited in trace.exited]) for trace in traces])
     assert left.mean(0).tolist() == pytest.approx([0.35, 0.55, 0.55], abs=0.02)
     assert left[:, 0].std() > 0.01, "each image has its own"
@@ -210,6 +227,10 @@ def test_a_row_of_a_network_holds_what_was_timed(monkeypatch: pytest.MonkeyPatch
     heads = 2 * build_head(HEAD, embed_dim=32, num_classes=150).macs(torch.tensor([320]), (16, 20)).item() / 1e9
     extra = (row["predicted_with_heads"] - row["predicted"]) * row["gflops"][1]
     assert extra == pytest.approx(heads, rel=0.05)
+    options = replace(config, policy="svit", set=("first_block=2", "targets=0.5"), modes=("dynamic",))
+    (row,) = bench_network(options, Console(quiet=True))["rows"]
+    assert "left" not in row and row["gflops"][1] < row["gflops"][0]
+    assert sum(row["keep"]) / 6 == pytest.approx((2 + 2 * 0.65 + 2 * 0.45) / 6, abs=0.02), "as many as DToP keeps"
 
 
 @pytest.mark.parametrize("left", [(0.5,), (0.6, 0.5), (0.0, 0.5), (0.5, 1.0)])
@@ -224,7 +245,7 @@ def test_exits_do_not_change_how_scores_lie_in_memory() -> None:
     """Resizing maps that lie token by token takes ten times as long."""
     segmenter = random_segmenter(TINY, HEAD, (1, 3, 5)).eval()
     policy = segmenter.net.build_policy(DToPConfig(thresholds=(0.3,), keep_per_class=0))
-    scores, trace = segmenter.net(load_pictures(None, (64, 96), 1), policy=policy)
+    scores, trace = segmenter.net(scenes((64, 96), 1), policy=policy)
     assert trace.exited[-1].sum() > 0
     assert scores.is_contiguous()
 
@@ -234,45 +255,33 @@ def test_one_pair_is_too_few() -> None:
         bench_network(NetworkBench(repeats=1))
 
 
-def tiny_detector(*, with_masks: bool = True) -> Detector:
-    config = DetectorConfig(
-        vit=replace(TINY, depth=4),
-        neck=PyramidConfig(out_channels=16),
-        policy=RandomConfig(first_block=1, shares=(0.5,)),
-        head=MaskRCNNConfig(
-            num_classes=2,
-            with_masks=with_masks,
-            fpn_channels=16,
-            box=BoxConfig(fc=32),
-            mask=MaskConfig(convs=(16,), deconv=16),
-        ),
-        input=InputConfig(min_size=64, max_size=96),
-        classes=("ball", "box"),
-        category_ids=(1, 2),
-    )
-    return sievit.build(config).eval()
+HALF = RandomConfig(first_block=1, shares=(0.5,))
+
+
+def detector(policy: PolicyConfig = HALF, **changes: Any) -> Detector:
+    return sievit.build(tiny.tiny_detector(vit=replace(TINY, depth=4), policy=policy, **changes)).eval()
+
+
+NO_MASKS = tiny.tiny_head(with_masks=False)
+"""What the mask branch costs depends on what is found."""
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     """A folder of images of several sizes."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for i, shape in enumerate([(128, 160, 3), (128, 192, 3), (96, 96, 3)]):
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, shape, np.uint8)).save(folder / f"{i}.png")
-    return folder
+    return tiny.image_folder(tmp_path / "images", (128, 160), (128, 192), (96, 96))
 
 
-def test_a_trained_model_is_timed_by_its_own_rules(tmp_path: Path, pictures: Path) -> None:
-    detector = tiny_detector(with_masks=False)  # what the mask branch costs depends on what is found
-    detector.save_pretrained(tmp_path / "balls")
+def test_a_trained_model_is_timed_by_its_own_rules(tmp_path: Path, images: Path) -> None:
+    resized = InputConfig(min_size=64, max_size=96)
+    detector(head=NO_MASKS, input=resized).save_pretrained(tmp_path / "balls")
     segmenter = random_segmenter(TINY, HEAD, (1, 3, 5))
-    segmenter.config = replace(segmenter.config, input=InputConfig(min_size=64, max_size=96))
+    segmenter.config = replace(segmenter.config, input=resized)
     sievit.save(segmenter, tmp_path / "dense.safetensors")
     config = NetworkBench(
         checkpoints=(tmp_path / "balls", tmp_path / "dense.safetensors"),
         policy="random",
-        images=pictures,
+        images=images,
         batches=(3,),
         repeats=2,
         modes=("dynamic",),
@@ -294,8 +303,7 @@ def test_a_trained_model_is_timed_by_its_own_rules(tmp_path: Path, pictures: Pat
 
 def test_static_counts_of_a_trained_detector_and_its_compiled_backbone(tmp_path: Path) -> None:
     """A compiled mode sees the backbone alone, once for each pass, and leaves nothing behind."""
-    detector = sievit.build(replace(tiny_detector().config, policy=SViTConfig(first_block=1, targets=(0.5,)))).eval()
-    seen = []
+    model, seen = detector(SViTConfig(first_block=1, targets=(0.5,))), []
 
     def compiler(call: Callable[..., Any], *, fullgraph: bool, **options: Any) -> Callable[..., Any]:
         assert fullgraph
@@ -309,13 +317,11 @@ def test_static_counts_of_a_trained_detector_and_its_compiled_backbone(tmp_path:
     images = [[torch.rand(3, 64, 96)] for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setattr(torch, "compile", compiler)
-        config = NetworkBench(modes=("static", "static_compiled"))
-        static, compiled = time_model(detector, images, config)
+        static, compiled = time_modes(timed_model(model, images), ("static", "static_compiled"), multiple=8)
+        (row,) = time_modes(timed_model(model, [*images, [torch.rand(3, 32, 96)]]), ("static_compiled",), multiple=8)
     assert len(seen) == 2 + 2 + 1, "warm-up, two timed, and for the memory"
-    assert compiled["keep"] == static["keep"] and compiled["policy"] == "svit" and static["syncs"] < 60
-    assert "forward" not in vars(detector.backbone)
-    with torch.inference_mode():
-        (row,) = time_model(detector, [*images, [torch.rand(3, 32, 96)]], NetworkBench(modes=("static_compiled",)))
+    assert compiled["keep"] == static["keep"] and static["syncs"] < 60
+    assert "forward" not in vars(model.backbone)
     assert "give --sizes" in row["skipped"]
 
 
@@ -323,7 +329,7 @@ def test_static_counts_of_a_trained_detector_and_its_compiled_backbone(tmp_path:
 def test_benches_run_in_bfloat16(monkeypatch: pytest.MonkeyPatch, bench: str) -> None:
     tiny_names(monkeypatch)
     monkeypatch.setitem(SEGMENTERS, "tiny", (HEAD, (1, 3, 7)))
-    monkeypatch.setattr("sievit.bench.heads.HEAD", tiny_detector().config.head)
+    monkeypatch.setattr("sievit.bench.random_models.HEAD", tiny.tiny_head())
     options: dict[str, Any] = {"models": ("tiny",), "sizes": ((96, 128),), "batches": (2,), "repeats": 2}
     options["precision"] = "bfloat16"
     kinds: dict[str, tuple[Any, Any]] = {
@@ -339,28 +345,25 @@ def test_benches_run_in_bfloat16(monkeypatch: pytest.MonkeyPatch, bench: str) ->
 
 
 @torch.inference_mode()
-def test_gflops_and_shares_of_a_row_are_the_model_s(pictures: Path) -> None:
-    detector = tiny_detector(with_masks=False)
-    images = load_images(pictures, None, 3)
-    (figures,) = time_model(detector, [[image] for image in images], NetworkBench(modes=("dynamic",)))
-    dense = [detector.gflops(detector([i], policy=detector.build_policy(KeepAllConfig()))).item() for i in images]
+def test_gflops_and_shares_of_a_row_are_the_model_s(images: Path) -> None:
+    model, batches = detector(head=NO_MASKS), [[image] for image in load_images(images, None, 3)]
+    (figures,) = time_modes(timed_model(model, batches), ("dynamic",), multiple=1)
+    dense = [model.gflops(model(batch, policy=model.build_policy(DENSE))).item() for batch in batches]
     assert figures["gflops"][0] == pytest.approx(sum(dense) / 3, abs=0.0001)
     assert figures["keep"][0] == 1.0 and figures["keep"][1:] == pytest.approx([0.5] * 3, abs=0.03)
 
 
-def test_thresholds_make_a_dense_segmenter_sparse(tmp_path: Path) -> None:
+def test_a_dense_segmenter_is_timed_with_another_policy(tmp_path: Path) -> None:
     path = tmp_path / "dense.safetensors"
     sievit.save(random_segmenter(TINY, HEAD, (1, 3, 5)), path)
-    config = NetworkBench(checkpoints=(path,), thresholds=(0.3,), sizes=((64, 96),), batches=(1,), repeats=2)
+    config = NetworkBench(
+        checkpoints=(path,), policy="dtop", set=("thresholds=0.3",), sizes=((64, 96),), batches=(1,), repeats=2
+    )
     dense, row, static = bench_network(config, Console(quiet=True))["rows"]
     assert dense["keep"][-1] == 1 and row["policy"] == "dtop" and row["keep"][-1] < 1
     assert static["mode"] == "static" and static["keep"][-1] == pytest.approx(row["keep"][-1], abs=0.34)
     with pytest.raises(ConfigError, match=r"dense\.safetensors: its policy computes every token"):
-        bench_network(replace(config, thresholds=None))
-    with pytest.raises(ConfigError, match="not of 'random'"):
-        bench_network(replace(config, policy="random"))
-    with pytest.raises(ConfigError, match="give --checkpoints"):
-        bench_network(replace(config, checkpoints=()))
+        bench_network(replace(config, policy=None, set=()))
 
 
 def test_memory_is_what_is_held_at_once() -> None:
@@ -375,14 +378,11 @@ def test_memory_is_what_is_held_at_once() -> None:
 @torch.inference_mode()
 def test_memory_of_the_blocks_falls_with_the_tokens() -> None:
     """Blocks 0 to 2 compute every token, so that the peak of the pass is theirs; that of the others falls."""
-    pictures = load_pictures(None, (512, 512), 1)
-    held = []
+    images, held = scenes((512, 512), 1), []
     for target in (0.7, 0.3):
-        vit, policies = calibrated(replace(TINY, embed_dim=64), pictures, (target,))
-        tokens = vit.embed(pictures)
-        for policy in policies:
-            call = lambda policy=policy, vit=vit, tokens=tokens: vit.run_blocks(tokens, policy, Trace.start(tokens))  # noqa: E731
-            held.append(memory(call, CPU, list(vit.blocks)))
+        vit, sparse = random_vit(replace(TINY, embed_dim=64), images, PolicyOptions(), (target,))
+        for policy in (vit.build_policy(DENSE), sparse):
+            held.append(memory(lambda policy=policy, vit=vit: vit(images, policy), CPU, list(vit.blocks)))
     dense, most, _, least = held
     assert most.peak == pytest.approx(dense.peak, rel=0.05)
     for i in (3, 4, 5):
@@ -473,7 +473,7 @@ def test_a_row_of_a_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_parts_of_a_detector_are_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_names(monkeypatch)
-    monkeypatch.setattr("sievit.bench.heads.HEAD", tiny_detector().config.head)
+    monkeypatch.setattr("sievit.bench.random_models.HEAD", tiny.tiny_head())
     config = HeadsBench(models=("tiny",), sizes=((96, 128),), repeats=2, targets=(0.5,), candidates=40)
     console = Console(record=True, width=200, quiet=False, file=StringIO())
     (row,) = bench_heads(config, console)["rows"]
@@ -486,11 +486,11 @@ def test_the_parts_of_a_detector_are_all_of_it(monkeypatch: pytest.MonkeyPatch) 
     assert parts["blocks, gates"]["dense_gflops"] > parts["blocks, gates"]["sparse_gflops"]
     assert parts["FPN"]["dense_gflops"] == parts["FPN"]["sparse_gflops"] > 0
     rates = {name: part["sparse_gflops_per_s"] for name, part in parts.items() if "sparse_gflops_per_s" in part}
-    assert rates.keys() == tiny_detector().counted_parts().keys() and min(rates.values()) > 0
+    assert rates.keys() == detector().counted_parts().keys() and min(rates.values()) > 0
     assert set(row["machine_gflops_per_s"]) == {"linear", "conv3x3", "attention"}
     assert min(row["machine_gflops_per_s"].values()) > 0
-    said = console.export_text()
-    assert "3x3 convolution" in said and "two operations per multiply-add" in said
+    text = console.export_text()
+    assert "3x3 convolution" in text and "two operations per multiply-add" in text
 
 
 def test_rates_of_parts_are_those_of_the_sparse_passes() -> None:
@@ -498,14 +498,14 @@ def test_rates_of_parts_are_those_of_the_sparse_passes() -> None:
 
     def cost(gflops: float) -> Cost:
         counted = {"RPN layers": 0.0, "FPN": gflops, "neck": 3.0, "mask layers": 1.0}
-        return Cost(images=2, tokens=48, gflops=9, policy=0, keep=(), more={"parts": counted})
+        return Cost(images=2, tokens=48, gflops=9, policy=0, keep=(), extra={"parts": counted})
 
     def spent(ms: float) -> dict[str, float]:
         return {"FPN": ms, "neck: maps": 10.0, "neck: rest": 20.0, "mask layers": 0.0}
 
     pairs = [Pair(1.0, 1.0, cost(99.0), cost(gflops)) for gflops in (1.0, 2.0, 4.0)]
     watched = [Pair(1.0, 1.0, spent(99.0), spent(ms)) for ms in (4.0, 5.0, 5.0)]
-    assert _rates(pairs, watched, cost(0.0).more["parts"]) == {"FPN": 800.0, "neck": 200.0}
+    assert _rates(pairs, watched, cost(0.0).extra["parts"]) == {"FPN": 800.0, "neck": 200.0}
 
 
 def test_rates_count_two_operations_per_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -524,21 +524,19 @@ def test_rates_count_two_operations_per_multiply_add(monkeypatch: pytest.MonkeyP
     assert rates == {name: round(2 * each / 1e6, 1) for name, each in macs.items()}
 
 
-def test_the_parts_of_a_trained_detector(tmp_path: Path) -> None:
-    detector = tiny_detector()
-    detector.save_pretrained(tmp_path / "balls")
+def test_the_parts_of_trained_models(tmp_path: Path) -> None:
+    model = detector()
+    model.save_pretrained(tmp_path / "balls")
+    sievit.save(random_segmenter(TINY, HEAD, (1, 3, 5)), tmp_path / "s.safetensors")
     config = HeadsBench(checkpoints=(tmp_path / "balls",), sizes=((64, 96),), batches=(2,), repeats=2)
     (row,) = bench_heads(config, Console(quiet=True))["rows"]
     assert row["tokens"] == 24 and "neck: pyramid" in row["parts"] and "neck: injectors" not in row["parts"]
-    before = [dict(vars(owner)) for owner, _, _ in detector.timed_parts()]
-    with stopwatch(detector.timed_parts(), torch.device("cpu")) as spent, torch.inference_mode():
-        detector([torch.rand(3, 64, 96)])
-    assert spent["FPN"] > 0 and [dict(vars(owner)) for owner, _, _ in detector.timed_parts()] == before
-    detector.config = replace(detector.config, policy=KeepAllConfig())
-    sievit.save(detector, tmp_path / "dense.safetensors")
+    before = [dict(vars(owner)) for owner, _, _ in model.timed_parts()]
+    with stopwatch(model.timed_parts(), torch.device("cpu")) as spent, torch.inference_mode():
+        model([torch.rand(3, 64, 96)])
+    assert spent["FPN"] > 0 and [dict(vars(owner)) for owner, _, _ in model.timed_parts()] == before
+    segmenter = replace(config, checkpoints=(tmp_path / "s.safetensors",))
     with pytest.raises(ConfigError, match="computes every token"):
-        bench_heads(replace(config, checkpoints=(tmp_path / "dense.safetensors",)))
-    segmenter = random_segmenter(TINY, HEAD, (1, 3, 5))
-    sievit.save(segmenter, tmp_path / "s.safetensors")
-    (row,) = bench_heads(replace(config, checkpoints=(tmp_path / "s.safetensors",), policy="random"))["rows"]
+        bench_heads(segmenter)
+    (row,) = bench_heads(replace(segmenter, policy="random"), Console(quiet=True))["rows"]
     assert row["parts"]["head 2"]["sparse_gflops"] > 0 and row["parts"]["head 0"]["sparse_gflops"] == 0

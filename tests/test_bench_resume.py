@@ -1,9 +1,10 @@
 """A bench that is stopped has lost nothing: its rows are in the file, and it goes on from there."""
 
 import json
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from sievit.bench import BlocksBench, bench_blocks, timing
-from sievit.bench.common import SIZES, run
+from sievit.bench.common import run
+from sievit.bench.random_models import SIZES
 from sievit.config import ConfigError
+from sievit.measure.modes import RunMode
 from sievit.vit import ViTConfig
 
 QUIET = Console(quiet=True)
@@ -24,27 +27,46 @@ class Killed(BaseException):
     """As a signal is: nothing catches it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FakeBench(BlocksBench):
+    """A bench whose rows are made up."""
+
+    name = "fake"
+
+    models: tuple[str, ...] = ("a", "b")
+    sizes: tuple[tuple[int, int], ...] = ((64, 64),)
+    batches: tuple[int, ...] = (1, 2)
+    repeats: int = 2
+    measure: ClassVar[Callable[[str, int, str], dict[str, Any]]]
+
+    def networks(self) -> dict[str, str]:
+        return {name: name for name in self.models}
+
+    def rows(self, network: str, size: Any, batch: int, place: Any, modes: Sequence[str]) -> Iterator[dict[str, Any]]:
+        assert modes, "there is something to measure"
+        for mode in modes:
+            yield type(self).measure(network, batch, mode)
+
+    def table(self, rows: list[dict[str, Any]]) -> Table:
+        return Table()
+
+
 class Fake:
-    """A bench whose rows are made up; `measured` says which, in order."""
+    """Runs it; `measured` holds the rows that it made, in order."""
 
     def __init__(self, out: Path | None, *, stop_after: int | None = None, skipping: str | None = None) -> None:
-        self.config = BlocksBench(models=("a", "b"), sizes=((64, 64),), batches=(1, 2), repeats=2, out=out)
-        self.stop_after, self.skipping = stop_after, skipping
+        self.out, self.stop_after, self.skipping = out, stop_after, skipping
         self.measured: list[tuple[str, int, str]] = []
 
+    def measure(self, model: str, batch: int, mode: str) -> dict[str, Any]:
+        if len(self.measured) == self.stop_after:
+            raise Killed
+        self.measured.append((model, batch, mode))
+        return row_of(mode, len(self.measured)) if mode != self.skipping else {"mode": mode, "skipped": "no"}
+
     def __call__(self, console: Console = QUIET, **changes: Any) -> dict[str, Any]:
-        config = replace(self.config, **changes)
-        modes = config.modes
-
-        def rows_of(model: str, size: Any, batch: int, place: Any, missing: tuple[str, ...]) -> Any:
-            assert missing, "nobody is asked for nothing"
-            for mode in missing:
-                if len(self.measured) == self.stop_after:
-                    raise Killed
-                self.measured.append((model, batch, mode))
-                yield row_of(mode, len(self.measured)) if mode != self.skipping else {"mode": mode, "skipped": "no"}
-
-        return run("fake", config, config.models, config.sizes, modes, rows_of, lambda rows: Table(), console)
+        FakeBench.measure = self.measure
+        return run(replace(FakeBench(out=self.out), **changes), console)
 
 
 def row_of(mode: str, ms: float) -> dict[str, Any]:
@@ -167,11 +189,11 @@ def test_a_bench_loses_no_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     config = BlocksBench(models=("tiny",), sizes=((64, 64),), batches=(8,), repeats=2, out=tmp_path)
     measure, calls = timing._time_mode, []
 
-    def stopped(way: Any, *args: Any) -> dict[str, Any]:
-        calls.append(way.name)
+    def stopped(timed: Any, mode: RunMode, *args: Any) -> dict[str, Any]:
+        calls.append(mode.name)
         if len(calls) == 2:
             raise Killed
-        return measure(way, *args)
+        return measure(timed, mode, *args)
 
     monkeypatch.setattr(timing, "_time_mode", stopped)
     with pytest.raises(Killed):

@@ -4,8 +4,7 @@ Predicted is the ratio of multiply-adds: of the blocks alone, of the backbone, o
 of the sparse side includes gates, heads, packing and unpacking, so that every overhead counts against us.
 """
 
-from sievit.bench.backbone import BackboneBench, bench_backbone
-from sievit.bench.blocks import BlocksBench, bench_blocks
+from sievit.bench.blocks import BackboneBench, BlocksBench, bench_backbone, bench_blocks
 from sievit.bench.heads import HeadsBench, bench_heads
 from sievit.bench.network import NetworkBench, bench_network
 

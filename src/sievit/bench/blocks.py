@@ -1,128 +1,130 @@
-"""The backbone's blocks alone, dense against SViT."""
+"""The backbone's blocks alone, and a backbone with its neck: dense against a policy."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
-from sievit.bench.common import SIZES, ModesBench, Place, check_known, kept, run, table_of
-from sievit.bench.modes import Way, static_config
-from sievit.bench.timing import Cost, time_modes
+from sievit.bench.common import ModesBench, Workplace, known, run, table_of
+from sievit.bench.random_models import ADAPTERS, SIZES, random_adapter, random_vit
+from sievit.bench.timing import Timed, time_modes
 from sievit.measure.flops import blocks_gflops
+from sievit.models.backbone import backbone_gflops
 from sievit.models.inputs import Size
-from sievit.policies import KeepAllConfig, Policy, SViTConfig, build_policy
-from sievit.policies.svit import SViT
-from sievit.tokens import Trace
-from sievit.vit import ViT, ViTConfig
+from sievit.necks.adapter import ViTAdapter
+from sievit.policies import Policy
+from sievit.tokens import Tokens, Trace
+from sievit.vit import ViT
+from sievit.vit.execution import Execution
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlocksBench(ModesBench):
-    """The backbone's blocks alone, dense against SViT.
+    """The backbone's blocks alone, dense against SViT or another policy.
 
     Attributes:
         models: names of backbones, random weights.
-        targets: share of tokens that the gates keep, spread over blocks 3 to 11; they are set to it on the images.
+        targets: share of tokens to keep, spread over blocks 3 to 11; SViT's gates, or the dial of another policy with
+            weights, are set to it on the images.
     """
+
+    name = "blocks"
 
     models: tuple[str, ...] = ("vit_s",)
     targets: tuple[float, ...] = (0.7, 0.49, 0.343)
 
+    def networks(self) -> dict[str, Any]:
+        return known(self.models, {name: name for name in SIZES})
+
+    def rows(
+        self, network: str, size: Size | None, batch: int, place: Workplace, modes: Sequence[str]
+    ) -> Iterator[dict[str, Any]]:
+        assert size is not None
+        images = place.normalised(size, batch)
+        vit, policy = random_vit(SIZES[network], images, self, self.targets)
+        timed = timed_blocks(vit, policy, images.split(batch), autotune=self.autotune)
+        return time_modes(timed, modes, multiple=self.multiple)
+
+    def table(self, rows: list[dict[str, Any]]) -> Table:
+        return table_of(f"blocks: dense against {self.policy or 'svit'}, its own cost included", rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneBench(BlocksBench):
+    """ViT-Adapter, from normalised images to its four maps, dense against SViT or another policy."""
+
+    name = "backbone"
+
+    def networks(self) -> dict[str, Any]:
+        return known(self.models, {name: name for name in ADAPTERS})
+
+    def rows(
+        self, network: str, size: Size | None, batch: int, place: Workplace, modes: Sequence[str]
+    ) -> Iterator[dict[str, Any]]:
+        assert size is not None
+        images = place.normalised((_up(size[0]), _up(size[1])), batch)
+        backbone = random_adapter(network, images, self, self.targets)
+        timed = timed_backbone(backbone, images.split(batch), autotune=self.autotune)
+        return time_modes(timed, modes, multiple=self.multiple)
+
+    def table(self, rows: list[dict[str, Any]]) -> Table:
+        return table_of(f"ViT-Adapter: dense against {self.policy or 'svit'}, its own cost included", rows)
+
 
 @torch.inference_mode()
 def bench_blocks(config: BlocksBench, console: Console | None = None) -> dict[str, Any]:
-    """Run, print a table, and return it as a dict with `rows`.
-
-    Raises:
-        ConfigError: an unknown model, or a folder without pictures.
-    """
-    check_known(config.models, SIZES)
-
-    def rows_of(
-        model: str, size: Size | None, batch: int, place: Place, modes: tuple[str, ...]
-    ) -> Iterator[dict[str, Any]]:
-        assert size is not None
-        pictures = place.pictures(size, batch)
-        vit, policies = calibrated(SIZES[model], pictures, config.targets)
-        return time_blocks(vit, policies, pictures.split(batch), replace(config, modes=modes))
-
-    def table(rows: list[dict[str, Any]]) -> Table:
-        return table_of("blocks: dense against SViT, gates included", rows, {"keep": kept(rows)})
-
-    return run("blocks", config, config.models, config.sizes, config.modes, rows_of, table, console)
+    """Time the blocks of backbones, see `run`."""
+    return run(config, console)
 
 
-def time_blocks(
-    vit: ViT, policies: tuple[Policy, Policy], batches: Sequence[Tensor], config: ModesBench
-) -> Iterator[dict[str, Any]]:
-    """Dense and sparse blocks alternately on the same canvases, a row for each mode."""
-    dense, sparse = policies
-    canvases = [vit.embed(batch) for batch in batches]
-    traces = [vit.run_blocks(tokens, sparse, Trace.start(tokens))[1] for tokens in canvases[:CALIBRATED]]
-
-    def call_of(policy: Policy, way: Way) -> Callable[[Tensor], tuple[Tensor, Trace]]:
-        def run(x: Tensor) -> tuple[Tensor, Trace]:
-            tokens = replace(canvases[0], x=x)
-            tokens, trace = vit.run_blocks(tokens, policy, Trace.start(tokens), execution=way.execution)
-            return tokens.x, trace
-
-        return way.compiled(run, autotune=config.autotune)
-
-    def cost(policy: Policy, result: tuple[Tensor, Trace]) -> Cost:
-        _, trace = result
-        gflops = blocks_gflops(vit.config, trace).double() + policy.macs(trace).double() / 1e9
-        return Cost.of(trace, gflops, policy)
-
-    ways = {"dense": dense, "dynamic": sparse, "bucketed": sparse, "static": frozen(sparse, traces, config.multiple)}
-    inputs = [tokens.x for tokens in canvases]
-    return time_modes(config, ways, call_of, inputs, inputs[0].device, cost, list(vit.blocks))
+@torch.inference_mode()
+def bench_backbone(config: BackboneBench, console: Console | None = None) -> dict[str, Any]:
+    """Time backbones with their neck, see `run`."""
+    return run(config, console)
 
 
-CALIBRATED = 12
-"""Batches at most whose counts go into the static ones."""
+class _Blocks(nn.Module):
+    """The blocks of a backbone, from the values of a canvas to those behind the last block."""
+
+    def __init__(self, vit: ViT, policy: Policy, tokens: Tokens) -> None:
+        super().__init__()
+        self.vit, self.policy, self.tokens = vit, policy, tokens
+
+    def forward(self, x: Tensor, *, policy: Policy, execution: Execution) -> tuple[Tensor, Trace]:
+        tokens = replace(self.tokens, x=x)
+        tokens, trace = self.vit.run_blocks(tokens, policy, Trace.start(tokens), execution=execution)
+        return tokens.x, trace
 
 
-def frozen(sparse: Policy, traces: Sequence[Trace], multiple: int) -> SViT:
-    """The same gates with static counts, as many tokens as they kept in these passes."""
-    assert isinstance(sparse, SViT)
-    config = static_config(sparse, traces, multiple)
-    assert config is not None
-    hidden = sparse.gates[0].get_parameter("fc1.weight")
-    depth = sparse.config.first_block + len(sparse.gates)
-    static = build_policy(config, embed_dim=hidden.shape[1], depth=depth)
-    static.load_state_dict(sparse.state_dict())
-    assert isinstance(static, SViT)
-    return static.eval().to(hidden)
+def timed_blocks(
+    vit: ViT, policy: Policy, batches: Sequence[Tensor], *, autotune: bool = False
+) -> Timed[Tensor, tuple[Tensor, Trace]]:
+    """The blocks on the canvases of images."""
+    canvases = [vit.embed(images) for images in batches]
+
+    def gflops(policy: Policy, result: tuple[Tensor, Trace]) -> Tensor:
+        return blocks_gflops(vit.config, result[1]).double() + policy.macs(result[1]).double() / 1e9
+
+    network, inputs = _Blocks(vit, policy, canvases[0]), [tokens.x for tokens in canvases]
+    return Timed(network=network, inputs=inputs, gflops=gflops, autotune=autotune)
 
 
-def calibrated(config: ViTConfig, pictures: Tensor, targets: tuple[float, ...]) -> tuple[ViT, tuple[Policy, Policy]]:
-    """A backbone with random weights, and a dense and an SViT policy whose gates keep `targets` on these pictures.
+def timed_backbone(
+    backbone: ViTAdapter, batches: Sequence[Tensor], *, autotune: bool = False
+) -> Timed[Tensor, tuple[dict[str, Tensor], Trace]]:
+    """A backbone, from normalised images to its maps."""
+    sizes = [(batches[0].shape[2], batches[0].shape[3])] * len(batches[0])
 
-    Gates are set one after the other: each one's bias moves to the quantile of its logits that keeps its share.
-    """
-    torch.manual_seed(0)
-    vit = ViT(config).eval().to(pictures)
-    dense = build_policy(KeepAllConfig(), embed_dim=config.embed_dim, depth=config.depth)
-    sparse = build_policy(SViTConfig(targets=targets), embed_dim=config.embed_dim, depth=config.depth)
-    assert isinstance(sparse, SViT)
-    sparse.eval().to(pictures)
-    canvases = [vit.embed(picture[None]) for picture in pictures[:4]]
-    traces = [Trace.start(tokens) for tokens in canvases]
-    first = sparse.config.first_block
-    for index in range(config.depth):
-        if index >= first:
-            gate = sparse.gates[index - first]
-            logits = torch.cat([gate(tokens.patches).float().flatten(0, 1) for tokens in canvases])
-            margin = (logits[:, 0] - logits[:, 1]).quantile(1 - sparse.targets[index - first])
-            bias = gate.get_parameter("fc2.bias")
-            bias[0] -= margin.to(bias.dtype)
-        steps = [
-            vit.run_blocks(tokens, sparse, trace, start=index, stop=index + 1)
-            for tokens, trace in zip(canvases, traces, strict=True)
-        ]
-        canvases, traces = [step[0] for step in steps], [step[1] for step in steps]
-    return vit, (dense, sparse)
+    def gflops(policy: Policy, result: tuple[dict[str, Tensor], Trace]) -> Tensor:
+        return torch.stack(list(backbone_gflops(backbone, result[1], sizes).values())).sum(0)
+
+    return Timed(network=backbone, inputs=batches, gflops=gflops, autotune=autotune)
+
+
+def _up(side: int) -> int:
+    """The next multiple of 32."""
+    return -(-side // 32) * 32
