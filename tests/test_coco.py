@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 
 from sievit.config import ConfigError
 from sievit.data.annotations import load_annotations
-from sievit.data.coco import CocoDetection, collate, sample_generator
+from sievit.data.coco import CocoDetection
+from sievit.data.dataset import collate, sample_generator
 from sievit.data.masks import Masks, decode, decode_counts, encode, tight_patch
 from sievit.data.transforms import Augment, AugmentConfig
 

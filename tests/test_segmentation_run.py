@@ -296,7 +296,7 @@ def test_a_one_class_image(tmp_path: Path):
     for name, value in (("images", 120), ("labels", 2)):
         (tmp_path / name).mkdir()
         Image.fromarray(np.full((64, 64), value, dtype=np.uint8)).save(tmp_path / name / "plain.png")
-    dataset = LabelDataset.from_folders(tmp_path / "images", tmp_path / "labels", classes=NAMES)
+    dataset = LabelDataset(tmp_path / "images", tmp_path / "labels", classes=NAMES)
     torch.manual_seed(0)
     figures = evaluate(build(tiny(DToPConfig(thresholds=(0.2,), keep_per_class=1))), dataset)
     assert figures["images"] == 1

@@ -239,7 +239,7 @@ def test_grey_stays_grey_and_no_hue_means_none():
     ("options", "message"),
     [
         ({"flip": 1.5}, "flip is a probability"),
-        ({"noise": -1}, "noise must not be negative"),
+        ({"noise": -1}, "noise is at least 0"),
         ({"scales": (480,), "zoom": (0.5, 2.0)}, "use one of them"),
         ({"base": (512, 2048), "zoom": (0.5, 2.0)}, "use one of them"),
         ({"base": (2048, 512)}, r"base is the \(short, long\) edge"),

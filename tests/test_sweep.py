@@ -79,7 +79,7 @@ def test_points_are_those_of_evaluate(data: Labelled, checkpoint: Path, tmp_path
     result = sweep(checkpoint, data, (0.7, 0.9), tmp_path, timed_images=2)
     points = result["points"]
     assert [point["threshold"] for point in points] == [1.0, 0.9, 0.7]
-    dataset = LabelDataset.from_folders(data.images, data.labels, classes=NAMES)
+    dataset = LabelDataset(data.images, data.labels, classes=NAMES)
     for point, policy in zip(
         points,
         (KeepAllConfig(), *(DToPConfig(thresholds=(t,), keep_per_class=0) for t in (0.9, 0.7))),

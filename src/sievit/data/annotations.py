@@ -3,8 +3,7 @@
 import json
 import math
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,8 @@ import numpy as np
 
 from sievit.config import ConfigError
 from sievit.data.masks import decode_counts
+
+_EXPECTED = "a COCO file is an object with 'images', 'annotations' and 'categories'"
 
 ROUNDING = 2.0
 """Pixels by which a box may stick out of its image; it is then clipped, as annotation tools round."""
@@ -66,19 +67,18 @@ def load_annotations(source: Path | dict[str, Any], *, invalid: Literal["error",
         ConfigError: the file is missing or malformed, or an annotation is invalid and `invalid` is "error".
     """
     name = "annotations" if isinstance(source, dict) else str(source)
-    content = source if isinstance(source, dict) else _read(source)
-    images = _records(content, "images", name, {"file_name": _is_text, "width": _is_size, "height": _is_size})
-    categories = _categories(content, name)
-    category_ids = {c["id"] for c in categories}
+    content = source if isinstance(source, dict) else read_content(source)
+    images = records(content, "images", name, {"file_name": is_text, "width": _is_size, "height": _is_size})
+    classes, category_ids = _sorted_categories(content, name)
     objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
     by_id = {image["id"]: image for image in images}
     seen: set[int] = set()
     skipped: list[str] = []
-    annotations = _list(content, "annotations", name)
+    annotations = entries(content, "annotations", name)
     runs = _measure_runs(annotations)
     for place, annotation in enumerate(annotations):
         try:
-            checked = _check(annotation, by_id, category_ids, seen, runs)
+            checked = _check(annotation, by_id, set(category_ids), seen, runs)
         except _Invalid as error:
             number = annotation.get("id") if isinstance(annotation, dict) else None
             what = f"number {place} (counted from 0)" if number is None else repr(number)
@@ -92,13 +92,7 @@ def load_annotations(source: Path | dict[str, Any], *, invalid: Literal["error",
             objects[checked["image_id"]].append(checked)
     if skipped:
         warnings.warn(f"{name}: {len(skipped)} invalid annotations left out, first: {skipped[0]}", stacklevel=2)
-    return Annotations(
-        source=name,
-        images=tuple(images),
-        objects=tuple(tuple(objects[image["id"]]) for image in images),
-        classes=tuple(c["name"] for c in categories),
-        category_ids=tuple(c["id"] for c in categories),
-    )
+    return Annotations(name, tuple(images), tuple(map(tuple, objects.values())), classes, category_ids)
 
 
 def load_categories(path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -107,59 +101,74 @@ def load_categories(path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
     Raises:
         ConfigError: the file is missing or malformed.
     """
-    categories = _categories(_read(path), str(path))
-    return tuple(c["name"] for c in categories), tuple(c["id"] for c in categories)
+    return _sorted_categories(read_content(path), str(path))
 
 
-def _categories(content: dict[str, Any], name: str) -> list[dict]:
-    """The categories by rising id; there is at least one."""
-    categories = _records(content, "categories", name, {"name": _is_text})
-    if not categories:
-        raise ConfigError(f"{name}: 'categories' is empty; list the classes with their ids and names")
-    return sorted(categories, key=lambda c: c["id"])
+def _sorted_categories(content: dict[str, Any], name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    rising = sorted(categories(content, name), key=lambda category: category["id"])
+    return tuple(c["name"] for c in rising), tuple(c["id"] for c in rising)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_content(path: Path) -> dict[str, Any]:
+    """The JSON object of a COCO file.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no JSON object.
+    """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: the annotation file cannot be read ({error.strerror}); check the path") from error
     except ValueError as error:  # not JSON, or not text
-        raise ConfigError(f"{path}: is not a JSON file ({error}); a COCO instances file is expected") from error
+        raise ConfigError(f"{path}: is not a JSON file ({error}); {_EXPECTED}") from error
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path}: holds a JSON {type(content).__name__}, a COCO instances file is an object with 'images', "
-            "'annotations' and 'categories'; is this a results file?"
-        )
+        raise ConfigError(f"{path}: holds a JSON {type(content).__name__}; {_EXPECTED}; is this a results file?")
     return content
 
 
-def _list(content: dict[str, Any], key: str, name: str) -> list[Any]:
-    if key not in content:
-        raise ConfigError(f"{name}: has no '{key}'; a COCO instances file has 'images', 'annotations' and 'categories'")
-    if not isinstance(content[key], list):
-        raise ConfigError(f"{name}: '{key}' is not a list; a COCO instances file is expected")
+def entries(content: dict[str, Any], key: str, name: str) -> list[Any]:
+    """The list under a key of the file called `name`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not isinstance(content.get(key), list):
+        problem = f"has no '{key}'" if key not in content else f"'{key}' is not a list"
+        raise ConfigError(f"{name}: {problem}; {_EXPECTED}")
     return content[key]
 
 
-def _records(content: dict[str, Any], key: str, name: str, fields: dict[str, Callable[[Any], bool]]) -> list[dict]:
-    """The images or the categories, each with a unique whole `id` and the given fields."""
-    records = _list(content, key, name)
-    for place, record in enumerate(records):
+def records(content: dict[str, Any], key: str, name: str, fields: dict[str, Callable[[Any], bool]]) -> list[dict]:
+    """The images or the categories, each with a unique whole `id` and the given fields.
+
+    Raises:
+        ConfigError: one is not so.
+    """
+    seen: set[int] = set()
+    for place, record in enumerate(entries(content, key, name)):
         if not isinstance(record, dict) or not _is_whole(record.get("id")):
             raise ConfigError(f"{name}: entry {place} (counted from 0) of '{key}' has no whole number 'id'; add it")
+        number = record["id"]
         for field, fits in fields.items():
             if not fits(record.get(field)):
                 problem = f"has no '{field}'" if field not in record else f"has {record[field]!r} as '{field}'"
-                raise ConfigError(f"{name}: entry with id {record['id']} of '{key}' {problem}; correct the file")
-    twice = _repeated(record["id"] for record in records)
-    if twice is not None:
-        raise ConfigError(f"{name}: id {twice} occurs more than once in '{key}'; give every entry its own id")
-    return records
+                raise ConfigError(f"{name}: entry with id {number} of '{key}' {problem}; correct the file")
+        if number in seen:
+            raise ConfigError(f"{name}: id {number} occurs more than once in '{key}'; give every entry its own id")
+        seen.add(number)
+    return content[key]
 
 
-def _repeated(values: Iterable[int]) -> int | None:
-    return next((value for value, count in Counter(values).items() if count > 1), None)
+def categories(content: dict[str, Any], name: str) -> list[dict]:
+    """The categories in the order of the file.
+
+    Raises:
+        ConfigError: there is none, or one has no id and name.
+    """
+    found = records(content, "categories", name, {"name": is_text})
+    if not found:
+        raise ConfigError(f"{name}: 'categories' is empty; list the classes with their ids and names")
+    return found
 
 
 Runs = dict[str, tuple[int, int]]
@@ -226,7 +235,12 @@ def _check_box(annotation: dict[str, Any], width: int, height: int) -> list[floa
 def _check_segmentation(segmentation: Any, size: tuple[int, int], known: Runs) -> None:
     if isinstance(segmentation, list):
         for polygon in segmentation:
-            if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not _all_finite(polygon):
+            if (
+                not isinstance(polygon, list)
+                or len(polygon) < 6
+                or len(polygon) % 2
+                or not all(map(_is_finite, polygon))
+            ):
                 raise _Invalid("has a polygon that is not a list of at least three x, y pairs")
         return
     if not isinstance(segmentation, dict) or "counts" not in segmentation or "size" not in segmentation:
@@ -252,7 +266,8 @@ def _measure(counts: str) -> tuple[int, int]:
     return int(runs.sum()), int(runs.min())
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
+    """Whether a field is a string that is not empty."""
     return isinstance(value, str) and bool(value)
 
 
@@ -266,7 +281,3 @@ def _is_size(value: Any) -> bool:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _all_finite(values: list[Any]) -> bool:
-    return all(_is_finite(value) for value in values)

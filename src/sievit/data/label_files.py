@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def find_pairs(
     label_suffix: str | None = None,
 ) -> tuple[Pair, ...]:
     """What belongs together in two folders, sorted by name, or in the order of `names_file`; see
-    `LabelDataset.from_folders` for the arguments and what is wrong with them."""
+    `LabelDataset` for the arguments and what is wrong with them."""
     pictures = _by_name(images, SUFFIXES, image_suffix, "images")
     truths = _by_name(labels, LABEL_SUFFIXES, label_suffix, "label images")
     ends = f" (images end with {image_suffix or 'any extension'}, labels with {label_suffix or 'any extension'})"
@@ -139,65 +139,72 @@ def find_pairs(
     return tuple(Pair(name, pictures[name], truths[name]) for name in names)
 
 
-def check_classes(num_classes: int, ignore_index: int) -> None:
-    """
-    Raises:
-        ConfigError: there are no classes or too many, or `ignore_index` is one of them.
-    """
-    if not 1 <= num_classes <= _VALUES:
-        raise ConfigError(f"num_classes is 1 to {_VALUES}, not {num_classes}")
-    if 0 <= ignore_index < num_classes:
-        raise ConfigError(
-            f"ignore_index {ignore_index} is one of the {num_classes} classes; choose a value outside of them "
-            "(where 0 in the files means that nothing is known, zero_is_ignored says so)"
-        )
-
-
 class LabelReader:
-    """Reads label images: values of one channel through a table, colours through a palette."""
+    """Reads label images: values of one channel as classes, colours through a palette."""
 
     def __init__(
         self,
-        num_classes: int,
         *,
-        ignore_index: int = 255,
-        zero_is_ignored: bool = False,
-        label_map: Mapping[int, int] | None = None,
-        palette: Palette | None = None,
+        classes: tuple[str, ...],
+        palette: Palette,
+        ignore_index: int,
+        zero_is_ignored: bool,
+        label_map: Mapping[int, int] | None,
     ) -> None:
-        """See `LabelDataset.from_folders` for the arguments.
+        """See `LabelDataset` for the arguments.
 
         Raises:
             ConfigError: they contradict each other.
         """
-        check_classes(num_classes, ignore_index)
-        self.num_classes, self.ignore_index, self.palette = num_classes, ignore_index, palette
-        self._table = _table(num_classes, ignore_index, zero_is_ignored=zero_is_ignored, label_map=label_map)
+        self.classes, self.palette, self.ignore_index = classes, palette, ignore_index
+        num_classes = len(classes)
+        if num_classes > _VALUES:
+            raise ConfigError(f"labels: {num_classes} classes are more than the {_VALUES} that label images can hold")
+        if 0 <= ignore_index < num_classes:
+            raise ConfigError(
+                f"ignore_index {ignore_index} is one of the {num_classes} classes; choose a value outside of them "
+                "(where 0 in the files means that nothing is known, zero_is_ignored says so)"
+            )
+        if palette.colours and len(palette.colours) != num_classes:
+            raise ConfigError(
+                f"palette: {len(palette.colours)} colours for {num_classes} classes; give one for each class"
+            )
+        if label_map is None:
+            first = int(zero_is_ignored)
+            entries = {ignore_index: ignore_index} | {first + label: label for label in range(num_classes)}
+            label_map = entries | dict.fromkeys(range(first), ignore_index)
+            other = _UNKNOWN
+        elif zero_is_ignored:
+            raise ConfigError("zero_is_ignored and label_map both say what values mean; use one of them")
+        else:
+            other = ignore_index
+        self._table = np.full(_VALUES + 2, other, dtype=np.int32)  # the last two stand for all other values
+        for value, label in label_map.items():
+            if label != ignore_index and not 0 <= label < num_classes:
+                raise ConfigError(f"label_map: {value} becomes {label}, which is none of the {num_classes} classes")
+            if 0 <= value < _VALUES:  # Cityscapes lists a value of -1
+                self._table[value] = label
 
-    def __call__(self, pair: Pair) -> np.ndarray:
+    def __call__(self, path: Path) -> np.ndarray:
         """The class of each pixel (h, w), or `ignore_index`.
 
         Raises:
             ConfigError: the file cannot be read, or a value of it is no class.
         """
-        values = read_values(pair.label)
+        values = read_values(path)
         if values.ndim == 3:
-            return self._from_colours(pair.label, values)
-        if values.dtype != np.uint8 and not (values.min() >= 0 and values.max() < _VALUES):
-            low, high = int(values.min()), int(values.max())
-            raise ConfigError(f"{pair.label}: its values go from {low} to {high}; labels are from 0 to {_VALUES - 1}")
-        labels = self._table[values]
-        wrong = labels == _UNKNOWN
-        if wrong.any():
-            number, count = Counter(values[wrong].tolist()).most_common(1)[0]
+            return self._from_colours(path, packed_colours(values))
+        labels = self._table[values if values.dtype == np.uint8 else values.clip(-1, _VALUES)]
+        if (labels == _UNKNOWN).any():
             raise ConfigError(
-                f"{pair.label}: value {number} ({count} pixels) is none of the {self.num_classes} classes and not "
-                f"ignored ({self.ignore_index}); correct num_classes, set zero_is_ignored or a label_map, or the file"
+                f"{path}: value {commonest(values[labels == _UNKNOWN])} is none of the {len(self.classes)} classes and "
+                f"not ignored ({self.ignore_index}); correct the classes, set zero_is_ignored or a label_map, or the "
+                "file"
             )
         return labels
 
-    def _from_colours(self, path: Path, values: np.ndarray) -> np.ndarray:
-        if self.palette is None or not self.palette.colours:
+    def _from_colours(self, path: Path, colours: np.ndarray) -> np.ndarray:
+        if not self.palette.colours:
             raise ConfigError(
                 f"{path}: is an RGB image, where labels are the numbers of classes in one channel; give a palette that "
                 "lists the colour of each class, or save the labels as grey or palette images"
@@ -207,16 +214,20 @@ class LabelReader:
         if len(packed) != len(entries):
             twice = Counter(colour for _, colour in entries).most_common(1)[0][0]
             raise ConfigError(f"palette: colour {twice} stands for two classes, so {path} cannot be read by colours")
-        colours = packed_colours(values)
         labels, wrong = look_up(colours, packed)
         if wrong.any():
-            number, count = Counter(colours[wrong].tolist()).most_common(1)[0]
-            rgb = (number & 255, number >> 8 & 255, number >> 16)
+            found = commonest(colours[wrong], lambda number: (number & 255, number >> 8 & 255, number >> 16))
             raise ConfigError(
-                f"{path}: colour {rgb} ({count} pixels) is not in the palette; add it there (with the name `ignore` if "
-                "nothing is known of such pixels), or correct the file"
+                f"{path}: colour {found} is not in the palette; add it there (with the name `ignore` if nothing is "
+                "known of such pixels), or correct the file"
             )
         return labels
+
+
+def commonest(values: np.ndarray, shown: Callable[[int], object] = str) -> str:
+    """The commonest of some values and how many pixels have it, for a message."""
+    value, count = Counter(values.tolist()).most_common(1)[0]
+    return f"{shown(value)} ({count} pixels)"
 
 
 def read_values(path: Path) -> np.ndarray:
@@ -252,29 +263,6 @@ def look_up(values: np.ndarray, entries: Mapping[int, int]) -> tuple[np.ndarray,
     targets = np.array([entries[key] for key in keys.tolist()], dtype=np.int32)
     places = np.searchsorted(keys, values).clip(max=len(keys) - 1)
     return targets[places], keys[places] != values
-
-
-def _table(
-    num_classes: int, ignore_index: int, *, zero_is_ignored: bool, label_map: Mapping[int, int] | None
-) -> np.ndarray:
-    """The label of every value that a file may hold, int32; `_UNKNOWN` for values that it may not."""
-    if label_map is not None and zero_is_ignored:
-        raise ConfigError("zero_is_ignored and label_map both say what values mean; use one of them")
-    table = np.full(_VALUES, ignore_index if label_map is not None else _UNKNOWN, dtype=np.int32)
-    if label_map is None:
-        first = int(zero_is_ignored)
-        labels = np.arange(min(num_classes, _VALUES - first))
-        table[:first] = ignore_index
-        table[first : first + len(labels)] = labels
-        if first + num_classes <= ignore_index < _VALUES:
-            table[ignore_index] = ignore_index
-        return table
-    for value, label in label_map.items():
-        if label != ignore_index and not 0 <= label < num_classes:
-            raise ConfigError(f"label_map: {value} becomes {label}, which is none of the {num_classes} classes")
-        if 0 <= value < _VALUES:  # Cityscapes lists a value of -1
-            table[value] = label
-    return table
 
 
 def _by_name(folder: Path, known: Iterable[str], suffix: str | None, what: str) -> dict[str, Path]:

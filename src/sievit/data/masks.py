@@ -57,6 +57,10 @@ class Masks:
         """Pixels of each mask, (k,) float32."""
         return torch.tensor([np.count_nonzero(patch.bits) for patch in self.patches], dtype=torch.float32)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(patch.bits.size for patch in self.patches)
+
     def select(self, keep: Sequence[int]) -> "Masks":
         return Masks(tuple(self.patches[i] for i in keep), self.size)
 

@@ -1,7 +1,6 @@
 """COCO's panoptic format read as semantic labels: PNGs whose colours are segment ids, and JSON with their classes."""
 
-import json
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,59 +8,58 @@ from typing import Any
 import numpy as np
 
 from sievit.config import ConfigError
-from sievit.data.label_files import Colour, Pair, look_up, packed_colours, read_text, read_values, some
+from sievit.data.annotations import categories, entries, is_text, read_content, records
+from sievit.data.label_files import Colour, Pair, Palette, commonest, look_up, packed_colours, read_values, some
 
 _EMPTY = 0  # id of pixels that belong to no segment
 
 
 @dataclass(frozen=True, eq=False)
-class Panoptic:
-    """A panoptic file: what belongs together, the classes, and of each label file the label of its segments."""
+class PanopticReader:
+    """Reads panoptic PNGs: `segments` has the label of each segment id, by file."""
 
     source: str
-    pairs: tuple[Pair, ...]
     classes: tuple[str, ...]
-    palette: tuple[Colour, ...]
+    palette: Palette
     segments: dict[Path, dict[int, int]]
 
-    def read_labels(self, pair: Pair) -> np.ndarray:
+    def __call__(self, path: Path) -> np.ndarray:
         """The class of each pixel (h, w), or the ignored value.
 
         Raises:
             ConfigError: the file cannot be read, or has segments that the JSON does not list.
         """
-        values = read_values(pair.label)
+        values = read_values(path)
         if values.ndim != 3:
-            raise ConfigError(f"{pair.label}: has one channel; a panoptic PNG holds segment ids as RGB colours")
+            raise ConfigError(f"{path}: has one channel; a panoptic PNG holds segment ids as RGB colours")
         ids = packed_colours(values)
-        labels, wrong = look_up(ids, self.segments[pair.label])
+        labels, wrong = look_up(ids, self.segments[path])
         if wrong.any():
-            number, count = Counter(ids[wrong].tolist()).most_common(1)[0]
             raise ConfigError(
-                f"{pair.label}: segment {number} ({count} pixels) is not among the segments_info that {self.source} "
-                "lists for it; use the PNGs that belong to this file"
+                f"{path}: segment {commonest(ids[wrong])} is not among the segments_info that {self.source} lists for "
+                "it; use the PNGs that belong to this file"
             )
         return labels
 
 
-def load_panoptic(images: Path, panoptic_json: Path, folder: Path, ignore_index: int) -> Panoptic:
-    """Read a panoptic file; see `LabelDataset.from_panoptic`."""
+def load_panoptic(
+    images: Path, panoptic_json: Path, folder: Path, ignore_index: int
+) -> tuple[tuple[Pair, ...], PanopticReader]:
+    """Read a panoptic file; see `LabelDataset`."""
     name = str(panoptic_json)
-    content = _parse(panoptic_json)
-    categories = content["categories"]
-    labels = {_get(c, "id", int, name, "category"): label for label, c in enumerate(categories)}
-    if len(labels) != len(categories):
-        raise ConfigError(f"{name}: two categories have the same id; give every category its own")
-    files = {_get(i, "id", int, name, "image"): _get(i, "file_name", str, name, "image") for i in content["images"]}
+    content = read_content(panoptic_json)
+    classes = categories(content, name)
+    labels = {category["id"]: label for label, category in enumerate(classes)}
+    files = {image["id"]: image["file_name"] for image in records(content, "images", name, {"file_name": is_text})}
     pairs: list[Pair] = []
     segments: dict[Path, dict[int, int]] = {}
-    for annotation in content["annotations"]:
+    for annotation in entries(content, "annotations", name):
         number = _get(annotation, "image_id", int, name, "annotation")
         if number not in files:
             raise ConfigError(f"{name}: an annotation names the image {number}, which the file does not list (again)")
         file_name = files.pop(number)
         label = folder / _get(annotation, "file_name", str, name, "annotation")
-        entries = {_EMPTY: ignore_index}
+        segments[label] = {_EMPTY: ignore_index}
         for segment in _get(annotation, "segments_info", list, name, "annotation"):
             category = _get(segment, "category_id", int, name, "segment")
             if category not in labels:
@@ -69,50 +67,30 @@ def load_panoptic(images: Path, panoptic_json: Path, folder: Path, ignore_index:
                     f"{name}: a segment of image {number} has the category {category}, which the file does not list"
                 )
             crowd = bool(segment.get("iscrowd", 0))
-            entries[_get(segment, "id", int, name, "segment")] = ignore_index if crowd else labels[category]
-        segments[label] = entries
+            segments[label][_get(segment, "id", int, name, "segment")] = ignore_index if crowd else labels[category]
         pairs.append(Pair(Path(file_name).with_suffix("").as_posix(), images / file_name, label))
     if files:
         raise ConfigError(f"{name}: {len(files)} images have no annotation: {some(list(files.values()))}; remove them")
-    for kind, where, paths in (
-        ("images", images, [pair.image for pair in pairs]),
-        ("panoptic PNGs", folder, [pair.label for pair in pairs]),
-    ):
-        if not where.is_dir():
-            raise ConfigError(f"{where}: no such folder of {kind}")
-        if missing := [path.name for path in paths if not path.is_file()]:
-            raise ConfigError(
-                f"{where}: {len(missing)} of the {len(paths)} {kind} that {name} lists are missing: {some(missing)}"
-            )
-    names = tuple(_get(c, "name", str, name, "category") for c in categories)
-    return Panoptic(name, tuple(pairs), names, _colours(categories), segments)
+    _require_files(images, "images", [pair.image for pair in pairs], name)
+    _require_files(folder, "panoptic PNGs", [pair.label for pair in pairs], name)
+    if not pairs:
+        raise ConfigError(f"{name}: lists no images; name the panoptic file of the images")
+    palette = Palette(_colours([category.get("color") for category in classes]))
+    return tuple(pairs), PanopticReader(name, tuple(c["name"] for c in classes), palette, segments)
 
 
-def _parse(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_text(path, "the panoptic file"))
-    except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path}: is not a JSON file ({error}); a COCO panoptic file is expected") from error
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list) or not content[key]:
-            raise ConfigError(
-                f"{path}: has no {key!r}; a COCO panoptic file lists 'images', 'annotations' and 'categories'"
-            )
-    return content
+def _require_files(folder: Path, what: str, paths: Sequence[Path], name: str) -> None:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder of {what}")
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise ConfigError(
+            f"{folder}: {len(missing)} of the {len(paths)} {what} that {name} lists are missing: {some(missing)}"
+        )
 
 
-def _colours(categories: list[dict[str, Any]]) -> tuple[Colour, ...]:
+def _colours(found: list[Any]) -> tuple[Colour, ...]:
     """Of the categories, if each has one; COCO's list of categories has them, its annotation files do not."""
-    colours: list[Colour] = []
-    for category in categories:
-        match category.get("color"):
-            case [int(red), int(green), int(blue)]:
-                colours.append((red, green, blue))
-            case _:
-                return ()
-    return tuple(colours)
+    return tuple((r, g, b) for r, g, b in found) if all(isinstance(c, list) and len(c) == 3 for c in found) else ()
 
 
 def _get(record: Any, key: str, kind: type, name: str, what: str) -> Any:

@@ -1,17 +1,15 @@
 """Augmentation for semantic segmentation: a view of image and labels, chosen by what it shows, and colours."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sievit.config import ConfigError
-from sievit.data.coco import Target
-from sievit.data.transforms import AugmentConfig, View, draw_view, jitter, random_rect
-
-TRIES = 10
-"""Crops that are looked at for one that shows enough; the next is taken as it is."""
+from sievit.data.dataset import Target
+from sievit.data.transforms import Rect, View, ViewConfig, draw_view, jitter
 
 _LOOKED_AT = 128  # pixels along each side of a crop are enough to judge its classes
 
@@ -22,40 +20,25 @@ HUE = 36.0
 """Degrees. The papers' code turns by up to 18 of the 180 steps that 8-bit images have for the whole circle."""
 
 
-@dataclass(frozen=True)
-class SemanticAugmentConfig:
-    """What may happen to a training image and its labels. Sizes are pixels, (height, width); probabilities are 0..1.
+@dataclass(frozen=True, kw_only=True)
+class SemanticAugmentConfig(ViewConfig):
+    """What may happen to a training image and its labels.
 
-    The image is first scaled, in one of three ways: to fit into `base` times a factor of `ratio_range` (the papers'
-    way), by `scales` or by `zoom`, both as in `AugmentConfig`; then cropped to `crop` at random. An image smaller than
-    the crop stays smaller.
+    It may be scaled in a third way too, that of the papers: to fit into `base` times a factor of `ratio_range`.
     """
 
-    flip: float = 0.5
-    vertical_flip: float = 0.0
-    rot90: bool = False
     base: tuple[int, int] | None = None
     """(short, long): the largest edges that an image has when it is scaled by 1, its ratio kept."""
     ratio_range: tuple[float, float] = (0.5, 2.0)
-    scales: tuple[int, ...] = ()
-    max_size: int | None = None
-    zoom: tuple[float, float] | None = None
-    crop: tuple[int, int] | None = None
     cat_max_ratio: float = 0.75
     """A crop of whose labelled pixels one class fills a larger share is drawn again, up to ten times; 1 takes any."""
     photometric: bool = False
     """The usual distortion: brightness, contrast, saturation and hue, each with probability 0.5."""
     hue: float = HUE
     """Degrees by which the distortion turns colours, at most."""
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    gamma: float = 0.0
-    invert: float = 0.0
-    noise: float = 0.0
 
     def __post_init__(self) -> None:
-        self.plain()  # checks what the two configurations share
+        super().__post_init__()
         if self.base is not None and (self.scales or self.zoom):
             raise ConfigError("augmentation: base, scales and zoom all set the size of the image; use one of them")
         if self.base is not None and not 1 <= self.base[0] <= self.base[1]:
@@ -77,24 +60,12 @@ class SemanticAugmentConfig:
         """
         return cls(base=base or (crop, 4 * crop), crop=(crop, crop), photometric=True)
 
-    def plain(self) -> AugmentConfig:
-        """What the augmentation for detection does of this, but for the crop."""
-        if self.crop is not None and min(self.crop) < 1:
-            raise ConfigError(f"augmentation: sizes are pixels, at least 1, not {min(self.crop)}")
-        return AugmentConfig(
-            flip=self.flip,
-            vertical_flip=self.vertical_flip,
-            rot90=self.rot90,
-            scales=self.scales,
-            max_size=self.max_size,
-            zoom=self.zoom,
-            brightness=self.brightness,
-            contrast=self.contrast,
-            saturation=self.saturation,
-            gamma=self.gamma,
-            invert=self.invert,
-            noise=self.noise,
-        )
+    def scaled(self, size: tuple[int, int], generator: torch.Generator) -> tuple[int, int]:
+        if self.base is None:
+            return super().scaled(size, generator)
+        ratio = _in(self.ratio_range, float(torch.rand((), generator=generator)))
+        factor = min(self.base[0] * ratio / min(size), self.base[1] * ratio / max(size))
+        return max(1, math.floor(size[0] * factor + 0.5)), max(1, math.floor(size[1] * factor + 0.5))
 
 
 class SemanticAugment:
@@ -102,37 +73,23 @@ class SemanticAugment:
 
     def __init__(self, config: SemanticAugmentConfig, ignore_index: int = 255) -> None:
         self.config, self.ignore_index = config, ignore_index
-        self._plain = config.plain()
 
     def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
         """From a uint8 image (3, h, w) and a target with labels (h, w) of any integer type to a float image in 0..1 and
         the target with its labels int64, both of the view."""
         labels = target["labels"]
         view = self.draw_view(labels, generator)
-        out = jitter(self._plain, view.image(image), generator)
+        out = jitter(self.config, view.image(image), generator)
         if self.config.photometric:
             out = distort(out, generator, hue=self.config.hue)
         return out, {**target, "labels": view.labels(labels).to(torch.int64, copy=True)}
 
     def draw_view(self, labels: Tensor, generator: torch.Generator) -> View:
         """A random view of an image with these labels (h, w)."""
-        config, size = self.config, (labels.shape[0], labels.shape[1])
-        view = draw_view(self._plain, size, generator)
-        if config.base is not None:
-            view = replace(view, size=_fitted(size, config.base, config.ratio_range, generator))
-        if config.crop is None:
-            return view
-        edges = config.crop[::-1] if view.transpose else config.crop  # of the crop before it is turned
-        crop = min(edges[0], view.size[0]), min(edges[1], view.size[1])
-        rect = random_rect(view.rect, view.size, crop, generator)
-        if crop != view.size and config.cat_max_ratio < 1:
-            for _ in range(TRIES):
-                if self._shows_enough(labels, rect):
-                    break
-                rect = random_rect(view.rect, view.size, crop, generator)
-        return replace(view, rect=rect, size=crop)
+        accept = partial(self._shows_enough, labels) if self.config.cat_max_ratio < 1 else None
+        return draw_view(self.config, (labels.shape[0], labels.shape[1]), generator, accept=accept)
 
-    def _shows_enough(self, labels: Tensor, rect: tuple[int, int, int, int]) -> bool:
+    def _shows_enough(self, labels: Tensor, rect: Rect) -> bool:
         """Whether no class fills more than `cat_max_ratio` of the labelled pixels."""
         y, x, h, w = rect
         part = labels[y : y + h : -(-h // _LOOKED_AT), x : x + w : -(-w // _LOOKED_AT)]
@@ -188,15 +145,6 @@ def _hue(image: Tensor, value: Tensor, chroma: Tensor) -> Tensor:
     scale = 1 / chroma.clamp(min=1e-8)
     hue = torch.where(value == green, 2 + (blue - red) * scale, 4 + (red - green) * scale)
     return torch.where(value == red, (green - blue) * scale, hue)
-
-
-def _fitted(
-    size: tuple[int, int], base: tuple[int, int], ratios: tuple[float, float], generator: torch.Generator
-) -> tuple[int, int]:
-    """`size` scaled to fit into `base` (short, long) times a random factor."""
-    ratio = _in(ratios, float(torch.rand((), generator=generator)))
-    factor = min(base[0] * ratio / min(size), base[1] * ratio / max(size))
-    return max(1, math.floor(size[0] * factor + 0.5)), max(1, math.floor(size[1] * factor + 0.5))
 
 
 def _in(limits: tuple[float, float], share: float) -> float:

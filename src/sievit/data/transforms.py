@@ -5,6 +5,7 @@ the size it gets, and a symmetry. The image is cropped before it is resized, and
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,21 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sievit.config import ConfigError
-from sievit.data.coco import Target
+from sievit.data.dataset import Target
 from sievit.data.masks import Masks
 
+Rect = tuple[int, int, int, int]
+"""y, x, height, width in pixels."""
 
-@dataclass(frozen=True)
-class AugmentConfig:
-    """What may happen to a training image. Sizes are pixels, (height, width); probabilities are 0..1.
+TRIES = 10
+"""Crops that are looked at for one that shows enough; the next is taken as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig:
+    """What may happen to a training image of any task. Sizes are pixels, (height, width); probabilities are 0..1.
 
     The image is first scaled, by `scales` (short edge, the papers' multi-scale) or by `zoom` (a factor on the pixels,
-    for microscopes whose scale means something), then cropped to `crop` at random. With probability `crop_first` it is
-    DETR's way instead: scaled to a short edge of `crop_first_scales`, cropped to a random size of `crop_first_range`,
-    then scaled by `scales`.
-
-    An object of which less than `min_visible` is left by a crop is dropped (the share of its box, or of the crop if
-    that is smaller), also one of which a side is left shorter than `min_side`.
+    for microscopes whose scale means something), then cropped to `crop` at random. An image smaller than the crop stays
+    smaller.
     """
 
     flip: float = 0.5
@@ -37,11 +40,6 @@ class AugmentConfig:
     max_size: int | None = None
     zoom: tuple[float, float] | None = None
     crop: tuple[int, int] | None = None
-    crop_first: float = 0.0
-    crop_first_scales: tuple[int, ...] = (400, 500, 600)
-    crop_first_range: tuple[int, int] = (384, 600)
-    min_visible: float = 0.1
-    min_side: float = 1.0
     brightness: float = 0.0
     """Added, up to this share of the range."""
     contrast: float = 0.0
@@ -56,33 +54,85 @@ class AugmentConfig:
     """Largest standard deviation of Gaussian noise, as a share of the range."""
 
     def __post_init__(self) -> None:
-        for name in ("flip", "vertical_flip", "crop_first", "invert"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"augmentation: {name} is a probability, 0 to 1, not {getattr(self, name)}")
-        for name in ("min_visible", "min_side", "brightness", "contrast", "saturation", "gamma", "noise"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"augmentation: {name} must not be negative, it is {getattr(self, name)}")
+        check_range(self, "flip", "vertical_flip", "invert", high=1)
+        check_range(self, "brightness", "contrast", "saturation", "gamma", "noise")
+        check_sizes(*self.scales, *(self.crop or ()), self.max_size or 1)
         if self.scales and self.zoom:
             raise ConfigError("augmentation: scales and zoom both set the size of the image; use one of them")
         if self.zoom and not 0 < self.zoom[0] <= self.zoom[1]:
             raise ConfigError(f"augmentation: zoom is (smallest, largest) factor, not {self.zoom}")
+
+    def first_rect(self, size: tuple[int, int], chance: float, generator: torch.Generator) -> Rect:
+        """What of an image of `size` is looked at, before it is scaled; `chance` is a random number of 0..1."""
+        return 0, 0, *size
+
+    def scaled(self, size: tuple[int, int], generator: torch.Generator) -> tuple[int, int]:
+        """The size that a rectangle of `size` is scaled to."""
+        if self.scales:
+            return _scaled(size, _choice(self.scales, generator), self.max_size)
+        if self.zoom:
+            factor = self.zoom[0] * (self.zoom[1] / self.zoom[0]) ** float(torch.rand((), generator=generator))
+            return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+        return size
+
+
+def check_range(config: object, *names: str, high: float = math.inf) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) <= high:
+            limits = "a probability, 0 to 1" if high == 1 else "at least 0"
+            raise ConfigError(f"augmentation: {name} is {limits}, not {getattr(config, name)}")
+
+
+def check_sizes(*sizes: int) -> None:
+    if min(sizes) < 1:
+        raise ConfigError(f"augmentation: sizes are pixels, at least 1, not {min(sizes)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig(ViewConfig):
+    """What may happen to a training image and its objects.
+
+    With probability `crop_first` the image is first cropped as in DETR: scaled to a short edge of `crop_first_scales`,
+    cropped to a random size of `crop_first_range`; then all that `ViewConfig` says.
+
+    An object of which less than `min_visible` is left by a crop is dropped (the share of its box, or of the crop if
+    that is smaller), also one of which a side is left shorter than `min_side`.
+    """
+
+    crop_first: float = 0.0
+    crop_first_scales: tuple[int, ...] = (400, 500, 600)
+    crop_first_range: tuple[int, int] = (384, 600)
+    min_visible: float = 0.1
+    min_side: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "crop_first", high=1)
+        check_range(self, "min_visible", "min_side")
+        check_sizes(*self.crop_first_scales, *self.crop_first_range)
         if self.crop_first and not self.scales:
             raise ConfigError("augmentation: crop_first scales the crop by scales; give them too")
-        sizes = (*self.scales, *(self.crop or ()), *self.crop_first_scales, *self.crop_first_range, self.max_size or 1)
-        if min(sizes) < 1:
-            raise ConfigError(f"augmentation: sizes are pixels, at least 1, not {min(sizes)}")
 
     @classmethod
     def paper(cls) -> "AugmentConfig":
         """ViT-Adapter's 3x recipe, which SViT's detectors are trained with: flip, multi-scale, DETR's crops."""
         return cls(scales=tuple(range(480, 801, 32)), max_size=1333, crop_first=0.5)
 
+    def first_rect(self, size: tuple[int, int], chance: float, generator: torch.Generator) -> Rect:
+        whole = super().first_rect(size, chance, generator)
+        if chance >= self.crop_first:
+            return whole
+        shape = _scaled(size, _choice(self.crop_first_scales, generator), None)
+        low, high = self.crop_first_range
+        crop = tuple(_between(min(edge, low), min(edge, high), generator) for edge in shape)
+        return random_rect(whole, shape, (crop[0], crop[1]), generator)
+
 
 @dataclass(frozen=True)
 class View:
-    """The rectangle (y, x, height, width) of the source, scaled to `size`, mirrored, then transposed if `transpose`."""
+    """The rectangle of the source, scaled to `size`, mirrored, then transposed if `transpose`."""
 
-    rect: tuple[int, int, int, int]
+    rect: Rect
     size: tuple[int, int]
     flip: bool = False
     vertical_flip: bool = False
@@ -115,21 +165,20 @@ class View:
 
     def masks(self, masks: Masks) -> Tensor:
         """Dense (k, height, width) uint8; scaled by nearest neighbour."""
-        y, x, h, w = self.rect
-        rows, cols = y + _centres(h, self.size[0]), x + _centres(w, self.size[1])
-        out = masks.render(rows[::-1] if self.vertical_flip else rows, cols[::-1] if self.flip else cols)
+        out = masks.render(*self._indices())
         return out.transpose(1, 2).contiguous() if self.transpose else out
 
     def labels(self, labels: Tensor) -> Tensor:
         """From a label of every pixel of the source (H, W), those of the view; scaled by nearest neighbour."""
-        y, x, h, w = self.rect
-        out = labels[y : y + h, x : x + w]
-        if self.size != (h, w):
-            rows, cols = (torch.from_numpy(_centres(*edges)) for edges in zip((h, w), self.size, strict=True))
-            out = out.index_select(0, rows).index_select(1, cols)
-        mirrored = [axis for axis, on in ((0, self.vertical_flip), (1, self.flip)) if on]
-        out = out.flip(mirrored) if mirrored else out
+        rows, cols = (torch.from_numpy(index.copy()) for index in self._indices())
+        out = labels.index_select(0, rows).index_select(1, cols)
         return out.T.contiguous() if self.transpose else out
+
+    def _indices(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows and the columns of the source under the pixels of the view, before it is transposed."""
+        y, x, h, w = self.rect
+        rows, cols = y + _centres(h, self.size[0]), x + _centres(w, self.size[1])
+        return rows[::-1] if self.vertical_flip else rows, cols[::-1] if self.flip else cols
 
 
 class Augment:
@@ -147,33 +196,37 @@ class Augment:
         return jitter(self.config, view.image(image), generator), target
 
 
-def draw_view(config: AugmentConfig, size: tuple[int, int], generator: torch.Generator) -> View:
-    """A random view of an image of `size` (height, width)."""
+def draw_view(
+    config: ViewConfig,
+    size: tuple[int, int],
+    generator: torch.Generator,
+    *,
+    accept: Callable[[Rect], bool] | None = None,
+) -> View:
+    """A random view of an image of `size` (height, width).
+
+    Args:
+        accept: whether a crop of the image is good enough; after `TRIES` that are not, the next is taken as it is.
+    """
     chance = torch.rand(5, generator=generator).tolist()
-    whole = (0, 0, *size)
-    if chance[0] < config.crop_first:
-        shape = _scaled(size, _choice(config.crop_first_scales, generator), None)
-        low, high = config.crop_first_range
-        crop = tuple(_between(min(edge, low), min(edge, high), generator) for edge in shape)
-        rect = random_rect(whole, shape, (crop[0], crop[1]), generator)
-    else:
-        rect = whole
-    shape = rect[2:]
-    if config.scales:
-        shape = _scaled(shape, _choice(config.scales, generator), config.max_size)
-    elif config.zoom:
-        factor = config.zoom[0] * (config.zoom[1] / config.zoom[0]) ** float(torch.rand((), generator=generator))
-        shape = max(1, round(shape[0] * factor)), max(1, round(shape[1] * factor))
-    if config.crop:
-        crop = min(config.crop[0], shape[0]), min(config.crop[1], shape[1])
-        rect, shape = random_rect(rect, shape, crop, generator), crop
+    rect = config.first_rect(size, chance[0], generator)
+    shape = config.scaled(rect[2:], generator)
     turn = int(chance[1] * 4) if config.rot90 else 0  # quarter turns
+    transpose = turn in (1, 3)
+    if config.crop:
+        height, width = config.crop[::-1] if transpose else config.crop  # of the crop before it is turned
+        crop, whole = (min(height, shape[0]), min(width, shape[1])), rect
+        rect = random_rect(whole, shape, crop, generator)
+        tries = TRIES if accept is not None and crop != shape else 0
+        while tries and accept is not None and not accept(rect):
+            rect, tries = random_rect(whole, shape, crop, generator), tries - 1
+        shape = crop
     return View(
         rect=rect,
         size=shape,
         flip=(chance[2] < config.flip) != (turn in (1, 2)),
         vertical_flip=(chance[3] < config.vertical_flip) != (turn in (2, 3)),
-        transpose=turn in (1, 3),
+        transpose=transpose,
     )
 
 
@@ -195,7 +248,8 @@ def apply_view(view: View, target: Target, size: tuple[int, int], *, min_visible
     boxes = view.boxes(boxes)
     keep = (left >= min_visible * full.clamp(max=rect[2] * rect[3])) & _big_enough(boxes, min_side)
     kept = keep.nonzero()[:, 0]
-    boxes, cut, area = boxes[kept], cut[kept], target["area"][kept] * _area_factor(view, left, full)[kept]
+    scale = (view.size[0] * view.size[1]) / (rect[2] * rect[3])
+    boxes, cut, area = boxes[kept], cut[kept], target["area"][kept] * (scale * left / full)[kept]
     out = {**target, "labels": target["labels"][kept], "iscrowd": target["iscrowd"][kept]}
     if "masks" in target:
         masks = target["masks"] if isinstance(target["masks"], Masks) else Masks.from_dense(target["masks"])
@@ -211,7 +265,7 @@ def apply_view(view: View, target: Target, size: tuple[int, int], *, min_visible
     return {**out, "boxes": boxes, "area": area}
 
 
-def jitter(config: AugmentConfig, image: Tensor, generator: torch.Generator) -> Tensor:
+def jitter(config: ViewConfig, image: Tensor, generator: torch.Generator) -> Tensor:
     """A uint8 image (3, h, w) as float32 in 0..1, its light and colours varied."""
     draw = (torch.rand(5, generator=generator) * 2 - 1).tolist()
     if not (config.gamma or config.invert or config.brightness or config.contrast):
@@ -227,7 +281,7 @@ def jitter(config: AugmentConfig, image: Tensor, generator: torch.Generator) -> 
     return out.contiguous().clamp_(0, 1)
 
 
-def _levels(config: AugmentConfig, image: Tensor, draw: list[float]) -> Tensor:
+def _levels(config: ViewConfig, image: Tensor, draw: list[float]) -> Tensor:
     """What becomes of the 256 values of a uint8 image."""
     levels = torch.arange(256, dtype=torch.float32) / 255
     if config.gamma:
@@ -263,9 +317,7 @@ def _scaled(size: tuple[int, int], short: int, longest: int | None) -> tuple[int
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
-def random_rect(
-    rect: tuple[int, int, int, int], shape: tuple[int, int], crop: tuple[int, int], generator: torch.Generator
-) -> tuple[int, int, int, int]:
+def random_rect(rect: Rect, shape: tuple[int, int], crop: tuple[int, int], generator: torch.Generator) -> Rect:
     """Where in the source a random crop lies, if `rect` of the source is scaled to `shape` and cropped to `crop`."""
     corner, sides = [], []
     for low, edge, scaled, cut in zip(rect[:2], rect[2:], shape, crop, strict=True):
@@ -285,11 +337,6 @@ def _choice(values: tuple[int, ...], generator: torch.Generator) -> int:
 
 def _areas(boxes: Tensor) -> Tensor:
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-
-
-def _area_factor(view: View, left: Tensor, full: Tensor) -> Tensor:
-    scale = (view.size[0] * view.size[1]) / (view.rect[2] * view.rect[3])
-    return scale * left / full
 
 
 def _big_enough(boxes: Tensor, min_side: float) -> Tensor:

@@ -76,22 +76,20 @@ class Truth:
         """
         if self.labels is None or self.annotations is not None:
             raise ConfigError("the model is a segmenter; give --labels, a folder of label images")
-        options["ignore_index"] = ignore_index
-        if self.panoptic is not None:
-            dataset = LabelDataset.from_panoptic(images, self.panoptic, self.labels, **options)
-        else:
-            dataset = LabelDataset.from_folders(
-                images,
-                self.labels,
-                classes=classes,
-                zero_is_ignored=self.zero_is_ignored,
-                label_map=None if values is None else {value: label for label, value in enumerate(values)},
-                palette=self.palette,
-                names_file=self.names,
-                image_suffix=self.image_suffix,
-                label_suffix=self.label_suffix,
-                **options,
-            )
+        dataset = LabelDataset(
+            images,
+            self.labels,
+            panoptic=self.panoptic,
+            classes=classes,
+            zero_is_ignored=self.zero_is_ignored,
+            label_map=None if values is None else {value: label for label, value in enumerate(values)},
+            palette=self.palette,
+            names_file=self.names,
+            image_suffix=self.image_suffix,
+            label_suffix=self.label_suffix,
+            ignore_index=ignore_index,
+            **options,
+        )
         if dataset.classes != classes:
             raise ConfigError(
                 f"{dataset.source}: its {len(dataset.classes)} classes {_listed(dataset.classes)} are not the model's "

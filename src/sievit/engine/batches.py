@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sievit.config import ConfigError
-from sievit.data.coco import collate
+from sievit.data.dataset import collate
 from sievit.engine.recipe import TrainConfig
 from sievit.models.base import Model
 from sievit.vit import Execution

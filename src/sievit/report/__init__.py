@@ -157,9 +157,7 @@ def demo(
     objects = detection.demonstrate(dense, sparse, dataset, out / name, pictures=pictures, device=device_name(where))
     dense, sparse = (load(f"nuclei_{model}", device=where) for model in ("segvit", "segvit_dtop"))
     assert isinstance(dense, Segmenter) and isinstance(sparse, Segmenter)
-    labels = LabelDataset.from_folders(
-        root / "images", root / "labels", classes=dense.config.classes, names_file=listing
-    )
+    labels = LabelDataset(root / "images", root / "labels", classes=dense.config.classes, names_file=listing)
     pixels = semantic.demonstrate(
         dense, sparse, labels, out / "semantic" / name, pictures=pictures, device=device_name(where)
     )

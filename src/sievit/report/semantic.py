@@ -117,7 +117,7 @@ def open_labels(model: Segmenter, images: Path, labels: Path, files: LabelFiles)
     """
     config = model.config
     if files.panoptic is None:
-        return LabelDataset.from_folders(
+        return LabelDataset(
             images,
             labels,
             classes=config.classes,
@@ -128,7 +128,7 @@ def open_labels(model: Segmenter, images: Path, labels: Path, files: LabelFiles)
             image_suffix=files.image_suffix,
             label_suffix=files.label_suffix,
         )
-    dataset = LabelDataset.from_panoptic(images, files.panoptic, labels, ignore_index=config.ignore_index)
+    dataset = LabelDataset(images, labels, panoptic=files.panoptic, ignore_index=config.ignore_index)
     if dataset.classes != config.classes:
         raise ConfigError(
             f"{files.panoptic}: its {len(dataset.classes)} classes are not the model's {len(config.classes)}"
