@@ -18,7 +18,7 @@ from sievit.data.semantic import SemanticAugmentConfig
 from sievit.data.transforms import AugmentConfig
 from sievit.engine import train as engine
 from sievit.engine.initial import start_vit_from
-from sievit.engine.recipe import CocoData, LabelsData, Recipe
+from sievit.engine.recipe import Recipe
 from sievit.engine.train import train
 from sievit.heads import ATMConfig, MaskRCNNConfig
 from sievit.heads.config import BoxConfig, MaskConfig, RPNConfig
@@ -30,6 +30,8 @@ from sievit.necks.adapter import AdapterConfig
 from sievit.policies import DToPConfig, SViTConfig
 from sievit.recipes import recipe, recipes
 from sievit.recipes.backbones import NAMES
+from sievit.tasks.detection import CocoData
+from sievit.tasks.segmentation import LabelsData
 from sievit.vit import ViT, ViTConfig
 
 DINO = [name for name in recipes() if "_dino" in name]

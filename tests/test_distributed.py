@@ -20,7 +20,7 @@ from sievit.data.scenes import CLASSES, generate
 from sievit.engine.batches import Batch, Losses
 from sievit.engine.evaluate import evaluate
 from sievit.engine.optim import freeze
-from sievit.engine.recipe import CocoData, Recipe, TrainConfig
+from sievit.engine.recipe import Recipe, TrainConfig
 from sievit.engine.train import train
 from sievit.heads import ATMConfig, LinearConfig, SemanticHeadConfig, SETRNaiveConfig
 from sievit.models.build import build, load
@@ -31,6 +31,7 @@ from sievit.necks import NeckConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import DToPConfig, SViTConfig, svit
+from sievit.tasks.detection import CocoData
 from tiny import run_two_processes, tiny_detector, tiny_head, tiny_segmenter, tiny_vit
 
 EVERYTHING = 10**6

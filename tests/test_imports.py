@@ -42,7 +42,7 @@ LEVELS = {
     "sievit.measure.meters": 1,
     "sievit.measure.modes": 2,
     "sievit.measure": 7,
-    "sievit.tasks": 8,
+    "sievit.tasks": 7,
     "sievit.engine": 8,
     "sievit.bench": 9,
     "sievit.report": 9,

@@ -17,7 +17,7 @@ from sievit.convert import vit_adapter_backbone
 from sievit.convert.family import FAMILIES, family
 from sievit.convert.pth import Checkpoint
 from sievit.data.scenes import generate
-from sievit.engine.recipe import CocoData, Recipe, TrainConfig
+from sievit.engine.recipe import Recipe, TrainConfig
 from sievit.engine.train import train
 from sievit.heads import ATMConfig
 from sievit.models.build import load, save
@@ -34,6 +34,7 @@ from sievit.released import (
     detectors,
     segmenters,
 )
+from sievit.tasks.detection import CocoData
 
 SMALL = DetectorOptions(num_heads=4)
 SEGMENTER: dict[str, Any] = {

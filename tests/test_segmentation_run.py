@@ -21,7 +21,7 @@ from sievit.engine.checkpoint import RunFolder, read_log
 from sievit.engine.evaluate import compare, evaluate
 from sievit.engine.initial import start_from
 from sievit.engine.optim import freeze
-from sievit.engine.recipe import LabelsData, Recipe, TrainConfig, open_data, with_classes
+from sievit.engine.recipe import Recipe, TrainConfig, open_data, with_classes
 from sievit.engine.train import train
 from sievit.heads import ATMConfig
 from sievit.models.build import build, load, save
@@ -30,6 +30,7 @@ from sievit.models.inputs import InputConfig
 from sievit.models.segmenter import Segmenter, SegmenterConfig
 from sievit.policies import DToPConfig, KeepAllConfig
 from sievit.recipes import recipe as find_recipe
+from sievit.tasks.segmentation import LabelsData
 from sievit.vit import ViTConfig
 
 NAMES = ("ground", *CLASSES)

@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 
 from sievit.data.presets import preset
-from sievit.engine.recipe import LabelsData, Recipe, open_data, with_classes
+from sievit.engine.recipe import Recipe, open_data, with_classes
 from sievit.heads import ATMConfig, SETRNaiveConfig
 from sievit.measure.costs import costs
 from sievit.models.build import build
 from sievit.models.segmenter import SegmenterConfig
 from sievit.policies import DToPConfig, KeepAllConfig
 from sievit.recipes import recipe, recipes
+from sievit.tasks.segmentation import LabelsData
 
 PAPERS = {
     "ade20k_segvit_b": "ade20k",

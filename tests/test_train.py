@@ -24,7 +24,7 @@ from sievit.engine import train as engine
 from sievit.engine.batches import Batch, EpochBatches, Losses, loading
 from sievit.engine.checkpoint import RunFolder, read_log
 from sievit.engine.initial import start_from, start_vit_from
-from sievit.engine.recipe import CocoData, Recipe, ScenesConfig, TrainConfig
+from sievit.engine.recipe import Recipe, TrainConfig
 from sievit.engine.train import Interrupted, train
 from sievit.heads import MaskRCNNConfig
 from sievit.heads.config import BoxConfig, MaskConfig, RoIConfig, RPNConfig
@@ -33,6 +33,8 @@ from sievit.models.detector import Detector, DetectorConfig
 from sievit.models.inputs import InputConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import KeepAllConfig, SViTConfig
+from sievit.tasks.base import ScenesConfig
+from sievit.tasks.detection import CocoData
 from sievit.vit import ViTConfig
 
 

@@ -32,6 +32,7 @@ class CocoDetection(ImageDataset):
         invalid: Literal["error", "skip"] = "error",
         seed: int = 0,
         cache_bytes: int = 0,
+        max_detections: int = 100,
     ) -> None:
         """
         Args:
@@ -43,6 +44,7 @@ class CocoDetection(ImageDataset):
             skip_empty: leave out images without an object (crowds do not count).
             invalid: what to do about annotations that cannot be used, see `load_annotations`.
             transform, seed, cache_bytes: see `ImageDataset`.
+            max_detections: the best so many of an image and class are judged. COCO's is 100.
 
         Raises:
             ConfigError: the folder or the file is missing or malformed, or masks are asked for that are not there.
@@ -55,6 +57,7 @@ class CocoDetection(ImageDataset):
         self.source, self.classes = self.annotations.source, self.annotations.classes
         self.category_ids = self.annotations.category_ids
         self.with_masks, self._crowds = self._use_masks(with_masks), crowds
+        self.max_detections = max_detections
         images_with_objects = enumerate(self.annotations.objects)
         self._places = [i for i, objects in images_with_objects if not (skip_empty and all(_crowd(a) for a in objects))]
         self._labels = {number: label for label, number in enumerate(self.category_ids, start=1)}

@@ -23,6 +23,7 @@ class Truth:
         label_suffix: end of the label images' file names, e.g. _gtFine_labelTrainIds.png.
         zero_is_ignored: 0 in the label images means unknown, and classes are counted from 1.
         palette: file with a line `red green blue name` for each class, for label images in these colours.
+        max_detections: the best so many of an image and class are judged; COCO's is 100.
     """
 
     annotations: Path | None = None
@@ -33,6 +34,7 @@ class Truth:
     label_suffix: str | None = None
     zero_is_ignored: bool = False
     palette: Path | None = None
+    max_detections: int = 100
 
     @property
     def given(self) -> bool:
@@ -47,7 +49,7 @@ class Truth:
         """
         if self.annotations is None or self.labels is not None:
             raise ConfigError("the model is a detector; give --annotations, a file in COCO's format")
-        dataset = CocoDetection(images, self.annotations, with_masks=False)
+        dataset = CocoDetection(images, self.annotations, with_masks=False, max_detections=self.max_detections)
         if dataset.category_ids != category_ids:
             raise ConfigError(
                 f"{self.annotations}: its category ids {_listed(dataset.category_ids)} are not those that the model "

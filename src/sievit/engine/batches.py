@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from sievit.config import ConfigError
 from sievit.data.dataset import collate
@@ -90,7 +90,7 @@ class EpochBatches(Sampler[list[int]]):
             yield from parts[step, :, self.rank].tolist()
 
 
-def training_loader(dataset: Dataset, batches: EpochBatches) -> DataLoader:
+def training_loader(dataset: Any, batches: EpochBatches) -> DataLoader:
     """Loads `batches`; its workers live as long as it does."""
     workers = batches.config.workers
     return DataLoader(

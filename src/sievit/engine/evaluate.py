@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,64 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sievit.config import ConfigError
-from sievit.data.coco import CocoDetection
-from sievit.data.labels import LabelDataset
+from sievit.data.dataset import ImageDataset
 from sievit.distributed import gathered, world_size
 from sievit.engine.batches import leave_signals_to_parent, loading
-from sievit.models.base import Model
-from sievit.models.detector import Detector, Output
-from sievit.models.segmenter import Segmentation, Segmenter
-from sievit.tasks.metrics import CocoMetric, SegmentationMetric
-
-Data = CocoDetection | LabelDataset
-Answer = Output | Segmentation
-
-
-class _Accuracy(Protocol):
-    """Judges what a model says of images."""
-
-    def add(self, targets: Sequence[dict[str, Any]], answer: Answer) -> None: ...
-
-    def compute(self) -> dict[str, Any]: ...
-
-
-class _Detections:
-    """COCO's average precisions; masks are judged where both the model and the truth have them."""
-
-    def __init__(self, model: Detector, dataset: CocoDetection, max_detections: int) -> None:
-        with_masks = model.config.head.with_masks and dataset.annotations.has_masks
-        self.metric = CocoMetric(dataset.annotations, with_masks=with_masks, max_detections=max_detections)
-
-    def add(self, targets: Sequence[dict[str, Any]], answer: Answer) -> None:
-        assert isinstance(answer, Output)
-        for target, detection in zip(targets, answer.detections, strict=True):
-            self.metric.update(target["image_id"], detection)
-
-    def compute(self) -> dict[str, Any]:
-        return {name: round(value, 5) for name, value in self.metric.compute().items()}
-
-
-class _Labels:
-    """Mean intersection over union of the whole data set."""
-
-    def __init__(self, model: Segmenter) -> None:
-        self.metric = SegmentationMetric(len(model.config.classes), model.config.ignore_index)
-
-    def add(self, targets: Sequence[dict[str, Any]], answer: Answer) -> None:
-        assert isinstance(answer, Segmentation)
-        for target, labels in zip(targets, answer.labels, strict=True):
-            self.metric.update(labels, target["labels"])
-
-    def compute(self) -> dict[str, Any]:
-        rounded = {}
-        for name, value in self.metric.compute().items():
-            rounded[name] = [round(v, 5) for v in value] if isinstance(value, list) else round(value, 5)
-        return rounded
-
-
-def headline(figures: dict[str, Any]) -> str:
-    """The name of the figure that models are compared by."""
-    return next(name for name in ("miou", "mask_ap", "box_ap") if name in figures)
+from sievit.models.base import Answer, Model
+from sievit.tasks import task_of
 
 
 class _Records:
@@ -118,7 +65,7 @@ class _Records:
 class _Part(Dataset):
     """Every `step`-th sample of a data set from `first` on; a sample that cannot be had is what is wrong with it."""
 
-    def __init__(self, dataset: Data, first: int, total: int, step: int, *, skip: bool) -> None:
+    def __init__(self, dataset: ImageDataset, first: int, total: int, step: int, *, skip: bool) -> None:
         self.dataset, self.indices, self.skip = dataset, range(first, total, step), skip
 
     def __len__(self) -> int:
@@ -135,11 +82,10 @@ class _Part(Dataset):
 
 def evaluate(
     model: Model,
-    dataset: Data,
+    dataset: ImageDataset,
     *,
     batch_size: int = 1,
     limit: int | None = None,
-    max_detections: int = 100,
     precision: str = "32-true",
     workers: int = 0,
     skip_failures: bool = False,
@@ -150,7 +96,6 @@ def evaluate(
 
     Args:
         limit: the first so many images.
-        max_detections: per image, judged by the metric.
         precision: "32-true", or "bf16-mixed" or "16-mixed" for automatic mixed precision.
         workers: processes that load images; 0 loads in this one.
         skip_failures: go on without images that cannot be used; the figures then hold `failures`, what is wrong.
@@ -170,7 +115,7 @@ def evaluate(
     rank = dist.get_rank() if world_size() > 1 else 0
     part = _Part(dataset, rank, total, world_size(), skip=skip_failures)
     loader = DataLoader(part, batch_size, collate_fn=list, num_workers=workers, worker_init_fn=leave_signals_to_parent)
-    accuracy, records, failures = _accuracy(model, dataset, max_detections), _Records(), []
+    metric, records, failures = task_of(model.config).metric(dataset), _Records(), []
     batches: Iterable[Any] = loading(loader)
     if console is not None:
         batches = track(batches, title, total=len(loader), console=console, transient=True)
@@ -183,11 +128,12 @@ def evaluate(
             if samples:
                 answer, elapsed = timed(model, [image for image, _ in samples], precision=precision)
                 records.add(model, answer, elapsed)
-                accuracy.add([target for _, target in samples], answer)
+                for (_, target), result in zip(samples, answer.results, strict=True):
+                    metric.update(target, result)
     finally:
         model.train(training)
     records.gather()
-    figures = {**accuracy.compute(), **records.figures()}
+    figures = {**_rounded(metric.compute()), **records.figures()}
     failures = [failure for part in gathered(failures) for failure in part]
     return {**figures, "failures": failures} if failures else figures
 
@@ -195,10 +141,9 @@ def evaluate(
 def compare(
     dense: Model,
     sparse: Model,
-    dataset: Data,
+    dataset: ImageDataset,
     *,
     limit: int | None = None,
-    max_detections: int = 100,
     precision: str = "32-true",
     console: Console | None = None,
     title: str = "comparing",
@@ -211,7 +156,7 @@ def compare(
     """
     models = {"dense": dense.eval(), "sparse": sparse.eval()}
     total = _number(dataset, limit)
-    accuracies = {name: _accuracy(model, dataset, max_detections) for name, model in models.items()}
+    metrics = {name: task_of(model.config).metric(dataset) for name, model in models.items()}
     records = {name: _Records() for name in models}
     for model in models.values():
         timed(model, [dataset[0][0]], precision=precision)
@@ -221,10 +166,10 @@ def compare(
         for name in sorted(models, reverse=index % 2 == 1):
             answer, elapsed = timed(models[name], [image], precision=precision)
             records[name].add(models[name], answer, elapsed)
-            accuracies[name].add([target], answer)
+            metrics[name].update(target, answer.results[0])
     pairs = zip(records["dense"].values["ms"], records["sparse"].values["ms"], strict=True)
     ratios = [a / b for a, b in pairs]
-    figures: dict = {name: {**accuracies[name].compute(), **records[name].figures()} for name in models}
+    figures: dict = {name: {**_rounded(metrics[name].compute()), **records[name].figures()} for name in models}
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     figures["speedup"] = round(statistics.median(ratios), 3)
     figures["speedup_quartiles"] = [round(quartiles[0], 3), round(quartiles[2], 3)]
@@ -245,26 +190,16 @@ def timed(model: Model, images: Sequence[Tensor], *, precision: str = "32-true")
     return output, (time.perf_counter() - start) * 1e3
 
 
-def _number(dataset: Data, limit: int | None) -> int:
+def _number(dataset: ImageDataset, limit: int | None) -> int:
     """How many images are looked at."""
     total = len(dataset) if limit is None else min(limit, len(dataset))
     if total < 1:
-        source = dataset.source if isinstance(dataset, LabelDataset) else dataset.annotations.source
-        raise ConfigError(f"{source}: no image to evaluate on")
+        raise ConfigError(f"{dataset.source}: no image to evaluate on")
     return total
 
 
-def _accuracy(model: Model, dataset: Data, max_detections: int) -> _Accuracy:
-    """What judges this kind of model.
-
-    Raises:
-        ConfigError: the data set is for another kind.
-    """
-    if isinstance(model, Detector) and isinstance(dataset, CocoDetection):
-        return _Detections(model, dataset, max_detections)
-    if isinstance(model, Segmenter) and isinstance(dataset, LabelDataset):
-        return _Labels(model)
-    raise ConfigError(f"a {type(model).__name__.lower()} cannot be evaluated on {type(dataset).__name__}")
+def _rounded(figures: dict[str, Any]) -> dict[str, Any]:
+    return {k: [round(x, 5) for x in v] if isinstance(v, list) else round(v, 5) for k, v in figures.items()}
 
 
 def _synchronise(device: torch.device) -> None:

@@ -11,11 +11,9 @@ from sievit.convert.pth import read_checkpoint
 from sievit.convert.timm import from_timm, timm_state
 from sievit.models.base import Model
 from sievit.models.build import POLICY_PREFIXES, load, model_file, read
-from sievit.models.detector import Detector
 from sievit.policies import Policy
 from sievit.vit import ViT, ViTConfig
 
-MASK_PREFIX = "head.roi_heads.mask_"
 OWN = "the recipe's ViT"
 TIMM = "timm:"
 FREE = {
@@ -29,7 +27,7 @@ def start_from(model: Model, path: Path) -> tuple[str, ...]:
     """Load the weights of a checkpoint or run.
 
     The policy's own stay new unless the checkpoint has them, and so do the rows for classes of a checkpoint of other
-    classes; its mask branch is left out by a detector of boxes.
+    classes; optional parts that this model has not are left out.
 
     Returns:
         The names of the weights that stay new.
@@ -40,8 +38,8 @@ def start_from(model: Model, path: Path) -> tuple[str, ...]:
     file = model_file(path)
     config, tensors = read(file)
     own = model.state_dict()
-    masks = isinstance(model, Detector) and model.config.head.with_masks
-    left = POLICY_PREFIXES if masks else (*POLICY_PREFIXES, MASK_PREFIX)
+    optional = [part for part in model.optional if not any(name.startswith(part) for name in own)]
+    left = (*POLICY_PREFIXES, *optional)
     tensors = {k: v for k, v in tensors.items() if k in own or not k.startswith(left)}
     counts = len(config.classes), len(model.config.classes)
     other = {k for k in own.keys() & tensors.keys() if _rows_of_classes(tensors[k].shape, own[k].shape, counts)}

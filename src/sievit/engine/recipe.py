@@ -1,105 +1,15 @@
 """A run as a value: the model, its data, and how it is trained."""
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from sievit.config import ConfigError, kind_of, variant
-from sievit.data.annotations import load_categories
-from sievit.data.coco import CocoDetection
-from sievit.data.label_files import read_palette
-from sievit.data.labels import LabelDataset
+from sievit.config import ConfigError, kind_of
+from sievit.data.dataset import ImageDataset
 from sievit.data.scenes import generate
-from sievit.data.semantic import SemanticAugment, SemanticAugmentConfig
-from sievit.data.transforms import Augment, AugmentConfig
-from sievit.data.truth import Truth
-from sievit.models.detector import DetectorConfig
 from sievit.models.inputs import ModelConfig
-from sievit.models.segmenter import SegmenterConfig
-
-CACHE = 2**30
-"""Bytes of decoded training images that a process keeps."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScenesConfig:
-    """Generated scenes; made when training starts, unless they are there.
-
-    Attributes:
-        size: (height, width) in pixels.
-        seeds: of the training and of the validation series.
-    """
-
-    num_train: int = 2000
-    num_val: int = 200
-    size: tuple[int, int] = (256, 256)
-    seeds: tuple[int, int] = (1, 2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Base of every kind of data; paths are relative to `root`.
-
-    Attributes:
-        root: None takes the environment's SIEVIT_DATA, else ../shared/data, as it was when the run was made.
-        scenes: generate the data below `root` instead of expecting it there.
-    """
-
-    train_images: Path
-    val_images: Path
-    root: Path | None = None
-    scenes: ScenesConfig | None = None
-
-
-@variant("coco")
-@dataclass(frozen=True, kw_only=True)
-class CocoData(DataConfig):
-    """Boxes and masks in COCO's format.
-
-    Attributes:
-        max_detections: per image, in evaluation. COCO's is 100.
-        invalid: what to do about annotations that cannot be used.
-        skip_empty: leave training images without an object out.
-        own_classes: the model gets the classes of `train_annotations`, whatever the recipe says.
-    """
-
-    train_annotations: Path
-    val_annotations: Path
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    max_detections: int = 100
-    invalid: Literal["error", "skip"] = "error"
-    skip_empty: bool = False
-    own_classes: bool = False
-
-
-@variant("labels")
-@dataclass(frozen=True, kw_only=True)
-class LabelsData(DataConfig):
-    """Images with a class for every pixel: two folders each, or COCO's panoptic files.
-
-    Attributes:
-        train_labels, val_labels: folders of label images; with `panoptic` folders of its PNGs.
-        train_names, val_names: files that list the images of the part, by name or as a COCO file; None for all.
-        train_panoptic, val_panoptic: COCO's panoptic JSON files; None for folders of labels.
-        image_suffix, label_suffix: what the names of a pair have behind what they have in common.
-        zero_is_ignored: 0 in the files means that nothing is known, and classes are counted from 1.
-        values: value in the files of each class, in the order of the classes; None: the classes themselves.
-        palette: file with the colour of each class, for label images in colours, see `data.label_files.read_palette`.
-    """
-
-    train_labels: Path
-    val_labels: Path
-    train_names: Path | None = None
-    val_names: Path | None = None
-    train_panoptic: Path | None = None
-    val_panoptic: Path | None = None
-    image_suffix: str | None = None
-    label_suffix: str | None = None
-    zero_is_ignored: bool = False
-    values: tuple[int, ...] | None = None
-    palette: Path | None = None
-    augment: SemanticAugmentConfig = field(default_factory=SemanticAugmentConfig)
+from sievit.tasks import DataConfig, Task, task_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,14 +114,13 @@ def default_data_root() -> Path:
     return Path(os.environ.get("SIEVIT_DATA", "../shared/data"))
 
 
-def open_data(recipe: Recipe) -> tuple[CocoDetection, CocoDetection] | tuple[LabelDataset, LabelDataset]:
+def open_data(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
     """The training set, augmented, and the validation set.
 
     Raises:
         ConfigError: files are missing or malformed, or their classes are not those of the model.
     """
-    data, model = recipe.data, recipe.model
-    root = data.root if data.root is not None else default_data_root()
+    data, root, task = recipe.data, _root(recipe.data), task_for(recipe)
     if data.scenes is not None:
         scenes = data.scenes
         for images, number, seed in zip(
@@ -220,81 +129,28 @@ def open_data(recipe: Recipe) -> tuple[CocoDetection, CocoDetection] | tuple[Lab
             generate((root / images).parent, num_images=number, size=scenes.size, seed=seed)
     if not root.is_dir():
         raise ConfigError(f"{root}: no such folder of data; give --data-root, or set SIEVIT_DATA")
-    if isinstance(data, CocoData) and isinstance(model, DetectorConfig):
-        return _open_coco(data, model, root, seed=recipe.train.seed)
-    if isinstance(data, LabelsData) and isinstance(model, SegmenterConfig):
-        return _open_labels(data, model, root, seed=recipe.train.seed)
-    raise ConfigError(f"a {kind_of(model)} cannot be trained on data of the kind {kind_of(data)!r}")
+    return task.open_training(data, root, seed=recipe.train.seed)
 
 
-def _open_coco(data: CocoData, model: DetectorConfig, root: Path, *, seed: int) -> tuple[CocoDetection, CocoDetection]:
-    train = CocoDetection(
-        root / data.train_images,
-        root / data.train_annotations,
-        transform=Augment(data.augment),
-        with_masks=model.head.with_masks,
-        invalid=data.invalid,
-        skip_empty=data.skip_empty,
-        seed=seed,
-        cache_bytes=CACHE,
-    )
-    val = CocoDetection(root / data.val_images, root / data.val_annotations, with_masks=False, invalid=data.invalid)
-    for source, path in ((train, data.train_annotations), (val, data.val_annotations)):
-        if source.category_ids != model.category_ids:
-            raise ConfigError(
-                f"{root / path}: its categories {_named(source.classes)} are not the model's "
-                f"{_named(model.classes)}; --data.own-classes True takes those of {data.train_annotations.name}"
-            )
-    return train, val
+def task_for(recipe: Recipe) -> Task:
+    """The task of the recipe's model.
 
-
-def _open_labels(
-    data: LabelsData, model: SegmenterConfig, root: Path, *, seed: int
-) -> tuple[LabelDataset, LabelDataset]:
-    opened = []
-    for part, augment in (("train", data.augment), ("val", None)):
-        images, *paths = (getattr(data, f"{part}_{name}") for name in ("images", "labels", "names", "panoptic"))
-        labels, names, panoptic, palette = (None if path is None else root / path for path in (*paths, data.palette))
-        truth = Truth(
-            labels=labels,
-            names=names,
-            panoptic=panoptic,
-            image_suffix=data.image_suffix,
-            label_suffix=data.label_suffix,
-            zero_is_ignored=data.zero_is_ignored,
-            palette=palette,
-        )
-        opened.append(
-            truth.open_labels(
-                root / images,
-                model.classes,
-                ignore_index=model.ignore_index,
-                values=data.values,
-                transform=None if augment is None else SemanticAugment(augment, model.ignore_index),
-                seed=seed,
-                cache_bytes=0 if augment is None else CACHE,
-            )
-        )
-    return opened[0], opened[1]
-
-
-def _named(classes: tuple[str, ...]) -> str:
-    return f"({len(classes)}: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})"
+    Raises:
+        ConfigError: the recipe's data is that of another task.
+    """
+    task = task_of(recipe.model)
+    if not isinstance(recipe.data, task.data_config):
+        raise ConfigError(f"a {kind_of(recipe.model)} cannot be trained on data of the kind {kind_of(recipe.data)!r}")
+    return task
 
 
 def with_own_classes(recipe: Recipe) -> Recipe:
-    """The recipe for the classes of its own annotation file, if it wants that (`CocoData.own_classes`).
+    """The recipe with the classes of its data, where it asks for them (`CocoData.own_classes`).
 
     Raises:
         ConfigError: the file cannot be read, or names no classes.
     """
-    data, model = recipe.data, recipe.model
-    if not isinstance(data, CocoData) or not data.own_classes or not isinstance(model, DetectorConfig):
-        return recipe
-    root = data.root if data.root is not None else default_data_root()
-    classes, ids = load_categories(root / data.train_annotations)
-    head = replace(model.head, num_classes=len(classes))
-    return replace(recipe, model=replace(model, classes=classes, category_ids=ids, head=head))
+    return replace(recipe, model=task_for(recipe).classes_of(recipe.data, _root(recipe.data)))
 
 
 def with_classes(
@@ -304,29 +160,15 @@ def with_classes(
 
     Args:
         num_classes: of the data; None: as many as the palette has.
-        ignore_index: label of pixels that nobody has to know.
+        ignore_index: label of pixels of which nothing is known.
         palette: file with their colours, and names if it has them; label images may then be in these colours.
 
     Raises:
         ConfigError: the recipe is a detector's, or the numbers contradict each other.
     """
-    model, data = recipe.model, recipe.data
-    if not isinstance(model, SegmenterConfig) or not isinstance(data, LabelsData):
-        raise ConfigError(
-            "num-classes, ignore-index and palette are those of a segmenter; this recipe is a detector's: "
-            "--data.own-classes True takes the classes of its annotation file"
-        )
-    colours, names = model.palette, model.classes
-    if palette is not None:
-        read = read_palette(palette)
-        colours, num_classes = read.colours, len(read.colours) if num_classes is None else num_classes
-        names = read.names or names
-        data = replace(data, palette=palette.resolve())
-    if num_classes is not None and len(names) != num_classes:
-        names = tuple(f"class {i}" for i in range(num_classes))
-    if len(colours) != len(names):
-        if palette is not None:
-            raise ConfigError(f"{palette}: has {len(colours)} colours for {len(names)} classes; give one for each")
-        colours = ()
-    ignored = model.ignore_index if ignore_index is None else ignore_index
-    return replace(recipe, data=data, model=replace(model, classes=names, palette=colours, ignore_index=ignored))
+    model, data = task_for(recipe).with_classes(recipe.data, num_classes, ignore_index, palette)
+    return replace(recipe, model=model, data=data)
+
+
+def _root(data: DataConfig) -> Path:
+    return data.root if data.root is not None else default_data_root()

@@ -17,16 +17,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sievit.config import ConfigError
+from sievit.data.dataset import ImageDataset
 from sievit.distributed import gathered, world_size
 from sievit.engine.batches import Batch, EpochBatches, Losses, Samples, grouped, loading, training_loader
 from sievit.engine.checkpoint import CsvLog, RunFolder, write_json
-from sievit.engine.evaluate import Data, evaluate, headline
+from sievit.engine.evaluate import evaluate
 from sievit.engine.initial import dense_teacher, start_from, start_vit_from, timm_name
 from sievit.engine.optim import Average, build_optimizer, freeze, learning_rate, set_learning_rate, total_steps
-from sievit.engine.recipe import CocoData, Recipe, TrainConfig, default_data_root, open_data, with_own_classes
+from sievit.engine.recipe import Recipe, TrainConfig, default_data_root, open_data, with_own_classes
 from sievit.engine.signals import Interrupted, Stop, stopping
 from sievit.hub.fetch import HUB, model_file
 from sievit.models.build import build, read, save
+from sievit.tasks import task_of
 
 
 def train(recipe: Recipe | None, *, out: Path, resume: bool = False, console: Console | None = None) -> dict:
@@ -121,8 +123,8 @@ class _Run:
         recipe: Recipe,
         folder: RunFolder,
         fabric: Fabric,
-        train_set: Data,
-        val_set: Data,
+        train_set: ImageDataset,
+        val_set: ImageDataset,
         console: Console,
         *,
         state: dict | None,
@@ -275,7 +277,8 @@ class _Run:
         started, epoch = time.monotonic(), (self.step - 1) // self.batches.steps
         with self._averaged():
             figures = {"epoch": epoch, "step": self.step, **self._figures(limit=self.recipe.train.val_images)}
-            score = figures[headline(figures)]
+            task = task_of(self.recipe.model)
+            score = figures[task.headline(figures)]
             better = score >= self.best
             if self.fabric.is_global_zero:
                 save(self.model, self.folder.last_file)
@@ -284,8 +287,7 @@ class _Run:
                     write_json(self.folder.metrics_file, figures)
         if self.val_log is not None:
             self.val_log.write({name: value for name, value in figures.items() if not isinstance(value, list)})
-            shown = ("box_ap", "mask_ap", "miou", "pixel_accuracy")
-            text = ", ".join(f"{k} {figures[k]:.4f}" for k in shown if k in figures)
+            text = ", ".join(f"{name} {figures[name]:.4f}" for name in task.shown if name in figures)
             took = f"{time.monotonic() - started:.0f} s"
             self.console.print(f"epoch {epoch}: {text} on {figures['images']} images ({took})")
         if better:
@@ -307,12 +309,10 @@ class _Run:
             write_json(self.folder.metrics_file, self.figures)
 
     def _figures(self, *, limit: int | None) -> dict:
-        data = self.recipe.data
         return evaluate(
             self.model,
             self.val_set,
             limit=limit,
-            max_detections=data.max_detections if isinstance(data, CocoData) else 100,
             precision=self.recipe.train.precision if self.fabric.device.type == "cpu" else "32-true",
             console=self.console if self.fabric.is_global_zero and self.console.is_terminal else None,
             title="validating",

@@ -10,7 +10,7 @@ Letters: b images, r rows of a trace (images, or windows of images), n grid toke
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,9 @@ class Answer(Generic[R]):
 
 class Model(Pretrained, ABC, Generic[R]):
     """Base of every kind of model; `R` is what it answers for an image."""
+
+    optional: ClassVar[tuple[str, ...]] = ()
+    """How the names of weights begin that only some models of the kind have, such as those of a mask branch."""
 
     @property
     @abstractmethod

@@ -3,8 +3,9 @@
 Letters: b images, (h, w) an image's pixels, d detections, g objects. Boxes are xyxy pixels.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ class DetectorConfig(ModelConfig):
     category_ids: tuple[int, ...]
     padding: Literal["hidden", "seen"] = "hidden"
 
+    figures: ClassVar[Mapping[str, str]] = {
+        f"{kind}_ap{level}": f"{kind} AP{level}" for kind in ("box", "mask") for level in ("", "50", "75")
+    }
+
     def __post_init__(self) -> None:
         if len(self.classes) != self.head.num_classes or len(self.category_ids) != self.head.num_classes:
             raise ConfigError(
@@ -67,6 +72,7 @@ class Detector(Model[dict[str, Tensor]]):
     """A backbone and Mask R-CNN."""
 
     kind = "detector"
+    optional = ("head.roi_heads.mask_",)
     config: DetectorConfig
 
     def __init__(self, config: DetectorConfig, *, backbone: Backbone, head: MaskRCNN) -> None:

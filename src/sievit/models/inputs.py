@@ -1,9 +1,9 @@
 """What goes into a model: images of any kind, and what happens to them before a network sees them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -61,6 +61,9 @@ class ModelConfig:
     input: InputConfig
     classes: tuple[str, ...]
     execution: Execution = field(default=Execution(), kw_only=True)
+
+    figures: ClassVar[Mapping[str, str]] = {}
+    """What the figures of accuracy of such models are called, by their names in `sievit eval`."""
 
     @property
     def default_size(self) -> Size:

@@ -3,9 +3,9 @@
 Letters: b images or windows, (h, w) pixels of one, n grid tokens, k classes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,12 @@ class SegmenterConfig(ModelConfig):
     windows_at_once: int = 8
     ignore_index: int = 255
     palette: tuple[tuple[int, int, int], ...] = ()
+
+    figures: ClassVar[Mapping[str, str]] = {
+        "miou": "mean IoU",
+        "pixel_accuracy": "pixel accuracy",
+        "mean_accuracy": "mean accuracy",
+    }
 
     def __post_init__(self) -> None:
         places, depth = self.out_indices, self.vit.depth

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sievit.data.presets import preset
 from sievit.data.transforms import AugmentConfig
-from sievit.engine.recipe import CocoData, Recipe, TrainConfig
+from sievit.engine.recipe import Recipe, TrainConfig
 from sievit.heads.config import MaskRCNNConfig
 from sievit.models.detector import DetectorConfig
 from sievit.models.inputs import InputConfig
@@ -24,6 +24,7 @@ from sievit.necks.adapter import AdapterConfig
 from sievit.policies import KeepAllConfig, SViTConfig
 from sievit.recipes.backbones import DINOV2_B, DINOV2_S, DINOV3_B, DINOV3_S, weights
 from sievit.recipes.common import Listed, pair
+from sievit.tasks.detection import CocoData
 from sievit.vit import ViTConfig
 
 CLASSES = preset("coco_stuff10k").classes[:80]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sievit.data.semantic import SemanticAugmentConfig
 from sievit.data.transforms import AugmentConfig
-from sievit.engine.recipe import CocoData, LabelsData, Recipe, TrainConfig
+from sievit.engine.recipe import Recipe, TrainConfig
 from sievit.heads import ATMConfig, MaskRCNNConfig
 from sievit.heads.config import AnchorConfig, BoxConfig, MaskConfig, RoIConfig, RPNConfig
 from sievit.models.detector import DetectorConfig
@@ -17,6 +17,8 @@ from sievit.models.segmenter import SegmenterConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import DToPConfig, KeepAllConfig, SViTConfig
 from sievit.recipes.common import Listed, pair, with_policy
+from sievit.tasks.detection import CocoData
+from sievit.tasks.segmentation import LabelsData
 from sievit.vit import ViTConfig
 
 IMAGES = Path("nuclei/images")

@@ -20,13 +20,14 @@ from typing import Any
 
 from sievit.data.presets import preset
 from sievit.data.semantic import SemanticAugmentConfig
-from sievit.engine.recipe import LabelsData, Recipe, TrainConfig
+from sievit.engine.recipe import Recipe, TrainConfig
 from sievit.heads import ATMConfig, SemanticHeadConfig, SETRNaiveConfig
 from sievit.models.inputs import InputConfig
 from sievit.models.segmenter import SegmenterConfig
 from sievit.policies import DToPConfig, KeepAllConfig
 from sievit.recipes.backbones import DINOV2_B, DINOV2_S, DINOV3_B, VIT_B, VIT_L, VIT_S, weights
 from sievit.recipes.common import Listed, pair
+from sievit.tasks.segmentation import LabelsData
 from sievit.vit import ViTConfig
 
 TRAIN = TrainConfig(

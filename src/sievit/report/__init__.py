@@ -10,6 +10,7 @@ from rich.console import Console
 from sievit.config import ConfigError, kind_of
 from sievit.data.coco import CocoDetection
 from sievit.data.labels import LabelDataset
+from sievit.data.truth import Truth
 from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import evaluate as run_evaluation
 from sievit.engine.recipe import default_data_root
@@ -21,6 +22,7 @@ from sievit.models.detector import Detector
 from sievit.models.segmenter import Segmenter
 from sievit.policies import DToPConfig, SViTConfig
 from sievit.report import detection, semantic
+from sievit.tasks import task_of
 
 EXAMPLES = Path("examples/nuclei")
 """The images of the demonstration, in the repository."""
@@ -108,22 +110,14 @@ def evaluate(
     used are left out, and listed in `failures`.
     """
     model = open_model(model_path, policy=policy, thresholds=thresholds, budget=budget, device=device)
-    dataset: CocoDetection | LabelDataset
-    if isinstance(model, Detector):
-        if annotations is None or labels is not None:
-            raise ConfigError(f"{model_path}: is a detector; give --annotations, a file in COCO's format")
-        dataset = detection.open_annotations(model, images, annotations)
-    else:
-        if labels is None or annotations is not None:
-            raise ConfigError(f"{model_path}: is a segmenter; give --labels, a folder of label images")
-        assert isinstance(model, Segmenter)
-        dataset = semantic.open_labels(model, images, labels, label_files)
+    files = {name: getattr(label_files, name) for name in vars(label_files)}
+    truth = Truth(annotations=annotations, labels=labels, max_detections=max_detections, **files)
+    dataset = task_of(model.config).open(images, truth)
     figures = run_evaluation(
         model,
         dataset,
         batch_size=batch_size,
         limit=limit,
-        max_detections=max_detections,
         skip_failures=True,
         console=Console(stderr=True),
     )

@@ -1,1 +1,6 @@
-"""Tasks: how answers are judged, drawn and written. One file for each task."""
+"""Tasks: what models are for. Importing this package registers them."""
+
+from sievit.tasks import detection, segmentation
+from sievit.tasks.base import DataConfig, Metric, ScenesConfig, Task, Writer, task_of
+
+__all__ = ["DataConfig", "Metric", "ScenesConfig", "Task", "Writer", "detection", "segmentation", "task_of"]

@@ -12,21 +12,19 @@ from torch import Tensor
 
 from sievit.bench.common import fitted
 from sievit.config import ConfigError
-from sievit.data.coco import CocoDetection
+from sievit.data.dataset import ImageDataset
 from sievit.data.images import list_images, read_image, to_tensor
-from sievit.data.labels import LabelDataset
+from sievit.data.truth import Truth
 from sievit.devices import device_name
-from sievit.engine.evaluate import evaluate, headline
+from sievit.engine.evaluate import evaluate
 from sievit.files import write_atomically
 from sievit.measure.modes import DENSE
 from sievit.models.base import Model
 from sievit.models.build import model_file, read, save
-from sievit.models.detector import Detector
-from sievit.models.segmenter import Segmenter
 from sievit.policies import PolicyConfig
 from sievit.report import open_model
-from sievit.report.detection import open_annotations
-from sievit.report.semantic import LabelFiles, open_labels
+from sievit.report.semantic import LabelFiles
+from sievit.tasks import task_of
 from sievit.tune.candidates import Say, candidates_of, check_modes
 from sievit.tune.options import Goal, Judged, Tuning
 from sievit.tune.race import Outcome, dense_setups, run_race
@@ -159,18 +157,10 @@ def _batches(images: Sequence[Tensor], batch_size: int) -> list[list[Tensor]]:
 def _accuracy(
     model: Model, images: Path, judged: Judged, files: LabelFiles, execution: Execution, console: Console | None
 ) -> "_Accuracy":
-    dataset: CocoDetection | LabelDataset | None = None
-    if judged.annotations is None and judged.labels is None:
-        pass
-    elif isinstance(model, Detector):
-        if judged.annotations is None or judged.labels is not None:
-            raise ConfigError("the model is a detector; give --annotations, a file in COCO's format")
-        dataset = open_annotations(model, images, judged.annotations)
-    else:
-        if judged.labels is None or judged.annotations is not None:
-            raise ConfigError("the model is a segmenter; give --labels, a folder of label images")
-        assert isinstance(model, Segmenter)
-        dataset = open_labels(model, images, judged.labels, files)
+    dataset = None
+    if judged.annotations is not None or judged.labels is not None:
+        truth = Truth(annotations=judged.annotations, labels=judged.labels, **vars(files))
+        dataset = task_of(model.config).open(images, truth)
     return _Accuracy(Workload(model, [], execution=execution), dataset, judged.eval_limit, console)
 
 
@@ -180,7 +170,7 @@ class _Accuracy:
     def __init__(
         self,
         workload: Workload,
-        dataset: CocoDetection | LabelDataset | None,
+        dataset: ImageDataset | None,
         limit: int | None,
         console: Console | None,
     ) -> None:
@@ -199,7 +189,7 @@ class _Accuracy:
                 console=self.console,
                 title="evaluating",
             )
-            self.measure = headline(figures)
+            self.measure = task_of(self.workload.model.config).headline(figures)
             self.points[config] = 100 * figures[self.measure]
         return self.points[config]
 

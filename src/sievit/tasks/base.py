@@ -1,0 +1,184 @@
+"""What a task is: how its data is opened, and how results of a model are judged, shown and written.
+
+A new task is one file: the configuration of its training data, and a `Task` that is registered for a kind of model.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from PIL import Image
+
+from sievit.config import ConfigError, kind_of
+from sievit.data.dataset import ImageDataset
+from sievit.data.truth import Truth
+from sievit.models.inputs import ModelConfig
+from sievit.viz import Colour, Picture
+
+CACHE = 2**30
+"""Bytes of decoded training images that a process keeps."""
+R = TypeVar("R")
+"""The result of a model for one image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenesConfig:
+    """Generated scenes; made when training starts, unless they are there.
+
+    Attributes:
+        size: (height, width) in pixels.
+        seeds: of the training and of the validation series.
+    """
+
+    num_train: int = 2000
+    num_val: int = 200
+    size: tuple[int, int] = (256, 256)
+    seeds: tuple[int, int] = (1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Base of the training data of every task; paths are relative to `root`.
+
+    Attributes:
+        root: None takes the environment's SIEVIT_DATA, else ../shared/data, as it was when the run was made.
+        scenes: generate the data below `root` instead of expecting it there.
+    """
+
+    train_images: Path
+    val_images: Path
+    root: Path | None = None
+    scenes: ScenesConfig | None = None
+
+
+@dataclass(frozen=True)
+class Metric(Generic[R]):
+    """Judges results.
+
+    Attributes:
+        update: takes the target and the result of an image.
+        compute: the figures by name, 0..1, of all processes; with several all of them have to call it.
+    """
+
+    update: Callable[[dict[str, Any], R], None]
+    compute: Callable[[], dict[str, Any]]
+
+
+class Writer(ABC, Generic[R]):
+    """Writes the results of images into a folder."""
+
+    @abstractmethod
+    def add(self, name: str, size: tuple[int, int], result: R) -> None:
+        """Add an image of (height, width) pixels; `name` is its path below the folder of images."""
+
+    @abstractmethod
+    def finish(self) -> str:
+        """Write what belongs to all images; a sentence that says what was written where."""
+
+
+class Task(ABC, Generic[R]):
+    """What can be done with the results of one kind of model, whose configuration it is made for."""
+
+    data_config: ClassVar[type[DataConfig]]
+    """Of the data that such models are trained on."""
+    shown: ClassVar[tuple[str, ...]]
+    """The figures that are printed; the first that there is, is the one that models are compared by."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def open(self, images: Path, truth: Truth) -> ImageDataset:
+        """The images of a folder with their annotations, to evaluate the model on.
+
+        Raises:
+            ConfigError: options of another task, or data that cannot be read or is of other classes.
+        """
+
+    @abstractmethod
+    def open_training(self, data: Any, root: Path, *, seed: int) -> tuple[ImageDataset, ImageDataset]:
+        """The training set, augmented, and the validation set; `data` is of the class `data_config`.
+
+        Raises:
+            ConfigError: files are missing or malformed, or their classes are not those of the model.
+        """
+
+    def classes_of(self, data: Any, root: Path) -> ModelConfig:
+        """The configuration of the model with the classes of its data, where that is asked for."""
+        return self.config
+
+    def with_classes(
+        self, data: Any, num_classes: int | None, ignore_index: int | None, palette: Path | None
+    ) -> tuple[ModelConfig, DataConfig]:
+        """The configurations of model and data for other classes; see `engine.recipe.with_classes`.
+
+        Raises:
+            ConfigError: the numbers contradict each other, or the task takes no such options.
+        """
+        raise ConfigError(f"a {kind_of(self.config)} takes no number of classes, ignored label or palette")
+
+    @abstractmethod
+    def metric(self, data: Any) -> Metric[R]:
+        """What judges results on a data set of `open` or `open_training`."""
+
+    def headline(self, figures: Mapping[str, Any]) -> str:
+        """The name of the figure that models are compared by."""
+        return next(name for name in self.shown if name in figures)
+
+    def accuracies(self, figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+        """The rows of a table: what a figure is called, and its value, 0..1."""
+        for name in self.shown:
+            if name in figures:
+                yield self.config.figures[name], figures[name]
+
+    @abstractmethod
+    def picture(self, image: Picture, result: R, *, min_score: float, box: tuple[int, int]) -> Image.Image:
+        """The image with the result drawn on it, scaled to fit `box` (width, height).
+
+        Args:
+            min_score: of what is drawn, where results have scores.
+        """
+
+    def legend(self, results: Sequence[R]) -> list[tuple[str, Colour | None]]:
+        """What the colours of the pictures of one image mean; empty where the pictures say so themselves."""
+        return []
+
+    def as_result(self, target: dict[str, Any]) -> R | None:
+        """The target of an image as a model would answer it, for a picture; None for no such picture."""
+        return None
+
+    def summary(self, result: R, *, min_score: float) -> str:
+        """A few words on a result; empty for none."""
+        return ""
+
+    @abstractmethod
+    def writer(self, out: Path, names: Sequence[str], *, ids: Path | None = None) -> Writer[R]:
+        """Writes the results of the images `names` to the folder `out`.
+
+        Args:
+            ids: COCO file with the ids of the images, for results in COCO's format.
+
+        Raises:
+            ConfigError: `ids` lacks an image, or the task writes no such results.
+        """
+
+
+T = TypeVar("T", bound=type[Task])
+_TASKS: dict[str, type[Task]] = {}
+
+
+def register_task(kind: str) -> Callable[[T], T]:
+    """Class decorator: `task_of` gives this task to models of the kind."""
+
+    def mark(cls: T) -> T:
+        _TASKS[kind] = cls
+        return cls
+
+    return mark
+
+
+def task_of(config: ModelConfig) -> Task:
+    """The task of the models that `config` describes."""
+    return _TASKS[kind_of(config) or ""](config)

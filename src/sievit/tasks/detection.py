@@ -1,0 +1,155 @@
+"""Detection and instance segmentation: boxes and masks in COCO's format."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+from torch import Tensor
+
+from sievit import viz
+from sievit.config import ConfigError, variant
+from sievit.data.annotations import load_categories
+from sievit.data.coco import CocoDetection
+from sievit.data.transforms import Augment, AugmentConfig
+from sievit.data.truth import Truth
+from sievit.files import write_atomically
+from sievit.models.detector import DetectorConfig
+from sievit.tasks.base import CACHE, DataConfig, Metric, Task, Writer, register_task
+from sievit.tasks.metrics import CocoMetric, coco_results
+
+Detections = dict[str, Tensor]
+"""torchvision's: boxes (d, 4) xyxy pixels, labels (d,) from 1, scores (d,), masks (d, 1, h, w) if there are any."""
+
+
+@variant("coco")
+@dataclass(frozen=True, kw_only=True)
+class CocoData(DataConfig):
+    """Boxes and masks in COCO's format.
+
+    Attributes:
+        max_detections: per image, in evaluation. COCO's is 100.
+        invalid: what to do about annotations that cannot be used.
+        skip_empty: leave training images without an object out.
+        own_classes: the model gets the classes of `train_annotations`, whatever the recipe says.
+    """
+
+    train_annotations: Path
+    val_annotations: Path
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    max_detections: int = 100
+    invalid: Literal["error", "skip"] = "error"
+    skip_empty: bool = False
+    own_classes: bool = False
+
+
+@register_task("detector")
+class DetectionTask(Task[Detections]):
+    """Average precision of boxes, and of masks where both the model and the truth have them."""
+
+    config: DetectorConfig
+    data_config = CocoData
+    shown = ("mask_ap", "box_ap", "mask_ap50", "box_ap50")
+
+    def open(self, images: Path, truth: Truth) -> CocoDetection:
+        return truth.open_boxes(images, self.config.category_ids)
+
+    def open_training(self, data: CocoData, root: Path, *, seed: int) -> tuple[CocoDetection, CocoDetection]:
+        train = CocoDetection(
+            root / data.train_images,
+            root / data.train_annotations,
+            transform=Augment(data.augment),
+            with_masks=self.config.head.with_masks,
+            invalid=data.invalid,
+            skip_empty=data.skip_empty,
+            seed=seed,
+            cache_bytes=CACHE,
+        )
+        val = CocoDetection(
+            root / data.val_images,
+            root / data.val_annotations,
+            with_masks=False,
+            invalid=data.invalid,
+            max_detections=data.max_detections,
+        )
+        for source, path in ((train, data.train_annotations), (val, data.val_annotations)):
+            if source.category_ids != self.config.category_ids:
+                raise ConfigError(
+                    f"{root / path}: its categories {_named(source.classes)} are not the model's "
+                    f"{_named(self.config.classes)}; --data.own-classes True takes those of "
+                    f"{data.train_annotations.name}"
+                )
+        return train, val
+
+    def classes_of(self, data: CocoData, root: Path) -> DetectorConfig:
+        if not data.own_classes:
+            return self.config
+        classes, ids = load_categories(root / data.train_annotations)
+        head = replace(self.config.head, num_classes=len(classes))
+        return replace(self.config, classes=classes, category_ids=ids, head=head)
+
+    def with_classes(
+        self, data: CocoData, num_classes: int | None, ignore_index: int | None, palette: Path | None
+    ) -> tuple[DetectorConfig, CocoData]:
+        raise ConfigError(
+            "num-classes, ignore-index and palette are those of a segmenter; this recipe is a detector's: "
+            "--data.own-classes True takes the classes of its annotation file"
+        )
+
+    def metric(self, data: CocoDetection) -> Metric[Detections]:
+        with_masks = self.config.head.with_masks and data.annotations.has_masks
+        metric = CocoMetric(data.annotations, with_masks=with_masks, max_detections=data.max_detections)
+        return Metric(lambda target, found: metric.update(target["image_id"], found), metric.compute)
+
+    def picture(self, image: viz.Picture, result: Detections, *, min_score: float, box: tuple[int, int]) -> Image.Image:
+        return viz.predictions(image, result, self.config.classes, min_score=min_score, box=box)
+
+    def summary(self, result: Detections, *, min_score: float) -> str:
+        return f"{int((result['scores'] >= min_score).sum())} objects"
+
+    def writer(self, out: Path, names: Sequence[str], *, ids: Path | None = None) -> Writer[Detections]:
+        return _CocoWriter(self.config, out, _image_ids(names, ids))
+
+
+class _CocoWriter(Writer[Detections]):
+    """results.json: COCO results; images.json: the images and categories that it speaks of, itself a COCO file."""
+
+    def __init__(self, config: DetectorConfig, out: Path, ids: dict[str, int]) -> None:
+        self.config, self.out, self.ids = config, out, ids
+        self.results: list[dict[str, Any]] = []
+        self.images: list[dict[str, Any]] = []
+
+    def add(self, name: str, size: tuple[int, int], result: Detections) -> None:
+        self.results += coco_results(result, self.ids[name], self.config.category_ids)
+        self.images.append({"id": self.ids[name], "file_name": name, "width": size[1], "height": size[0]})
+
+    def finish(self) -> str:
+        names = zip(self.config.category_ids, self.config.classes, strict=True)
+        categories = [{"id": i, "name": name} for i, name in names]
+        listing = {"images": self.images, "categories": categories, "annotations": []}
+        write_atomically(self.out / "images.json", json.dumps(listing).encode())
+        write_atomically(self.out / "results.json", json.dumps(self.results).encode())
+        return f"{len(self.images)} images, {len(self.results)} detections: {self.out / 'results.json'}"
+
+
+def _image_ids(names: Sequence[str], annotations: Path | None) -> dict[str, int]:
+    """The image id of every file name: of a COCO file, or else 1, 2, ... by name."""
+    if annotations is None:
+        return {name: i for i, name in enumerate(names, start=1)}
+    try:
+        listed = json.loads(annotations.read_text(encoding="utf-8"))["images"]
+        known = {image["file_name"]: int(image["id"]) for image in listed}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{annotations}: not a COCO file with a list of images ({error!r})") from error
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ConfigError(
+            f"{annotations}: has no id for {missing[0]} (nor for {len(missing) - 1} more); leave out --ids"
+        )
+    return known
+
+
+def _named(classes: tuple[str, ...]) -> str:
+    return f"({len(classes)}: {', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})"
