@@ -1,5 +1,7 @@
 """Pictures: what is drawn where."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -89,15 +91,15 @@ def test_heat_map_counts_blocks():
     assert pixels[0, 0].sum() > pixels[0, -1].sum()
 
 
-@pytest.mark.parametrize("views", [0, 1, 2])
-def test_figure_takes_any_number_of_views_and_blocks(views: int):
-    image, keep = torch.rand(3, 40, 60), torch.rand(5, 48) < 0.5
-    answers = [viz.View(f"model {i}", "a note", detections()) for i in range(views)]
-    picture = viz.figure(
-        image, answers, ["thing"], trace_of(keep, (6, 8)), 0, size=(80, 120), image_size=(96, 128), title="one"
-    )
-    assert picture.width == 1640
-    assert np.asarray(picture).std() > 0
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_a_figure_takes_any_number_of_panels(count: int):
+    image, trace = torch.rand(3, 40, 60), trace_of(torch.rand(5, 48) < 0.5, (6, 8))
+    panels = [viz.Panel(f"model {i}", "a note", partial(viz.label_map, image, torch.zeros(20, 30), viz.PALETTE))
+              for i in range(count)]  # fmt: skip
+    heat = viz.heat_panel(image, trace, 0, size=(80, 120), image_size=(96, 128))
+    drawn = viz.figure(image, [*panels, heat], below=[partial(viz.legend, [("a", None), ("b", viz.INK)])], columns=3)
+    assert drawn.width == 1640
+    assert np.asarray(drawn).std() > 0
 
 
 def test_pictures_take_pil_and_grey_images():

@@ -7,9 +7,9 @@ Every function returns a PIL image.
 """
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -20,11 +20,8 @@ from sievit.tokens import Trace
 
 Picture = Tensor | Image.Image
 Colour = tuple[int, int, int]
-Panel = tuple[str, str, Image.Image]
-"""Title, note under it, and picture."""
-
-WIDTH, MARGIN, GAP = 1640, 24, 14
-"""Of a figure, in pixels; gaps are between its panels."""
+MARGIN, GAP = 24, 14
+"""Around a figure and between its panels, in pixels."""
 INK: Colour = (38, 42, 51)
 FAINT: Colour = (128, 134, 145)
 PAPER: Colour = (255, 255, 255)
@@ -39,32 +36,18 @@ HEAT = np.array(
 
 
 @dataclass(frozen=True)
-class View:
-    """One model's answer for one image: what `figure` shows of it.
+class Panel:
+    """One of the pictures that stand side by side in a `figure`.
 
     Attributes:
-        title: who answered.
+        title: what it shows.
         note: a few words under the title, e.g. cost and time.
-        detections: boxes (k, 4) xyxy pixels, labels (k,) from 1, scores (k,), masks (k, [1,] h, w) if there are any.
+        draw: the picture, from the `box` (width, height) that it has to fit.
     """
 
     title: str
     note: str
-    detections: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class LabelView:
-    """A class for every pixel of one image: what `semantic_figure` shows of it.
-
-    Attributes:
-        title: who answered. note: a few words under the title.
-        labels: (h, w) integers; values that are no class are left as the image has them.
-    """
-
-    title: str
-    note: str
-    labels: Tensor
+    draw: Callable[..., Image.Image]
 
 
 @dataclass(frozen=True)
@@ -162,10 +145,8 @@ def label_map(
 ) -> Image.Image:
     """The image with each pixel's class (h, w) laid over it, and lines where classes meet; scaled to fit `box`."""
     canvas = fit(to_pil(image), box)
-    values = labels.cpu().numpy()
-    rows = ((np.arange(canvas.height) + 0.5) * values.shape[0] / canvas.height).astype(int)
-    columns = ((np.arange(canvas.width) + 0.5) * values.shape[1] / canvas.width).astype(int)
-    fine = values[rows[:, None], columns[None]]
+    values = Image.fromarray(labels.cpu().numpy().astype(np.int32))
+    fine = np.asarray(values.resize(canvas.size, Image.Resampling.NEAREST))
     known = (fine >= 0) & (fine < len(colours))
     table = np.array(colours, dtype=float)
     pixels = np.asarray(canvas, dtype=float)
@@ -189,48 +170,24 @@ def exit_colours(count: int) -> tuple[Colour, ...]:
     return tuple((int(r), int(g), int(b)) for r, g, b in shades)
 
 
-def semantic_figure(
-    image: Picture,
-    views: Sequence[LabelView],
-    classes: Sequence[str],
-    colours: Sequence[Colour],
-    *,
-    exits: Exits | None = None,
-    title: str = "",
-    width: int = WIDTH,
-    columns: int = 3,
-) -> Image.Image:
-    """One image: input, one panel per view, where tokens left, and what the colours mean."""
-    base, inner = to_pil(image), width - 2 * MARGIN
-    columns = min(columns, 1 + len(views) + (exits is not None))
-    box = _panel_box(inner, columns)
-    panels = [_input_panel(base, box)]
-    panels += [(view.title, view.note, label_map(base, view.labels, colours, box=box)) for view in views]
-    legends = [_legend(_present(views, classes, colours), inner)]
-    if exits is not None:
-        shares = [(exits.stage == i).float().mean().item() for i in range(len(exits.places))]
-        panels.append(("where tokens left", f"{1 - shares[-1]:.0%} left early", exit_map(base, exits, box=box)))
-        places = [f"{place} ({share:.0%})" for place, share in zip(exits.places, shares, strict=True)]
-        entries = list(zip(places, exit_colours(len(places)), strict=True))
-        legends.append(_legend([("tokens left:", None), *entries], inner))
-    return _sheet(title, panels, legends, width=width, columns=columns)
+def exits_panel(image: Picture, exits: Exits) -> Panel:
+    """Where tokens left, as a panel of a figure."""
+    left = 1 - _shares(exits)[-1]
+    return Panel("where tokens left", f"{left:.0%} left early", partial(exit_map, image, exits))
 
 
-def _present(
-    views: Sequence[LabelView], classes: Sequence[str], colours: Sequence[Colour]
-) -> list[tuple[str, Colour | None]]:
-    """The classes that some view shows, the largest first, at most twenty."""
-    counts = torch.zeros(len(classes), dtype=torch.int64)
-    for view in views:
-        values = view.labels.cpu().flatten()
-        values = values[(values >= 0) & (values < len(classes))]
-        counts += torch.bincount(values, minlength=len(classes))
-    order = counts.argsort(descending=True)[:20].tolist()
-    return [(classes[i], colours[i]) for i in order if counts[i]]
+def exits_legend(exits: Exits) -> list[tuple[str, Colour | None]]:
+    """What the colours of `exit_map` mean, for `legend`."""
+    texts = [f"{place} ({share:.0%})" for place, share in zip(exits.places, _shares(exits), strict=True)]
+    return [("tokens left:", None), *zip(texts, exit_colours(len(texts)), strict=True)]
 
 
-def _legend(entries: Sequence[tuple[str, Colour | None]], width: int) -> Image.Image:
-    """Names with their colours, in as many lines as it takes."""
+def _shares(exits: Exits) -> list[float]:
+    return [(exits.stage == i).float().mean().item() for i in range(len(exits.places))]
+
+
+def legend(entries: Sequence[tuple[str, Colour | None]], width: int) -> Image.Image:
+    """Names with their colours, in as many lines of `width` pixels as it takes."""
     font, line, places = _font(15), 24, []
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     x = y = 0
@@ -293,55 +250,52 @@ def heat_map(
     return Image.fromarray((_heat(share) * (0.55 + 0.45 * grey)).clip(0, 255).astype(np.uint8))
 
 
+def heat_panel(
+    image: Picture, trace: Trace, index: int, *, size: tuple[int, int], image_size: tuple[int, int]
+) -> Panel:
+    """Blocks per token, above the legend of its colours, as a panel of a figure."""
+
+    def draw(box: tuple[int, int]) -> Image.Image:
+        picture = heat_map(image, trace, index, size=size, image_size=image_size, box=box)
+        return _with_colour_bar(picture, len(trace.keep))
+
+    return Panel("blocks per token", f"{trace.shares()[:, index].mean().item():.0%} of all computed", draw)
+
+
 def figure(
     image: Picture,
-    views: Sequence[View],
-    classes: Sequence[str],
-    trace: Trace,
-    index: int,
+    panels: Sequence[Panel],
     *,
-    size: tuple[int, int],
-    image_size: tuple[int, int],
+    below: Sequence[Callable[[int], Image.Image]] = (),
     title: str = "",
-    width: int = WIDTH,
-    min_score: float = 0.5,
+    columns: int | None = None,
+    width: int = 1640,
 ) -> Image.Image:
-    """One image: input, one panel per view, blocks per token, and below them the map of every block.
+    """An image, panels beside it and pictures below.
 
-    `trace` is that of the view that skips tokens.
+    Args:
+        below: pictures, from the width in pixels that they have to have.
+        columns: how many panels stand side by side, the image included; None for all.
     """
-    base, inner, columns = to_pil(image), width - 2 * MARGIN, len(views) + 2
+    base, inner = to_pil(image), width - 2 * MARGIN
+    panels = [Panel("input", f"{base.width} x {base.height} pixels", partial(fit, base)), *panels]
+    columns = min(columns or len(panels), len(panels))
     box = _panel_box(inner, columns)
-    panels = [_input_panel(base, box)]
-    for view in views:
-        found = predictions(base, view.detections, classes, min_score=min_score, box=box)
-        panels.append((view.title, view.note, found))
-    heat = heat_map(base, trace, index, size=size, image_size=image_size, box=box)
-    mean = trace.shares()[:, index].mean().item()
-    panels.append(("blocks per token", f"{mean:.0%} of all computed", _with_colour_bar(heat, len(trace.keep))))
-    maps = keep_maps(base, trace, index, size=size, image_size=image_size, width=inner)
-    return _sheet(title, panels, [maps], width=width, columns=columns)
-
-
-def _sheet(
-    title: str, panels: Sequence[Panel], below: Sequence[Image.Image], *, width: int, columns: int
-) -> Image.Image:
-    """Panels side by side in so many columns, with their titles and notes above them, and pictures below them."""
-    head = 44
-    top = MARGIN + (34 if title else 0)
-    step = _panel_box(width - 2 * MARGIN, columns)[0] + GAP
-    row_height = head + max(picture.height for _, _, picture in panels) + GAP
+    pictures = [panel.draw(box=box) for panel in panels]
+    others = [draw(inner) for draw in below]
+    top, head = MARGIN + (34 if title else 0), 44
+    row_height = head + max(picture.height for picture in pictures) + GAP
     y = top + -(-len(panels) // columns) * row_height
-    sheet = Image.new("RGB", (width, y + sum(picture.height + 6 for picture in below) + MARGIN - 6), PAPER)
+    sheet = Image.new("RGB", (width, y + sum(other.height + 6 for other in others) + MARGIN - 6), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN, MARGIN - 6), title, fill=INK, font=_font(24))
-    for picture in below:
-        sheet.paste(picture, (MARGIN, y))
-        y += picture.height + 6
-    for i, (name, note, picture) in enumerate(panels):
-        x, y = MARGIN + (i % columns) * step, top + (i // columns) * row_height
-        pen.text((x, y), name, fill=INK, font=_font(18))
-        pen.text((x, y + 22), note, fill=FAINT, font=_font(14))
+    for other in others:
+        sheet.paste(other, (MARGIN, y))
+        y += other.height + 6
+    for i, (panel, picture) in enumerate(zip(panels, pictures, strict=True)):
+        x, y = MARGIN + (i % columns) * (box[0] + GAP), top + (i // columns) * row_height
+        pen.text((x, y), panel.title, fill=INK, font=_font(18))
+        pen.text((x, y + 22), panel.note, fill=FAINT, font=_font(14))
         sheet.paste(picture, (x, y + head))
     return sheet
 
@@ -350,10 +304,6 @@ def _panel_box(width: int, columns: int) -> tuple[int, int]:
     """Largest (width, height) of a panel where so many stand side by side."""
     panel = (width - GAP * (columns - 1)) // columns
     return panel, round(panel * 1.4)
-
-
-def _input_panel(base: Image.Image, box: tuple[int, int]) -> Panel:
-    return "input", f"{base.width} x {base.height} pixels", fit(base, box)
 
 
 def _on_pixels(

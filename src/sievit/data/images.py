@@ -2,6 +2,8 @@
 
 import struct
 import zlib
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,24 @@ def list_images(folder: Path) -> list[Path]:
     return paths
 
 
+@contextmanager
+def opened(path: Path, what: str) -> Generator[Image.Image]:
+    """An image file that is open meanwhile, `what` being "an image" or the like.
+
+    Raises:
+        ConfigError: the file is missing, truncated or not an image; also where pixels are found wrong meanwhile.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            yield image
+    except FileNotFoundError as error:
+        kind = what.partition(" ")[2]
+        raise ConfigError(f"{path}: no such {kind}; check the folder of the {kind}s and the file name") from error
+    except _BROKEN as error:
+        raise ConfigError(f"{path}: cannot be read as {what} ({error}); replace the file") from error
+
+
 def read_image(path: Path, *, size: tuple[int, int] | None = None) -> Image.Image:
     """Read an image file as RGB, upright.
 
@@ -43,15 +63,8 @@ def read_image(path: Path, *, size: tuple[int, int] | None = None) -> Image.Imag
     Raises:
         ConfigError: the file is missing, truncated, not an image, or not of `size`; the message names it.
     """
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            image = opened if _contradicts(opened, size) else ImageOps.exif_transpose(opened)
-            image = to_rgb(image)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such image; check the folder of the images and the file name") from error
-    except _BROKEN as error:
-        raise ConfigError(f"{path}: cannot be read as an image ({error}); replace the file") from error
+    with opened(path, "an image") as stored:
+        image = to_rgb(stored if _contradicts(stored, size) else ImageOps.exif_transpose(stored))
     if size is not None and (image.height, image.width) != tuple(size):
         raise ConfigError(
             f"{path}: the image is {image.width}x{image.height} pixels, the annotation file says {size[1]}x{size[0]}; "

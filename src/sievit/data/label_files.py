@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from sievit.config import ConfigError
-from sievit.data.images import SUFFIXES, list_images
+from sievit.data.images import SUFFIXES, list_images, opened
 
 Colour = tuple[int, int, int]
 
@@ -21,8 +20,7 @@ LABEL_SUFFIXES = tuple(s for s in SUFFIXES if s not in (".jpg", ".jpeg", ".webp"
 
 _COLOUR_LINE = re.compile(r"\s*(\d+)[\s,]+(\d+)[\s,]+(\d+)(?:[\s,]+(.*))?")
 _FEW = 3
-_VALUES = 2**16
-_UNKNOWN = 2**31 - 1
+_UNKNOWN = np.int32(2**31 - 1)
 
 
 @dataclass(frozen=True)
@@ -156,34 +154,23 @@ class LabelReader:
         Raises:
             ConfigError: they contradict each other.
         """
-        self.classes, self.palette, self.ignore_index = classes, palette, ignore_index
-        num_classes = len(classes)
-        if num_classes > _VALUES:
-            raise ConfigError(f"labels: {num_classes} classes are more than the {_VALUES} that label images can hold")
-        if 0 <= ignore_index < num_classes:
+        self.classes, self.palette, self.ignore_index, count = classes, palette, ignore_index, len(classes)
+        if 0 <= ignore_index < count:
             raise ConfigError(
-                f"ignore_index {ignore_index} is one of the {num_classes} classes; choose a value outside of them "
+                f"ignore_index {ignore_index} is one of the {count} classes; choose a value outside of them "
                 "(where 0 in the files means that nothing is known, zero_is_ignored says so)"
             )
-        if palette.colours and len(palette.colours) != num_classes:
-            raise ConfigError(
-                f"palette: {len(palette.colours)} colours for {num_classes} classes; give one for each class"
-            )
-        if label_map is None:
-            first = int(zero_is_ignored)
-            entries = {ignore_index: ignore_index} | {first + label: label for label in range(num_classes)}
-            label_map = entries | dict.fromkeys(range(first), ignore_index)
-            other = _UNKNOWN
-        elif zero_is_ignored:
+        if palette.colours and len(palette.colours) != count:
+            raise ConfigError(f"palette: {len(palette.colours)} colours for {count} classes; give one for each class")
+        if label_map is not None and zero_is_ignored:
             raise ConfigError("zero_is_ignored and label_map both say what values mean; use one of them")
-        else:
-            other = ignore_index
-        self._table = np.full(_VALUES + 2, other, dtype=np.int32)  # the last two stand for all other values
-        for value, label in label_map.items():
-            if label != ignore_index and not 0 <= label < num_classes:
-                raise ConfigError(f"label_map: {value} becomes {label}, which is none of the {num_classes} classes")
-            if 0 <= value < _VALUES:  # Cityscapes lists a value of -1
-                self._table[value] = label
+        for value, label in (label_map or {}).items():
+            if label != ignore_index and not 0 <= label < count:
+                raise ConfigError(f"label_map: {value} becomes {label}, which is none of the {count} classes")
+        self._other = None if label_map is None else ignore_index
+        first = int(zero_is_ignored)
+        stored = {ignore_index: ignore_index} | {first + label: label for label in range(count)}
+        self._labels = stored | dict.fromkeys(range(first), ignore_index) if label_map is None else label_map
 
     def __call__(self, path: Path) -> np.ndarray:
         """The class of each pixel (h, w), or `ignore_index`.
@@ -194,14 +181,11 @@ class LabelReader:
         values = read_values(path)
         if values.ndim == 3:
             return self._from_colours(path, packed_colours(values))
-        labels = self._table[values if values.dtype == np.uint8 else values.clip(-1, _VALUES)]
-        if (labels == _UNKNOWN).any():
-            raise ConfigError(
-                f"{path}: value {commonest(values[labels == _UNKNOWN])} is none of the {len(self.classes)} classes and "
-                f"not ignored ({self.ignore_index}); correct the classes, set zero_is_ignored or a label_map, or the "
-                "file"
-            )
-        return labels
+        advice = (
+            f"is none of the {len(self.classes)} classes and not ignored ({self.ignore_index}); correct the classes, "
+            "set zero_is_ignored or a label_map, or the file"
+        )
+        return translated(values, self._labels, lambda found: f"{path}: value {found} {advice}", other=self._other)
 
     def _from_colours(self, path: Path, colours: np.ndarray) -> np.ndarray:
         if not self.palette.colours:
@@ -214,20 +198,46 @@ class LabelReader:
         if len(packed) != len(entries):
             twice = Counter(colour for _, colour in entries).most_common(1)[0][0]
             raise ConfigError(f"palette: colour {twice} stands for two classes, so {path} cannot be read by colours")
-        labels, wrong = look_up(colours, packed)
-        if wrong.any():
-            found = commonest(colours[wrong], lambda number: (number & 255, number >> 8 & 255, number >> 16))
-            raise ConfigError(
-                f"{path}: colour {found} is not in the palette; add it there (with the name `ignore` if nothing is "
-                "known of such pixels), or correct the file"
-            )
-        return labels
+        advice = (
+            "is not in the palette; add it there (with the name `ignore` if nothing is known of such pixels), or "
+            "correct the file"
+        )
+        return translated(
+            colours,
+            packed,
+            lambda found: f"{path}: colour {found} {advice}",
+            shown=lambda number: (number & 255, number >> 8 & 255, number >> 16),
+        )
 
 
-def commonest(values: np.ndarray, shown: Callable[[int], object] = str) -> str:
-    """The commonest of some values and how many pixels have it, for a message."""
-    value, count = Counter(values.tolist()).most_common(1)[0]
-    return f"{shown(value)} ({count} pixels)"
+def translated(
+    values: np.ndarray,
+    labels: Mapping[int, int],
+    message: Callable[[str], str],
+    *,
+    shown: Callable[[int], object] = str,
+    other: int | None = None,
+) -> np.ndarray:
+    """`labels[v]` of every value v, int32.
+
+    Args:
+        message: of the error, from the commonest value that has no label and how many pixels have it.
+        shown: how that value is written.
+        other: label of all other values; None: they are an error.
+
+    Raises:
+        ConfigError: a value has no label.
+    """
+    keys = np.array(sorted(labels), dtype=np.int64)
+    targets = np.array([labels[key] for key in keys.tolist()], dtype=np.int32)
+    stored = np.arange(256) if values.dtype == np.uint8 else values
+    places = np.searchsorted(keys, stored).clip(max=len(keys) - 1)
+    found = np.where(keys[places] == stored, targets[places], _UNKNOWN if other is None else np.int32(other))
+    found = found[values] if values.dtype == np.uint8 else found
+    if other is None and (found == _UNKNOWN).any():
+        value, count = Counter(values[found == _UNKNOWN].tolist()).most_common(1)[0]
+        raise ConfigError(message(f"{shown(value)} ({count} pixels)"))
+    return found
 
 
 def read_values(path: Path) -> np.ndarray:
@@ -236,14 +246,8 @@ def read_values(path: Path) -> np.ndarray:
     Raises:
         ConfigError: the file is missing or damaged, or holds no whole numbers.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            values, mode = np.asarray(image), image.mode
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such label image; check the folder of the labels and the file name") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{path}: cannot be read as a label image ({error}); replace the file") from error
+    with opened(path, "a label image") as image:
+        values, mode = np.asarray(image), image.mode
     if mode in ("RGB", "RGBA"):
         return values[..., :3]
     if mode not in ("1", "L", "P") and not mode.startswith("I"):
@@ -255,14 +259,6 @@ def packed_colours(values: np.ndarray) -> np.ndarray:
     """uint8 (h, w, 3) as int32 (h, w), red + 256 green + 65536 blue."""
     wide = values.astype(np.int32)
     return wide[..., 0] | wide[..., 1] << 8 | wide[..., 2] << 16
-
-
-def look_up(values: np.ndarray, entries: Mapping[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """`entries[v]` of every value, int32, and a mask of the values that have no entry."""
-    keys = np.array(sorted(entries), dtype=np.int64)
-    targets = np.array([entries[key] for key in keys.tolist()], dtype=np.int32)
-    places = np.searchsorted(keys, values).clip(max=len(keys) - 1)
-    return targets[places], keys[places] != values
 
 
 def _by_name(folder: Path, known: Iterable[str], suffix: str | None, what: str) -> dict[str, Path]:

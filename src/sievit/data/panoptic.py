@@ -9,7 +9,7 @@ import numpy as np
 
 from sievit.config import ConfigError
 from sievit.data.annotations import categories, entries, is_text, read_content, records
-from sievit.data.label_files import Colour, Pair, Palette, commonest, look_up, packed_colours, read_values, some
+from sievit.data.label_files import Colour, Pair, Palette, packed_colours, read_values, some, translated
 
 _EMPTY = 0  # id of pixels that belong to no segment
 
@@ -32,14 +32,11 @@ class PanopticReader:
         values = read_values(path)
         if values.ndim != 3:
             raise ConfigError(f"{path}: has one channel; a panoptic PNG holds segment ids as RGB colours")
+        advice = (
+            f"is not among the segments_info that {self.source} lists for it; use the PNGs that belong to this file"
+        )
         ids = packed_colours(values)
-        labels, wrong = look_up(ids, self.segments[path])
-        if wrong.any():
-            raise ConfigError(
-                f"{path}: segment {commonest(ids[wrong])} is not among the segments_info that {self.source} lists for "
-                "it; use the PNGs that belong to this file"
-            )
-        return labels
+        return translated(ids, self.segments[path], lambda found: f"{path}: segment {found} {advice}")
 
 
 def load_panoptic(

@@ -3,9 +3,11 @@
 import json
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -55,18 +57,8 @@ def predict(
             output, milliseconds = timed(model, [to_tensor(image)])
             results += coco_results(output.detections[0], image_ids[name], model.config.category_ids)
             described.append({"id": image_ids[name], "file_name": name, "width": image.width, "height": image.height})
-            figure = viz.figure(
-                image,
-                [_view("predictions", model, output, milliseconds, score_threshold)],
-                model.config.classes,
-                output.trace,
-                0,
-                size=output.sizes[0],
-                image_size=output.image_size,
-                title=name,
-                min_score=score_threshold,
-            )
-            save_picture(figure, out / pictures[name])
+            panels = [_panel("predictions", model, image, output, milliseconds, score_threshold)]
+            save_picture(_figure(image, panels, output, name), out / pictures[name])
     if described:
         categories = [
             {"id": i, "name": name} for i, name in zip(model.config.category_ids, model.config.classes, strict=True)
@@ -95,12 +87,23 @@ def _ids(names: Sequence[str], annotations: Path | None) -> dict[str, int]:
     return known
 
 
-def _view(title: str, model: Detector, output: Output, milliseconds: float, min_score: float) -> viz.View:
-    """What a picture says of a model's answer for one image."""
+def _panel(
+    title: str, model: Detector, image: viz.Picture, output: Output, milliseconds: float, min_score: float
+) -> viz.Panel:
+    """A model's answer for one image."""
     found = output.detections[0]
     count = int((found["scores"] >= min_score).sum())
     note = f"{count} objects · {model.gflops(output).item():.1f} GFLOPs · {milliseconds:.0f} ms"
-    return viz.View(title, note, found)
+    draw = partial(viz.predictions, image, found, model.config.classes, min_score=min_score)
+    return viz.Panel(title, note, draw)
+
+
+def _figure(image: viz.Picture, panels: list[viz.Panel], output: Output, title: str) -> Image.Image:
+    """The panels, how many blocks computed each token, and the tokens of every block."""
+    sizes: dict[str, Any] = {"size": output.sizes[0], "image_size": output.image_size}
+    heat = viz.heat_panel(image, output.trace, 0, **sizes)
+    maps = partial(viz.keep_maps, image, output.trace, 0, **sizes)
+    return viz.figure(image, [*panels, heat], below=[lambda width: maps(width=width)], title=title)
 
 
 def open_annotations(model: Detector, images: Path, annotations: Path) -> CocoDetection:
@@ -173,20 +176,9 @@ def draw_pairs(dense: Detector, sparse: Detector, dataset: CocoDetection, out: P
     with progress(Console(stderr=True)) as bar:
         for index in bar.track(range(min(count, len(dataset))), description=f"drawing {out.name}"):
             image, _ = dataset[index]
-            views = []
+            panels = []
             for title, model in (("dense", dense), ("sparse", sparse)):
                 output, milliseconds = timed(model, [image])
-                views.append(_view(title, model, output, milliseconds, MIN_SCORE))
+                panels.append(_panel(title, model, image, output, milliseconds, MIN_SCORE))
             name = dataset.path(index).stem
-            picture = viz.figure(
-                image,
-                views,
-                sparse.config.classes,
-                output.trace,
-                0,
-                size=output.sizes[0],
-                image_size=output.image_size,
-                title=f"{out.name} {name}",
-                min_score=MIN_SCORE,
-            )
-            save_picture(picture, out / f"{name}.png")
+            save_picture(_figure(image, panels, output, f"{out.name} {name}"), out / f"{name}.png")

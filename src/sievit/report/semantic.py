@@ -3,11 +3,13 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -47,17 +49,8 @@ def predict(model: Segmenter, images: Path, out: Path) -> int:
                 continue
             answer, milliseconds = timed(model, [to_tensor(image)])
             save_labels(answer.labels[0], palette, out / "labels" / pictures[name])
-            save_picture(
-                viz.semantic_figure(
-                    image,
-                    [_view("prediction", model, answer, milliseconds)],
-                    model.config.classes,
-                    palette,
-                    exits=_exits(model, answer),
-                    title=name,
-                ),
-                out / pictures[name],
-            )
+            labels = {"prediction": (_note(model, answer, milliseconds), answer.labels[0])}
+            save_picture(_figure(image, labels, model, answer, name), out / pictures[name])
             done += 1
     if done:
         classes = [
@@ -179,30 +172,41 @@ def _table(name: str, sparse: Segmenter, figures: dict[str, Any], device: str) -
 
 def _draw_pairs(dense: Segmenter, sparse: Segmenter, dataset: LabelDataset, out: Path, *, count: int) -> None:
     """A picture of each of the first `count` images: the truth, what both models say, and where tokens left."""
-    palette = colours(sparse)
     with progress(Console(stderr=True)) as bar:
         for index in bar.track(range(min(count, len(dataset))), description=f"drawing {out.name}"):
             image, target = dataset[index]
-            views = [viz.LabelView("truth", f"{image.shape[2]} x {image.shape[1]} pixels", target["labels"])]
+            labels = {"truth": (f"{image.shape[2]} x {image.shape[1]} pixels", target["labels"])}
             for title, model in (("dense", dense), ("DToP", sparse)):
                 answer, milliseconds = timed(model, [image])
-                views.append(_view(title, model, answer, milliseconds))
+                labels[title] = _note(model, answer, milliseconds), answer.labels[0]
             name = Path(dataset.names[index]).name
-            picture = viz.semantic_figure(
-                image,
-                views,
-                sparse.config.classes,
-                palette,
-                exits=_exits(sparse, answer),
-                title=f"{out.name} {name}",
-            )
-            save_picture(picture, out / f"{name}.png")
+            save_picture(_figure(image, labels, sparse, answer, f"{out.name} {name}"), out / f"{name}.png")
 
 
-def _view(title: str, model: Segmenter, answer: Segmentation, milliseconds: float) -> viz.LabelView:
-    """What a picture says of a model's answer for one image."""
-    note = f"{model.gflops(answer).item():.1f} GFLOPs · {milliseconds:.0f} ms"
-    return viz.LabelView(title, note, answer.labels[0])
+def _note(model: Segmenter, answer: Segmentation, milliseconds: float) -> str:
+    return f"{model.gflops(answer).item():.1f} GFLOPs · {milliseconds:.0f} ms"
+
+
+def _figure(
+    image: viz.Picture, labels: dict[str, tuple[str, Tensor]], model: Segmenter, answer: Segmentation, title: str
+) -> Image.Image:
+    """Labels by title, each with a note, where tokens left, and what the colours mean."""
+    palette, classes = colours(model), model.config.classes
+    panels = [viz.Panel(t, note, partial(viz.label_map, image, map_, palette)) for t, (note, map_) in labels.items()]
+    pixels = torch.stack([_pixels(map_, len(classes)) for _, map_ in labels.values()]).sum(0)
+    legends = [[(classes[i], palette[i]) for i in pixels.argsort(descending=True)[:20].tolist() if pixels[i]]]
+    exits = _exits(model, answer)
+    if exits is not None:
+        panels.append(viz.exits_panel(image, exits))
+        legends.append(viz.exits_legend(exits))
+    below = [partial(viz.legend, legend) for legend in legends]
+    return viz.figure(image, panels, below=below, title=title, columns=3)
+
+
+def _pixels(labels: Tensor, classes: int) -> Tensor:
+    """How many pixels each class has."""
+    values = labels.cpu().flatten()
+    return torch.bincount(values[(values >= 0) & (values < classes)], minlength=classes)
 
 
 def _exits(model: Segmenter, answer: Segmentation) -> viz.Exits | None:
