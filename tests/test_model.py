@@ -205,14 +205,16 @@ def test_half_precision_halves_the_file(model, tmp_path) -> None:
         save(model, tmp_path / "half.safetensors", half=True)
 
 
-def test_matrices_of_8_bits_quarter_the_file(tmp_path) -> None:
+def test_matrices_of_8_bits_quarter_the_file(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("sievit.hub.int8.LEAST", 64)
     path, again = tmp_path / "int8.safetensors", tmp_path / "again.safetensors"
     model = build(tiny_config(head=tiny_head(box={"fc": 512}))).eval()
     save(model, path, int8=True)
     save(model, tmp_path / "full.safetensors")
     assert path.stat().st_size < 0.3 * (tmp_path / "full.safetensors").stat().st_size
     stored, loaded, before = load_file(path), load(path), model.state_dict()
-    assert any(tensor.dtype == torch.int8 for tensor in stored.values())
+    small = {name for name, tensor in stored.items() if tensor.dtype == torch.int8}
+    assert small and not any(".policy." in name for name in small), "gates decide by a threshold"
     for name, tensor in loaded.state_dict().items():
         assert tensor.dtype == before[name].dtype
         scale = stored.get(f"{name}.int8_scale", torch.tensor([1e-3])).max().item()

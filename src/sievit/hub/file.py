@@ -35,8 +35,8 @@ def write(model: nn.Module, config: ModelConfig, path: Path, *, half: bool = Fal
 
     Args:
         half: store parameters as float16; buffers (running statistics) keep their type.
-        int8: store large matrices in 8 bits, with a scale for each row, and the other parameters as float16: a quarter
-            of the size. They are restored to float32 when the file is read.
+        int8: store large matrices in 8 bits, with a scale for each row, and the other parameters and the policy's as
+            float16: a quarter of the size. They are restored to float32 when the file is read.
 
     Raises:
         ConfigError: a parameter is too large for float16.
@@ -49,7 +49,7 @@ def write(model: nn.Module, config: ModelConfig, path: Path, *, half: bool = Fal
         reduced = (half or int8) and name in parameters
         if reduced and not tensor.half().isfinite().all():
             raise ConfigError(f"{name} does not fit float16; save the model without half and int8")
-        if reduced and int8 and pays(tensor):
+        if reduced and int8 and pays(tensor) and not name.startswith(POLICY_PREFIXES):
             tensor, tensors[name + SCALE] = quantized(tensor)
         elif reduced:
             tensor = tensor.half()

@@ -32,8 +32,8 @@ def save(model: Model, path: Path | str, *, half: bool = False, int8: bool = Fal
 
     Args:
         half: store parameters as float16; buffers (running statistics) keep their type.
-        int8: store large matrices in 8 bits, with a scale for each row, and the other parameters as float16: a quarter
-            of the size. They are restored to float32 when the file is read.
+        int8: store large matrices in 8 bits, with a scale for each row, and the other parameters and the policy's as
+            float16: a quarter of the size. They are restored to float32 when the file is read.
 
     Raises:
         ConfigError: a parameter is too large for float16.
