@@ -37,7 +37,10 @@ def count(module: torch.nn.Module) -> int:
 @pytest.mark.parametrize("name", recipes())
 def test_every_recipe_survives_json_and_is_listed(name: str):
     chosen = recipe(name)
-    assert from_json(Recipe, json.loads(json.dumps(to_json(chosen)))) == chosen
+    stored = json.loads(json.dumps(to_json(chosen)))
+    assert from_json(Recipe, stored) == chosen
+    stored["data"]["scenes"] = None  # of runs when a recipe could generate its data
+    assert from_json(Recipe, stored) == chosen
     assert recipes()[name], "it is listed with a line"
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from sievit.config import ConfigError
-from sievit.data.scenes import CLASSES
+from sievit.data.scenes import CLASSES, generate
 from sievit.data.transforms import AugmentConfig
 from sievit.engine import train as engine
 from sievit.engine.batches import Batch, EpochBatches, Losses, loading
@@ -33,15 +33,17 @@ from sievit.models.detector import Detector, DetectorConfig
 from sievit.models.inputs import InputConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import KeepAllConfig, SViTConfig
-from sievit.tasks.base import ScenesConfig
 from sievit.tasks.detection import CocoData
 from sievit.vit import ViTConfig
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The root of a data set of 12 and 3 scenes of 64 x 64 pixels; the first recipe that is trained draws it."""
-    return tmp_path_factory.mktemp("data")
+    """The root of a data set of 12 and 3 scenes of 64 x 64 pixels."""
+    root = tmp_path_factory.mktemp("data")
+    for seed, (part, number) in enumerate((("train", 12), ("val", 3)), start=1):
+        generate(root / "scenes" / part, num_images=number, size=(64, 64), seed=seed)
+    return root
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,7 +85,6 @@ def recipe(scenes: Path) -> Recipe:
             val_images=Path("scenes/val/images"),
             val_annotations=Path("scenes/val/annotations.json"),
             root=scenes,
-            scenes=ScenesConfig(num_train=12, num_val=3, size=(64, 64)),
             augment=AugmentConfig(scales=(64, 80), crop=(64, 64), rot90=True, brightness=0.1),
         ),
         train=TrainConfig(
@@ -432,7 +433,6 @@ def test_a_loss_that_is_no_number_stops(recipe: Recipe, tmp_path: Path):
         train(recipe, out=tmp_path)
 
 
-@pytest.mark.usefixtures("whole")  # it draws the scenes
 def test_an_image_that_is_missing_is_named(recipe: Recipe, tmp_path: Path):
     assert recipe.data.root is not None
     assert isinstance(recipe.data, CocoData)
@@ -441,7 +441,7 @@ def test_an_image_that_is_missing_is_named(recipe: Recipe, tmp_path: Path):
     listing = tmp_path / "broken.json"
     listing.write_text(json.dumps(source))
     for workers in (0, 1):
-        data = replace(recipe.data, train_annotations=listing, scenes=None)
+        data = replace(recipe.data, train_annotations=listing)
         broken = replace(recipe, data=data, train=replace(recipe.train, workers=workers))
         with pytest.raises(ConfigError, match=r"gone\.png") as failed:
             train(broken, out=tmp_path / f"broken{workers}")
@@ -456,7 +456,6 @@ def test_data_of_other_classes_is_refused(recipe: Recipe, tmp_path: Path):
         train(replace(recipe, model=model), out=tmp_path)
 
 
-@pytest.mark.usefixtures("whole")  # it draws the scenes
 def test_classes_come_from_the_annotations(recipe: Recipe, tmp_path: Path):
     """Other ids, in another order, and boxes alone."""
     data, model = recipe.data, recipe.model
@@ -472,7 +471,6 @@ def test_classes_come_from_the_annotations(recipe: Recipe, tmp_path: Path):
         train_annotations=tmp_path / "mine.json",
         val_annotations=tmp_path / "mine.json",
         val_images=data.train_images,
-        scenes=None,
         own_classes=True,
     )
     head = replace(model.head, num_classes=1, with_masks=False)

@@ -7,7 +7,6 @@ from typing import Literal
 
 from sievit.config import ConfigError, kind_of
 from sievit.data.dataset import ImageDataset
-from sievit.data.scenes import generate
 from sievit.models.inputs import ModelConfig
 from sievit.tasks import DataConfig, Task, task_of
 
@@ -120,16 +119,10 @@ def open_data(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
     Raises:
         ConfigError: files are missing or malformed, or their classes are not those of the model.
     """
-    data, root, task = recipe.data, _root(recipe.data), task_for(recipe)
-    if data.scenes is not None:
-        scenes = data.scenes
-        for images, number, seed in zip(
-            (data.train_images, data.val_images), (scenes.num_train, scenes.num_val), scenes.seeds, strict=True
-        ):
-            generate((root / images).parent, num_images=number, size=scenes.size, seed=seed)
+    root, task = _root(recipe.data), task_for(recipe)
     if not root.is_dir():
         raise ConfigError(f"{root}: no such folder of data; give --data-root, or set SIEVIT_DATA")
-    return task.open_training(data, root, seed=recipe.train.seed)
+    return task.open_training(recipe.data, root, seed=recipe.train.seed)
 
 
 def task_for(recipe: Recipe) -> Task:

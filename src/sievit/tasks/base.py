@@ -24,33 +24,21 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScenesConfig:
-    """Generated scenes; made when training starts, unless they are there.
-
-    Attributes:
-        size: (height, width) in pixels.
-        seeds: of the training and of the validation series.
-    """
-
-    num_train: int = 2000
-    num_val: int = 200
-    size: tuple[int, int] = (256, 256)
-    seeds: tuple[int, int] = (1, 2)
-
-
-@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Base of the training data of every task; paths are relative to `root`.
 
     Attributes:
         root: None takes the environment's SIEVIT_DATA, else ../shared/data, as it was when the run was made.
-        scenes: generate the data below `root` instead of expecting it there.
     """
 
     train_images: Path
     val_images: Path
     root: Path | None = None
-    scenes: ScenesConfig | None = None
+
+    @classmethod
+    def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """The JSON of versions that could generate the data when training started."""
+        return {name: value for name, value in data.items() if name != "scenes"}
 
 
 @dataclass(frozen=True)
