@@ -28,7 +28,7 @@ from sievit.bench import (
 )
 from sievit.bench.blocks import timed_blocks
 from sievit.bench.common import load_images, normalised
-from sievit.bench.heads import _rates, stopwatch
+from sievit.bench.heads import _part_rows, stopwatch
 from sievit.bench.network import timed_model, timed_network
 from sievit.bench.plot import draw_rows
 from sievit.bench.random_models import ADAPTERS, SEGMENTERS, SIZES, calibrated_exits, random_segmenter, random_vit
@@ -497,15 +497,18 @@ def test_rates_of_parts_are_those_of_the_sparse_passes() -> None:
     """Medians over the batches; the neck is the sum of its parts, and what took no time has none."""
 
     def cost(gflops: float) -> Cost:
-        counted = {"RPN layers": 0.0, "FPN": gflops, "neck": 3.0, "mask layers": 1.0}
-        return Cost(images=2, tokens=48, gflops=9, policy=0, keep=(), extra={"parts": counted})
+        parts = {"RPN layers": 0.0, "FPN": gflops, "neck": 3.0, "mask layers": 1.0}
+        return Cost(images=2, tokens=48, gflops=9, policy=0, keep=(), extra={"parts": parts})
 
     def spent(ms: float) -> dict[str, float]:
-        return {"FPN": ms, "neck: maps": 10.0, "neck: rest": 20.0, "mask layers": 0.0}
+        return {"FPN": ms, "neck: maps": 10.0, "neck: rest": 20.0, "RPN layers": 1.0, "mask layers": 0.0}
 
     pairs = [Pair(1.0, 1.0, cost(99.0), cost(gflops)) for gflops in (1.0, 2.0, 4.0)]
     watched = [Pair(1.0, 1.0, spent(99.0), spent(ms)) for ms in (4.0, 5.0, 5.0)]
-    assert _rates(pairs, watched, cost(0.0).extra["parts"]) == {"FPN": 800.0, "neck": 200.0}
+    rows = _part_rows(pairs, watched, cost(0.0).extra["parts"])
+    rates = {name: row["sparse_gflops_per_s"] for name, row in rows.items() if "sparse_gflops_per_s" in row}
+    assert rates == {"FPN": 800.0, "neck": 200.0}
+    assert rows["neck"]["sparse_ms"] == 30 and rows["FPN"]["dense_gflops"] == 49.5
 
 
 def test_rates_count_two_operations_per_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:

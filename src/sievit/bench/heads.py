@@ -157,29 +157,13 @@ def _part_rows(
             row = rows.setdefault(part, dict.fromkeys(times, 0.0))
             row |= {key: round(row[key] + ms, 2) for key, ms in times.items()}
     for name in counted:
-        for side in SIDES:
-            gflops = sum(getattr(pair, side).extra["parts"][name] for pair in pairs)
-            rows[name][f"{side}_gflops"] = round(gflops / images, 4)
-    for name, rate in _rates(pairs, watched, counted).items():
-        rows[name]["sparse_gflops_per_s"] = rate
+        gflops = {side: [getattr(pair, side).extra["parts"][name] for pair in pairs] for side in SIDES}
+        rows[name] |= {f"{side}_gflops": round(sum(values) / images, 4) for side, values in gflops.items()}
+        times = [sum(ms for p, ms in w.sparse.items() if p == name or p.startswith(f"{name}: ")) for w in watched]
+        rates = [2e3 * count / ms for count, ms in zip(gflops["sparse"], times, strict=True) if count and ms]
+        if rates:
+            rows[name]["sparse_gflops_per_s"] = round(statistics.median(rates), 1)
     return rows
-
-
-def _rates(
-    pairs: Sequence[Pair[Cost]], watched: Sequence[Pair[dict[str, float]]], counted: Collection[str]
-) -> dict[str, float]:
-    """GF/s of the sparse passes, by the parts that took time and have counted operations; medians over the batches."""
-    rates = {}
-    for name in counted:
-        gflops = [pair.sparse.extra["parts"][name] for pair in pairs]
-        spent = [
-            sum(ms for part, ms in pair.sparse.items() if part == name or part.startswith(f"{name}: "))
-            for pair in watched
-        ]
-        reached = [2e3 * counted / ms for counted, ms in zip(gflops, spent, strict=True) if counted and ms]
-        if reached:
-            rates[name] = round(statistics.median(reached), 1)
-    return rates
 
 
 PRODUCTS = {"linear": "linear layer", "conv3x3": "3x3 convolution", "attention": "attention"}

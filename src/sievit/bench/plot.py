@@ -1,6 +1,7 @@
 """The picture of a bench: every row's speed-up beside the one that the multiply-adds promise."""
 
 from io import BytesIO
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,57 +22,35 @@ def draw_rows(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if "skipped" not in row]
-    places, headings, y, before = [], [], 0.0, None
-    for row in rows:
-        group = (row["model"], row["tokens"], row["batch"], str(row["size"]))
-        if group != before:
-            y += 1.0 if before is None else 1.5
-            headings.append((y - 0.85, group))
-            before = group
-        places.append(y)
-        y += 1.0
-    figure = Figure(figsize=(8.4, 1.6 + 0.27 * y), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
     widest = max([1.0, *(max(row["speedup"], row["predicted"]) for row in rows)])
-    for at, row in zip(places, rows, strict=True):
-        colour = COLOURS[row["mode"].partition("_")[0]]
-        axes.barh(at, row["speedup"], height=0.72, color=colour, zorder=2)
-        ends = [min(q * row["predicted"], 1.1 * widest) for q in row["realised_quartiles"]]
-        axes.plot(ends, [at, at], color=INK, linewidth=1.2, zorder=3)
-        axes.plot([row["predicted"]] * 2, [at - 0.42, at + 0.42], color=PROMISED, linewidth=2.2, zorder=4)
-        text = f"{row['speedup']:.2f}x, {row['realised']:.0%} of {row['predicted']:.2f}x"
-        right = max(row["speedup"], row["predicted"], *ends) + 0.015 * widest
-        axes.text(right, at, text, va="center", size=7.5, color=INK, in_layout=False)
-    for at, (model, tokens, batch, _) in headings:
-        axes.text(
-            0.0,
-            at,
-            f"{model}, {tokens} tokens, batch {batch}",
-            va="center",
-            size=8.5,
-            weight="bold",
-            color=INK,
-            in_layout=False,
-        )
+    figure = Figure(dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, places, y = figure.subplots(), [], 0.0
+    for (model, tokens, batch, _), group in groupby(rows, lambda r: (r["model"], r["tokens"], r["batch"], r["size"])):
+        heading = f"{model}, {tokens} tokens, batch {batch}"
+        axes.text(0.0, y, heading, va="center", size=8.5, weight="bold", color=INK, in_layout=False)
+        for y, row in enumerate(group, start=round(y) + 1):
+            speedup, predicted = row["speedup"], row["predicted"]
+            axes.barh(y, speedup, height=0.72, color=COLOURS[row["mode"].partition("_")[0]], zorder=2)
+            ends = [min(quartile * predicted, 1.1 * widest) for quartile in row["realised_quartiles"]]
+            axes.plot(ends, [y, y], color=INK, linewidth=1.2, zorder=3)
+            axes.plot([predicted] * 2, [y - 0.42, y + 0.42], color=PROMISED, linewidth=2.2, zorder=4)
+            right = max(speedup, predicted, *ends) + 0.015 * widest
+            text = f"{speedup:.2f}x, {row['realised']:.0%} of {predicted:.2f}x"
+            axes.text(right, y, text, va="center", size=7.5, color=INK, in_layout=False)
+            places.append(y)
+        y += 1
+    where = f" ({rows[0]['device']}, {rows[0]['precision']})" if rows else ""
+    figure.set_size_inches(8.4, 1.6 + 0.27 * y)
     axes.axvline(1.0, color=INK, linewidth=0.9, linestyle=(0, (3, 2)), zorder=3)
     axes.set_yticks(places, [row["mode"] for row in rows], size=8)
-    axes.set_xlim(0, 1.45 * widest)
-    axes.set_ylim(y - 0.3, -0.4)
-    axes.set_xlabel(f"speed-up over dense; red: what the multiply-adds promise{_where(rows)}", color=INK, size=8.5)
+    axes.set(xlim=(0, 1.45 * widest), ylim=(y - 0.3, -0.6), axisbelow=True)
+    axes.set_xlabel(f"speed-up over dense; red: what the multiply-adds promise{where}", color=INK, size=8.5)
     axes.set_title(title, color=INK, size=10, loc="left")
     axes.grid(axis="x", color=GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
     axes.tick_params(colors=INK, length=0, labelsize=8)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(INK)
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     write_atomically(path, buffer.getvalue())
-
-
-def _where(rows: list[dict[str, Any]]) -> str:
-    if not rows:
-        return ""
-    return f" ({rows[0]['device']}, {rows[0]['precision']})"

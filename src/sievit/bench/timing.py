@@ -1,9 +1,9 @@
 """A network in several modes, each in turns with the dense one, and the figures of a row."""
 
-import contextlib
 import logging
 import statistics
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
@@ -161,16 +161,13 @@ def is_one_graph(policy: Policy, mode: RunMode) -> bool:
     return mode.counts != "dynamic" or (policy.is_static and mode.base == "dynamic")
 
 
-@contextlib.contextmanager
-def many_shapes(mode: RunMode) -> Generator[None]:
+def many_shapes(mode: RunMode) -> AbstractContextManager[Any]:
     """While it lasts torch.compile does not give up because of the number of sizes."""
     if not mode.execution.compiled:
-        yield
-        return
+        return nullcontext()
     from torch._dynamo import config
 
-    with config.patch(MANY_SHAPES):
-        yield
+    return config.patch(MANY_SHAPES)
 
 
 def time_modes(timed: Timed[T, R], modes: Sequence[str], *, multiple: int) -> Iterator[dict[str, Any]]:

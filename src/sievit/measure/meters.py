@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -62,44 +62,31 @@ def memory(call: Callable[[], object], device: torch.device, blocks: Sequence[nn
         for i, block in enumerate(blocks):
             hooks.append(block.register_forward_pre_hook(lambda *_, i=i: meter.enter(i)))
             hooks.append(block.register_forward_hook(lambda *_, i=i: meter.leave(i)))
-        peak, by_block = meter.measure(call)
+        peak, of_block = meter.measure(call)
     finally:
         for hook in hooks:
             hook.remove()
-    return Memory(_mb(peak), tuple(_mb(by_block.get(i, 0)) for i in range(len(blocks))))
+    return Memory(round(peak / 1e6, 1), tuple(round(of_block.get(i, 0) / 1e6, 1) for i in range(len(blocks))))
 
 
-def _mb(nbytes: int) -> float:
-    return round(nbytes / 1e6, 1)
-
-
-class _Meter(Protocol):
-    def enter(self, i: int) -> None: ...
-
-    def leave(self, i: int) -> None: ...
-
-    def measure(self, call: Callable[[], object]) -> tuple[int, dict[int, int]]: ...
-
-
-class _CudaMeter(_Meter):
+class _CudaMeter:
     """The allocator's peak is read and reset wherever a block begins or ends."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.before = self.peak = 0
+        self.device, self.before, self.peak = device, 0, 0
         self.of_block: dict[int, int] = {}
-
-    def _read(self) -> int:
-        held = torch.cuda.max_memory_allocated(self.device) - self.before
-        torch.cuda.reset_peak_memory_stats(self.device)
-        self.peak = max(self.peak, held)
-        return held
 
     def enter(self, i: int) -> None:
         self._read()
 
     def leave(self, i: int) -> None:
         self.of_block[i] = max(self.of_block.get(i, 0), self._read())
+
+    def _read(self) -> int:
+        held = torch.cuda.max_memory_allocated(self.device) - self.before
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.peak = max(self.peak, held)
+        return held
 
     def measure(self, call: Callable[[], object]) -> tuple[int, dict[int, int]]:
         torch.cuda.synchronize(self.device)
@@ -111,42 +98,43 @@ class _CudaMeter(_Meter):
         return self.peak, self.of_block
 
 
-class _CpuMeter(_Meter):
+class _CpuMeter:
     """The profiler's record of memory, and of when a block ran."""
 
     NAME = "sievit block "
 
     def __init__(self) -> None:
-        self.inside: dict[int, Any] = {}
+        self.running: dict[int, Any] = {}
 
     def enter(self, i: int) -> None:
-        self.inside[i] = record_function(f"{self.NAME}{i}")
-        self.inside[i].__enter__()
+        self.running[i] = record_function(f"{self.NAME}{i}")
+        self.running[i].__enter__()
 
     def leave(self, i: int) -> None:
-        self.inside.pop(i).__exit__(None, None, None)
+        self.running.pop(i).__exit__(None, None, None)
 
     def measure(self, call: Callable[[], object]) -> tuple[int, dict[int, int]]:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its remarks are not for whoever reads the table
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # its messages would stand in the table
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
             call()
         assert record.profiler is not None and record.profiler.kineto_results is not None
-        events = list(record.profiler.kineto_results.events())
-        spans = [
-            (int(event.name().removeprefix(self.NAME)), event.start_ns(), event.start_ns() + event.duration_ns())
-            for event in events
-            if event.name().startswith(self.NAME)
-        ]
-        spans.sort(key=lambda span: span[1])
-        held = peak = at = 0
+        held = peak = 0
+        running: list[int] = []
         of_block: dict[int, int] = {}
-        for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns()):
-            held += event.nbytes()
-            peak = max(peak, held)
-            while at < len(spans) and event.start_ns() > spans[at][2]:
-                at += 1
-            if at < len(spans) and event.start_ns() >= spans[at][1]:
-                of_block[spans[at][0]] = max(of_block.get(spans[at][0], 0), held)
+        moments: list[tuple[int, int, Any]] = []  # time, order at the same time, and what happens then
+        for event in record.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                moments.append((event.start_ns(), 1, event))
+            elif event.name().startswith(self.NAME):
+                index = int(event.name().removeprefix(self.NAME))
+                moments += [(event.start_ns(), 0, index), (event.start_ns() + event.duration_ns(), 2, index)]
+        for _, order, what in sorted(moments, key=lambda moment: moment[:2]):
+            if order == 1:
+                held += what.nbytes()
+                peak = max(peak, held)
+                of_block |= {i: max(of_block.get(i, 0), held) for i in running}
+            else:
+                running = [*running, what] if order == 0 else [i for i in running if i != what]
         return peak, of_block
 
 

@@ -1,55 +1,40 @@
 """A policy with dynamic and with static counts, each turned to the target, without the blocks that are faster dense."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from sievit.config import ConfigError, kind_of
+from sievit.measure.clock import Quartiles
 from sievit.measure.modes import DENSE, RunMode
 from sievit.policies import PolicyConfig
 from sievit.tune.blocks import BlockTiming, time_blocks
 from sievit.tune.options import Tuning
 from sievit.tune.targets import Found, MaxDrop, Target
+from sievit.tune.variant import Variant
 from sievit.tune.workload import Setup, Workload
 from sievit.vit.execution import Execution
 
 Say = Callable[[str], None]
 
 
-class Variant:
-    """A policy with dynamic or with static counts.
-
-    Args:
-        base: the policy with dynamic counts; with static ones it is measured how many tokens this keeps.
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds per image of runs in turns.
 
     Attributes:
-        config: its setting where there is no target.
-        dials: see `Policy.dials`.
-        is_static, is_ragged: see `Policy`.
+        dense: of the dense model, uncompiled and perhaps compiled.
+        other: of another setup.
     """
 
-    def __init__(
-        self, workload: Workload, counts: Literal["dynamic", "static"], base: PolicyConfig, tuning: Tuning
-    ) -> None:
-        self.workload, self.counts, self.config = workload, counts, base
-        policy = workload.policy(base)
-        self.dials = policy.dials(workload.traces)
-        if counts == "static":
-            shares, quantile = workload.cost(base).shares.double(), tuning.quantile
-            kept = (shares.mean(1) if quantile is None else shares.quantile(quantile, dim=1)).tolist()
+    dense: Sequence[Sequence[float]] = ()
+    other: Sequence[float] = ()
 
-            def turn(position: float | None) -> PolicyConfig:
-                static = policy.made_static(kept, multiple=tuning.multiple, position=position)
-                assert static is not None
-                return static
-
-            self.config, self.dials = turn(None), [turn]
-        policy = workload.policy(self.config)
-        self.is_static, self.is_ragged = policy.is_static, policy.is_ragged
-
-    def without(self, config: PolicyConfig, dense: Collection[int]) -> PolicyConfig:
-        """A setting of it that leaves no token out in the ranges of blocks that start at `dense`."""
-        return self.workload.policy(config).without(dense) if dense else config
+    @property
+    def ratio(self) -> Quartiles:
+        """To the dense model that it is harder to be faster than."""
+        ratios = [Quartiles.of_ratios(dense, self.other) for dense in self.dense]
+        return min(ratios, key=lambda ratio: ratio.low)
 
 
 @dataclass(frozen=True)
@@ -59,6 +44,7 @@ class Candidate:
     Attributes:
         timings: of its ranges of blocks.
         dense: first blocks of the ranges in which it leaves no token out.
+        times: in the last race that it was in.
     """
 
     variant: Variant
@@ -66,6 +52,7 @@ class Candidate:
     timings: list[BlockTiming]
     dense: set[int]
     execution: Execution
+    times: Times = Times()
 
     @property
     def name(self) -> str:
@@ -88,7 +75,7 @@ class Candidate:
     def again(self, target: Target, dense: set[int]) -> "Candidate":
         """Turned to the target once more, with more blocks dense."""
         start = self.config if self.variant.counts == "static" else None
-        found = target.find(self.variant.config, self.variant.dials, lambda c: self.variant.without(c, dense), start)
+        found = target.find(self.variant, dense, start)
         return replace(self, found=replace(found, tried=self.found.tried + found.tried), dense=dense)
 
 
@@ -137,8 +124,7 @@ def candidates_of(workload: Workload, target: Target, tuning: Tuning, say: Say) 
     for counts in variants:
         variant = Variant(workload, counts, base if dynamic is None else dynamic.config, tuning)
         say(f"{counts}: turning the dial")
-        start = None if dynamic is None else variant.config
-        found = target.find(variant.config, variant.dials, lambda config: config, start)
+        found = target.find(variant, start=None if dynamic is None else variant.config)
         if isinstance(target, MaxDrop) and not found.met:
             why = "every setting that was tried loses more accuracy than it may"
             continue

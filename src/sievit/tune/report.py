@@ -1,6 +1,6 @@
 """The report of tuning: figures of everything that was compared, and a table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.box import SIMPLE
@@ -25,7 +25,7 @@ def figures_of(workload: Workload, goal: Goal, outcome: Outcome, accuracy: Accur
     """What `tune` returns about the policies, see there."""
     chosen, setup = outcome.chosen, outcome.setup
 
-    def row(config: PolicyConfig, times: list[float] | None) -> dict[str, Any]:
+    def row(config: PolicyConfig, times: Sequence[float]) -> dict[str, Any]:
         cost = workload.cost(config)
         return {
             "gflops": round(cost.gflops, 6),
@@ -35,14 +35,14 @@ def figures_of(workload: Workload, goal: Goal, outcome: Outcome, accuracy: Accur
         }
 
     def candidate_row(candidate: Candidate) -> dict[str, Any]:
-        times, variant = outcome.raced.get(id(candidate)), candidate.variant
+        times = candidate.times
         return {
             "mode": candidate.name,
             "execution": to_json(candidate.execution),
             "settings": workload.policy(candidate.config).settings(),
-            **row(candidate.config, None if times is None else times.other),
-            "speedup": None if times is None else times.ratio.to_json(),
-            "dials": len(variant.dials),
+            **row(candidate.config, times.other),
+            "speedup": times.ratio.to_json() if times.other else None,
+            "dials": len(candidate.variant.dials),
             "blocks": [t.to_json(dense=t.blocks.start in candidate.dense) for t in candidate.timings],
             "tried": list(candidate.found.tried),
             "chosen": candidate is chosen,

@@ -2,7 +2,7 @@
 
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ from sievit.measure.clock import Quartiles
 from sievit.measure.modes import DENSE
 from sievit.policies import PolicyConfig
 from sievit.policies.base import Dial
+from sievit.tune.variant import Variant
 from sievit.tune.workload import Workload
 
-Switch = Callable[[PolicyConfig], PolicyConfig]
 Accuracy = Callable[[PolicyConfig], float]
 """Points (0..100) of a policy on annotated images."""
 
@@ -43,32 +43,27 @@ class Target(ABC):
         return False
 
     @abstractmethod
-    def find(
-        self, config: PolicyConfig, dials: Sequence[Dial], switch: Switch, start: PolicyConfig | None = None
-    ) -> Found:
+    def find(self, variant: Variant, dense: Collection[int] = (), start: PolicyConfig | None = None) -> Found:
         """Turn the dials.
 
         Args:
-            config: the policy without a target.
-            switch: computes all tokens in the blocks that are slower with tokens left out.
-            start: a setting that is near the target: of another mode, or from before blocks were switched.
+            dense: first blocks of the ranges in which no token is left out.
+            start: a setting that is near the target: of another mode, or from before blocks were made dense.
 
         Raises:
             ConfigError: a target that needs a dial, and there is none.
         """
 
     def unreachable(self, found: Found, dense: Collection[int]) -> str:
-        """The error message for a target that no setting meets; `dense` as in `Candidate`."""
+        """The error message for a target that no setting meets."""
         raise NotImplementedError
 
 
 class NoTarget(Target):
     """The policy as it is configured."""
 
-    def find(
-        self, config: PolicyConfig, dials: Sequence[Dial], switch: Switch, start: PolicyConfig | None = None
-    ) -> Found:
-        return Found(switch(config), met=True)
+    def find(self, variant: Variant, dense: Collection[int] = (), start: PolicyConfig | None = None) -> Found:
+        return Found(variant.without(variant.config, dense), met=True)
 
 
 class Limit(Target):
@@ -87,18 +82,17 @@ class Limit(Target):
     def dense_suffices(self) -> bool:
         return self.cost(DENSE) <= self.limit
 
-    def find(
-        self, config: PolicyConfig, dials: Sequence[Dial], switch: Switch, start: PolicyConfig | None = None
-    ) -> Found:
+    def find(self, variant: Variant, dense: Collection[int] = (), start: PolicyConfig | None = None) -> Found:
+        dials = variant.dials
         if not dials:
             raise ConfigError(
-                f"--target-{self.name} {self.limit:g}: the policy {kind_of(config)!r} has no dial that could be turned "
-                "to it; leave the target out, or give another policy by --policy"
+                f"--target-{self.name} {self.limit:g}: the policy {kind_of(variant.config)!r} has no dial that could "
+                "be turned to it; leave the target out, or give another policy by --policy"
             )
         tried: list[dict[str, Any]] = []
 
         def at(dial: Dial, position: float) -> tuple[PolicyConfig, float]:
-            turned = switch(dial(position))
+            turned = variant.without(dial(position), dense)
             cost = self.cost(turned)
             tried.append({"dial": round(position, 4), self.name: round(cost, 6)})
             return turned, cost
@@ -170,28 +164,29 @@ class MaxDrop(Target):
     def __init__(self, workload: Workload, most: float, accuracy: Accuracy) -> None:
         self.workload, self.most, self.accuracy = workload, most, accuracy
 
-    def find(
-        self, config: PolicyConfig, dials: Sequence[Dial], switch: Switch, start: PolicyConfig | None = None
-    ) -> Found:
+    def find(self, variant: Variant, dense: Collection[int] = (), start: PolicyConfig | None = None) -> Found:
+        dials = variant.dials
         tried: list[dict[str, Any]] = []
         allowed: list[PolicyConfig] = []
 
         def is_allowed(config: PolicyConfig, position: float | None) -> bool:
+            config = variant.without(config, dense)
             drop = self.accuracy(DENSE) - self.accuracy(config)
             gflops = round(self.workload.cost(config).gflops, 6)
             tried.append({"dial": position, self.name: round(self.accuracy(config), 3), "gflops": gflops})
             allowed.extend([config] if drop <= self.most + 1e-9 else [])
             return config in allowed
 
-        if is_allowed(switch(config if start is None else start), None) and start is not None:
+        if is_allowed(variant.config if start is None else start, None) and start is not None:
             return Found(allowed[0], met=True, tried=tuple(tried))
         low, high = 0.0, 1.0
         for _ in range(self.steps if dials else 0):
             middle = (low + high) / 2
-            if is_allowed(switch(dials[0](middle)), round(middle, 4)):
+            if is_allowed(dials[0](middle), round(middle, 4)):
                 low = middle
             else:
                 high = middle
         if not allowed:
-            return Found(switch(dials[0](0.0) if dials else config), met=False, tried=tuple(tried))
+            least = dials[0](0.0) if dials else variant.config
+            return Found(variant.without(least, dense), met=False, tried=tuple(tried))
         return Found(min(allowed, key=lambda c: self.workload.cost(c).gflops), met=True, tried=tuple(tried))
