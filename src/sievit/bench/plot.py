@@ -25,11 +25,11 @@ def draw_rows(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
     widest = max([1.0, *(max(row["speedup"], row["predicted"]) for row in rows)])
     figure = Figure(dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes, places, y = figure.subplots(), [], 0.0
+    axes, places, top = figure.subplots(), [], 0
     for (model, tokens, batch, _), group in groupby(rows, lambda r: (r["model"], r["tokens"], r["batch"], r["size"])):
         heading = f"{model}, {tokens} tokens, batch {batch}"
-        axes.text(0.0, y, heading, va="center", size=8.5, weight="bold", color=INK, in_layout=False)
-        for y, row in enumerate(group, start=round(y) + 1):
+        axes.text(0.0, top, heading, va="center", size=8.5, weight="bold", color=INK, in_layout=False)
+        for y, row in enumerate(group, start=top + 1):
             speedup, predicted = row["speedup"], row["predicted"]
             axes.barh(y, speedup, height=0.72, color=COLOURS[row["mode"].partition("_")[0]], zorder=2)
             ends = [min(quartile * predicted, 1.1 * widest) for quartile in row["realised_quartiles"]]
@@ -39,12 +39,12 @@ def draw_rows(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
             text = f"{speedup:.2f}x, {row['realised']:.0%} of {predicted:.2f}x"
             axes.text(right, y, text, va="center", size=7.5, color=INK, in_layout=False)
             places.append(y)
-        y += 1
+        top = places[-1] + 1
     where = f" ({rows[0]['device']}, {rows[0]['precision']})" if rows else ""
-    figure.set_size_inches(8.4, 1.6 + 0.27 * y)
+    figure.set_size_inches(8.4, 1.6 + 0.27 * top)
     axes.axvline(1.0, color=INK, linewidth=0.9, linestyle=(0, (3, 2)), zorder=3)
     axes.set_yticks(places, [row["mode"] for row in rows], size=8)
-    axes.set(xlim=(0, 1.45 * widest), ylim=(y - 0.3, -0.6), axisbelow=True)
+    axes.set(xlim=(0, 1.45 * widest), ylim=(top - 0.3, -0.6), axisbelow=True)
     axes.set_xlabel(f"speed-up over dense; red: what the multiply-adds promise{where}", color=INK, size=8.5)
     axes.set_title(title, color=INK, size=10, loc="left")
     axes.grid(axis="x", color=GRID, linewidth=0.6)
