@@ -70,7 +70,7 @@ def _run_flops(
         print_json(costs(recipe(target).model, size=size, console=Console()))
         return 0
     if not is_model:
-        raise ConfigError(f"{target!r} is neither a recipe nor a model{nearest(target, [*names, *models])}")
+        raise ConfigError(f"{target!r} is neither a recipe nor a model{nearest(target, {*names, *models})}")
     path = model_file(target)
     figures = costs(read(path)[0], size=size, console=Console())
     if images is not None:
