@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from sievit import cli
+from sievit.cli.command import parse
+from sievit.config import ConfigError
 from sievit.policies import RandomConfig
 from sievit.recipes import recipe
 
@@ -50,6 +52,7 @@ def test_mistakes_name_the_way_out(args: list[str], words: list[str], capsys: py
         (["train", "nuclei_vit", "--train.epoch", "3"], "--train.epochs"),
         (["train", "nuclei_vit", "--train.epochs", "many"], "--train.epochs"),
         (["eval"], "--images"),
+        (["init", "nuclei_vit", "--seed"], "--seed"),
     ],
 )
 def test_wrong_options_name_the_nearest(args: list[str], word: str, capsys: pytest.CaptureFixture[str]):
@@ -59,6 +62,37 @@ def test_wrong_options_name_the_nearest(args: list[str], word: str, capsys: pyte
     written = capsys.readouterr()
     assert written.out == ""
     assert word in written.err
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new"),
+    [
+        ("eval a --images b", "--thresholds 0.9", "--policy dtop --set thresholds=0.9"),
+        ("predict a b --out c", "--budget 0.7", "--set budget=0.7"),
+        ("sweep a --images b", "--thresholds 0.9", "--policy dtop --values 0.8 0.9"),
+        ("sweep a --images b", "--keep-per-class 3", "--set keep-per-class=3"),
+        ("train nuclei_vit", "--model.head.box-max-detections=3", "--model.head.box.max-detections"),
+        ("train nuclei_vit", "--model.head.rpn-box-loss l1", "--model.head.rpn.loss"),
+        ("train nuclei_vit", "--model.head.anchor_ratios 1", "--model.head.anchors.ratios"),
+    ],
+)
+def test_an_option_of_an_earlier_version_says_its_new_name(
+    command: str, old: str, new: str, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.main([*command.split(), *old.split()]) == 2
+    assert f"is now written {new}" in capsys.readouterr().err
+
+
+def test_flags_take_a_value_or_none_and_lists_stand_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def run(recipe: str, /, *, out: Path, force: bool = False, values: tuple[int, ...] = ()) -> dict:
+        return {"recipe": recipe, "force": force, "values": list(values)}
+
+    start = ["a", "--out", "x"]
+    for args, force in ((["--force"], True), (["--force", "True"], True), (["--force", "False"], False), ([], False)):
+        assert parse(run, [*start, *args], "run")["force"] == force
+        assert parse(run, [*args, "--values", "1", "2", "--out", "x", "--", "a"], "run")["force"] == force
+    with pytest.raises(ConfigError, match="--values is given twice"):
+        parse(run, [*start, "--values", "1", "--values", "2"], "run")
 
 
 @pytest.mark.parametrize("name", [*cli.COMMANDS, "train nuclei_svit"])
@@ -107,10 +141,10 @@ def test_a_printed_recipe_can_be_changed_and_used(tmp_path: Path, capsys: pytest
 def test_the_machine_s_trouble_has_a_status(
     error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def fail(args: list[str]) -> int:
+    def fail() -> dict:
         raise error
 
-    monkeypatch.setitem(cli.COMMANDS, "policies", cli.Command("", "", fail))
+    monkeypatch.setattr("sievit.cli.lists.policies", fail)
     assert cli.main(["policies"]) == status
     assert "Traceback" not in capsys.readouterr().err
 

@@ -124,7 +124,7 @@ def test_the_table_has_a_histogram(checkpoint: Path, folder: Path, capsys: pytes
 def test_thresholds_take_the_place_of_the_models_own(
     checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ):
-    options = ("--images", str(folder), "--device", "cpu", "--thresholds", "1.0")
+    options = ("--images", str(folder), "--device", "cpu", "--set", "thresholds=1.0")
     said = run(capsys, str(checkpoint), *options)["per_image"]
     assert said["left_at"] == [0.0, 0.0, 0.0]
     model = build_like(checkpoint)
@@ -146,8 +146,8 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_counted(
     (folder / "broken.jpg").write_bytes(b"no image")
     assert cli.main(["flops", str(checkpoint), "--images", str(folder), "--device", "cpu"]) == 1
     out, err = capsys.readouterr()
-    figures = json.loads(out.splitlines()[-1])["per_image"]
-    assert len(figures["images"]) == 3 and "broken.jpg" in figures["failures"][0] and "broken.jpg" in err
+    figures = json.loads(out.splitlines()[-1])
+    assert len(figures["per_image"]["images"]) == 3 and "broken.jpg" in figures["failures"][0] and "broken.jpg" in err
     for path in folder.glob("*.png"):
         path.unlink()
     assert cli.main(["flops", str(checkpoint), "--images", str(folder), "--device", "cpu"]) == 2
@@ -160,7 +160,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_counted(
         (["ade20k_segvit"], "'ade20k_segvit' is neither a recipe nor a model; did you mean 'ade20k_segvit_"),
         (["ade20k_segvit_b", "--images", "."], "is a recipe, its weights are random; --images needs a trained model"),
         (["ade20k_segvit_b", "--size", "0", "5"], "at least 1, not (0, 5)"),
-        (["ade20k_segvit_b", "--thresholds", "0.5"], "give --images"),
+        (["ade20k_segvit_b", "--policy", "dtop"], "give --images"),
         (["CHECKPOINT", "--images", "EMPTY"], "holds no images"),
         (["CHECKPOINT", "--images", "gone"], "no such folder"),
         (["CHECKPOINT", "--images", "IMAGES", "--batch-size", "0"], "at least 1"),

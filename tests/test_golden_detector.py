@@ -14,10 +14,10 @@ from sievit.heads.masks import paste_masks
 from sievit.models.build import load, save
 from sievit.models.detector import Detector, DetectorConfig
 from sievit.policies import KeepAllConfig, build_policy
-from sievit.released.detectors import DetectorOptions, assemble, release_limits
+from sievit.released.detectors import SViTOptions, assemble, release_limits
 
 PADDED, CONTENT, GIVEN = (128, 192), (120, 180), (80, 120)
-OPTIONS = DetectorOptions(num_heads=4)
+OPTIONS = SViTOptions(num_heads=4)
 HEAD = release_limits(MaskRCNNConfig(num_classes=5))
 CONSTANTS = replace(HEAD, rpn=replace(HEAD.rpn, pre_nms_test=300, post_nms_test=120))
 
@@ -47,7 +47,7 @@ def released(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def detector(released: Path, tmp_path_factory: pytest.TempPathFactory) -> Detector:
     """Converted, written, and read again; made for the small test images of the recording."""
-    model = assemble(read_checkpoint(released), "svit", OPTIONS, constants=CONSTANTS).model
+    model = assemble(read_checkpoint(released), OPTIONS, constants=CONSTANTS).model
     path = tmp_path_factory.mktemp("converted") / "model.safetensors"
     save(model, path)
     loaded = load(path)
@@ -109,7 +109,7 @@ def test_what_a_model_that_sees_padding_costs(detector: Detector):
 
 
 def test_the_configuration_of_the_release(released: Path):
-    converted = assemble(read_checkpoint(released), "svit", OPTIONS)
+    converted = assemble(read_checkpoint(released), OPTIONS)
     config = converted.model.config
     assert isinstance(config, DetectorConfig)
     assert (config.input.min_size, config.input.max_size, config.input.size_divisor) == (800, 1333, 32)

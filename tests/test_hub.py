@@ -434,7 +434,7 @@ def test_the_command(segmenter, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "notes.md").write_text("Made on a Sunday.")
     args = ["card", str(tmp_path / "m.safetensors"), "--out", str(tmp_path / "out")]
     args += ["--license", "mit", "--datasets", "user/sea", "lake", "--figures", str(tmp_path / "eval.json")]
-    args += ["--evaluated-on", "sea, val", "--notes", str(tmp_path / "notes.md"), "--thresholds", "0.8"]
+    args += ["--evaluated-on", "sea, val", "--notes", str(tmp_path / "notes.md"), "--set", "thresholds=0.8"]
     assert cli.main([*args, "--half", "True"]) == 0
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["files"] == ["README.md", "config.json", "model.safetensors"] and line["url"] is None
@@ -443,7 +443,7 @@ def test_the_command(segmenter, tmp_path, monkeypatch, capsys) -> None:
     assert data["license"] == "mit" and data["datasets"] == ["user/sea", "lake"]
     assert data["model-index"][0]["results"][0]["dataset"]["name"] == "sea, val"
     assert "Made on a Sunday." in (tmp_path / "out/README.md").read_text()
-    assert sievit.load(tmp_path / "out").config.policy == DToPConfig(thresholds=(0.8,))
+    assert sievit.load(tmp_path / "out").config.policy == DToPConfig(thresholds=(0.8,), keep_per_class=1)
     assert cli.main([*args, "--push", "user/sea"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["url"] == "https://hub/user/sea/commit/1"
     assert hub.files["README.md"] == (tmp_path / "out/README.md").read_bytes()

@@ -27,16 +27,17 @@ from sievit.policies import DToPConfig, KeepAllConfig, SViTConfig
 from sievit.recipes import recipe
 from sievit.recipes.detectors import CATEGORY_IDS, CLASSES
 from sievit.released import (
-    DetectorOptions,
-    SegmenterOptions,
-    convert_detector,
-    convert_segmenter,
+    DToPOptions,
+    SegViTOptions,
+    SViTOptions,
+    ViTAdapterOptions,
+    convert,
     detectors,
     segmenters,
 )
 from sievit.tasks.detection import CocoData
 
-SMALL = DetectorOptions(num_heads=4)
+SMALL = SViTOptions(num_heads=4)
 SEGMENTER: dict[str, Any] = {
     "num_heads": 4,
     "head_num_heads": 2,
@@ -89,14 +90,15 @@ def of_manifest(shapes: dict[str, Any]) -> Checkpoint:
 
 
 @pytest.mark.parametrize("size", ["t", "s"])
-@pytest.mark.parametrize("kind", ["svit", "vit_adapter"])
-def test_every_key_of_a_released_detector_has_its_place(golden_root: Path, kind: Any, size: str):
+@pytest.mark.parametrize("options", [SViTOptions, ViTAdapterOptions])
+def test_every_key_of_a_released_detector_has_its_place(golden_root: Path, options: Any, size: str):
+    kind = options.family
     manifest = json.loads(
         (golden_root / "svit" / f"manifest_{kind}_{'adapter_' * (kind == 'svit')}{size}.json").read_text()
     )
     checkpoint = of_manifest(manifest["state_dict"])
     with torch.device("meta"):
-        converted = detectors.assemble(checkpoint, kind, DetectorOptions())
+        converted = detectors.assemble(checkpoint, options())
     model = converted.model
     assert converted.keys == {"svit": 482, "vit_adapter": 428}[kind] == len(model.state_dict())
     assert converted.dropped == {}
@@ -117,7 +119,7 @@ def test_constants_are_the_recorded_ones(golden_root: Path):
         json.loads((golden_root / "svit" / "manifest_svit_adapter_s.json").read_text())["state_dict"]
     )
     with torch.device("meta"):
-        config = detectors.assemble(checkpoint, "svit", DetectorOptions()).model.config
+        config = detectors.assemble(checkpoint, SViTOptions()).model.config
     assert isinstance(config, DetectorConfig)
     head, rpn, rcnn = config.head, recorded["rpn_test"], recorded["rcnn_test"]
     assert list(config.classes) == recorded["classes"]
@@ -135,18 +137,19 @@ def test_constants_are_the_recorded_ones(golden_root: Path):
     assert [config.input.max_size, config.input.min_size] == scale
     assert config.policy == SViTConfig()
     with torch.device("meta"):
-        sampled = detectors.assemble(checkpoint, "svit", DetectorOptions(), sample=True).model.config.policy
+        sampled = detectors.assemble(checkpoint, SViTOptions(sample=True)).model.config.policy
     assert sampled == SViTConfig(sample=True)
 
 
-@pytest.mark.parametrize("kind", ["dtop", "segvit"])
+@pytest.mark.parametrize("options", [DToPOptions, SegViTOptions])
 @pytest.mark.parametrize("name", SEGMENTERS)
-def test_every_key_of_a_released_segmenter_has_its_place(golden_root: Path, name: str, kind: Any):
+def test_every_key_of_a_released_segmenter_has_its_place(golden_root: Path, name: str, options: Any):
+    kind = options.family
     manifest = json.loads((golden_root / "dtop" / "key_manifest.json").read_text())[name]
     settings = json.loads((golden_root / "dtop" / "settings.json").read_text())
     own = settings[name if kind == "dtop" else name.replace("prune", "BASE")]
     with torch.device("meta"):
-        converted = segmenters.assemble(of_manifest(manifest["keys"]), kind, SegmenterOptions())
+        converted = segmenters.assemble(of_manifest(manifest["keys"]), options())
     config, expected = converted.model.config, recipe(SEGMENTERS[name] + "_dtop" * (kind == "dtop")).model
     assert isinstance(config, SegmenterConfig)
     assert config == expected
@@ -170,18 +173,18 @@ def test_a_segvit_without_auxiliary_heads(golden_root: Path):
     manifest = json.loads((golden_root / "dtop" / "key_manifest.json").read_text())["prune_segvit_ade20k"]
     checkpoint = of_manifest({k: v for k, v in manifest["keys"].items() if not k.startswith("auxiliary_head.")})
     with torch.device("meta"):
-        config = segmenters.assemble(checkpoint, "segvit", SegmenterOptions()).model.config
+        config = segmenters.assemble(checkpoint, SegViTOptions()).model.config
         assert isinstance(config, SegmenterConfig)
         assert config.out_indices == (11,)
         with pytest.raises(ConfigError, match=r"no auxiliary heads.*convert segvit"):
-            segmenters.assemble(checkpoint, "dtop", SegmenterOptions())
+            segmenters.assemble(checkpoint, DToPOptions())
 
 
 def test_pascal_context_with_its_background(golden_root: Path):
     manifest = json.loads((golden_root / "dtop" / "key_manifest.json").read_text())["prune_segvit_pc"]["keys"]
     shapes = {key: [60 if n == 59 else n for n in shape] for key, shape in manifest.items()}
     with torch.device("meta"):
-        config = segmenters.assemble(of_manifest(shapes), "dtop", SegmenterOptions()).model.config
+        config = segmenters.assemble(of_manifest(shapes), DToPOptions()).model.config
     assert isinstance(config, SegmenterConfig)
     assert (len(config.classes), config.classes[0], len(config.palette)) == (60, "background", 60)
     assert config.crop == (480, 480)
@@ -203,15 +206,14 @@ def test_the_dense_backbone_equals_the_release(golden_root: Path):
 
 def test_a_small_dtop(dtop_state: dict[str, Tensor], names: Path, tmp_path: Path):
     path = written(dtop_state, tmp_path)
-    options = SegmenterOptions(classes=names, **SEGMENTER)
-    converted = convert_segmenter(path, "dtop", options, thresholds=(0.5, 0.6))
+    converted = convert(path, DToPOptions(classes=names, thresholds=(0.5, 0.6), **SEGMENTER))
     config = converted.model.config
     assert isinstance(config, SegmenterConfig)
     assert config.policy == DToPConfig(thresholds=(0.5, 0.6))
     assert (config.crop, config.stride, config.vit.grid) == ((96, 96), (64, 64), (6, 6))
     assert (config.input.min_size, config.input.max_size, config.input.mean) == (96, 384, (0.5, 0.5, 0.5))
     assert config.classes[6] == "class 6"
-    dense = convert_segmenter(path, "segvit", options).model
+    dense = convert(path, SegViTOptions(classes=names, **SEGMENTER)).model
     assert dense.config.policy == KeepAllConfig()
     save(dense, tmp_path / "dense.safetensors")
     pruned = load(tmp_path / "dense.safetensors", policy=DToPConfig(thresholds=(0.5, 0.6)))
@@ -234,32 +236,32 @@ def test_a_small_dtop(dtop_state: dict[str, Tensor], names: Path, tmp_path: Path
 def test_what_no_recipe_knows_has_to_be_given(
     dtop_state: dict[str, Tensor], names: Path, tmp_path: Path, changes: Any, thresholds: Any, words: str
 ):
-    options = replace(SegmenterOptions(classes=names, **SEGMENTER), **changes)
+    options = replace(DToPOptions(classes=names, thresholds=thresholds, **SEGMENTER), **changes)
     with pytest.raises(ConfigError, match=words) as error:
-        convert_segmenter(written(dtop_state, tmp_path), "dtop", options, thresholds=thresholds)
+        convert(written(dtop_state, tmp_path), options)
     assert "released.pth: " in str(error.value)
 
 
 def test_classes_of_a_detector(svit_state: dict[str, Tensor], names: Path, tmp_path: Path):
     path = written(svit_state, tmp_path)
     with pytest.raises(ConfigError, match=r"released\.pth: has 5 classes.*COCO's 80.*--annotations.*--classes"):
-        convert_detector(path, "svit", SMALL)
+        convert(path, SMALL)
     with pytest.raises(ConfigError, match=r"has 5 classes, but .*classes\.txt names 7"):
-        convert_detector(path, "svit", replace(SMALL, classes=names))
+        convert(path, replace(SMALL, classes=names))
     coco = tmp_path / "instances.json"
     entries = [{"id": 2 * i + 1, "name": f"thing {i}"} for i in range(5)]
     coco.write_text(json.dumps({"images": [], "annotations": [], "categories": entries}))
-    config = convert_detector(path, "svit", replace(SMALL, annotations=coco)).model.config
+    config = convert(path, replace(SMALL, annotations=coco)).model.config
     assert isinstance(config, DetectorConfig)
     assert (config.classes[4], config.category_ids) == ("thing 4", (1, 3, 5, 7, 9))
     with pytest.raises(ConfigError, match="give one of them"):
-        convert_detector(path, "svit", replace(SMALL, annotations=coco, classes=names))
+        convert(path, replace(SMALL, annotations=coco, classes=names))
     coco.write_text(json.dumps({"categories": entries[::-1]}))
     with pytest.raises(ConfigError, match="do not rise"):
-        convert_detector(path, "svit", replace(SMALL, annotations=coco))
+        convert(path, replace(SMALL, annotations=coco))
     coco.write_text("[]")
     with pytest.raises(ConfigError, match="no COCO file with categories"):
-        convert_detector(path, "svit", replace(SMALL, annotations=coco))
+        convert(path, replace(SMALL, annotations=coco))
 
 
 Edit = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -289,7 +291,7 @@ def with_key(key: str, *shape: int) -> Edit:
 )
 def test_a_detector_that_does_not_fit(svit_state: dict[str, Tensor], tmp_path: Path, edit: Edit, words: str):
     with pytest.raises(ConfigError, match=rf"released\.pth: .*{words}"):
-        convert_detector(written(edit(svit_state), tmp_path, meta={"CLASSES": tuple("abcde")}), "svit", SMALL)
+        convert(written(edit(svit_state), tmp_path, meta={"CLASSES": tuple("abcde")}), SMALL)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (0,), (2, 0, 2, 2)])
@@ -310,7 +312,7 @@ def test_a_detector_that_does_not_fit(svit_state: dict[str, Tensor], tmp_path: P
 def test_odd_shapes_of_what_sizes_are_read_from(svit_state: dict[str, Tensor], key: str, shape: tuple[int, ...]):
     checkpoint = Checkpoint({**svit_state, key: torch.zeros(shape)}, tuple("abcde"))
     with pytest.raises(ConfigError):
-        detectors.assemble(checkpoint, "svit", SMALL)
+        detectors.assemble(checkpoint, SMALL)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (0,), (2, 0, 2, 2)])
@@ -318,9 +320,9 @@ def test_odd_shapes_of_what_sizes_are_read_from(svit_state: dict[str, Tensor], k
     "key", ["decode_head.q.weight", "backbone.pos_embed", "backbone.patch_embed.projection.weight"]
 )
 def test_odd_shapes_of_a_segmenter(dtop_state: dict[str, Tensor], names: Path, key: str, shape: tuple[int, ...]):
-    options = SegmenterOptions(classes=names, **SEGMENTER)
+    options = SegViTOptions(classes=names, **SEGMENTER)
     with pytest.raises(ConfigError):
-        segmenters.assemble(Checkpoint({**dtop_state, key: torch.zeros(shape)}), "segvit", options)
+        segmenters.assemble(Checkpoint({**dtop_state, key: torch.zeros(shape)}), options)
 
 
 @pytest.mark.parametrize("key", ["config", "cfg"])
@@ -331,15 +333,15 @@ def test_attention_inside_windows_is_refused(svit_state: dict[str, Tensor], tmp_
         path = written(svit_state, tmp_path, meta={key: text.format(windows), "CLASSES": tuple("abcde")})
         if refused:
             with pytest.raises(ConfigError, match="attention inside windows"):
-                convert_detector(path, "svit", SMALL)
+                convert(path, SMALL)
         else:
-            convert_detector(path, "svit", SMALL)
+            convert(path, SMALL)
 
 
 @pytest.mark.parametrize("heads", [{"num_heads": 3}, {"num_heads": 4, "deform_num_heads": 5}])
 def test_heads_that_do_not_divide(svit_state: dict[str, Tensor], tmp_path: Path, heads: Any):
     with pytest.raises(ConfigError, match=r"released\.pth: .*num_heads"):
-        convert_detector(written(svit_state, tmp_path), "svit", DetectorOptions(**heads))
+        convert(written(svit_state, tmp_path), SViTOptions(**heads))
 
 
 KEYS = {
@@ -353,20 +355,18 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["svit", "vit_adapter", "dtop", "segvit"])
+@pytest.mark.parametrize("options", [SViTOptions, ViTAdapterOptions, DToPOptions, SegViTOptions])
 @pytest.mark.parametrize("found", [*KEYS, None])
-def test_weights_of_another_family_are_refused_by_name(tmp_path: Path, kind: Any, found: str | None):
+def test_weights_of_another_family_are_refused_by_name(tmp_path: Path, options: Any, found: str | None):
     assert KEYS.keys() == FAMILIES.keys()
     state = {KEYS[found] if found else "something.else": torch.zeros(1)}
     assert family(state) == found
-    if found == {"dtop": "segvit"}.get(kind, kind):
+    if found == {"dtop": "segvit"}.get(options.family, options.family):
         return
     path = written(state, tmp_path)
     words = FAMILIES[found][1:] if found else ("is not ", "its keys are like something.else")
-    options = DetectorOptions() if kind in ("svit", "vit_adapter") else SegmenterOptions()
-    convert: Any = convert_detector if isinstance(options, DetectorOptions) else convert_segmenter
     with pytest.raises(ConfigError) as error:
-        convert(path, kind, options)
+        convert(path, options())
     assert str(error.value).startswith(f"{path}: ")
     assert all(word in str(error.value) for word in words)
 
@@ -391,7 +391,7 @@ def test_from_a_released_file_to_results(
     assert (figures["keys"], figures["used"], figures["dropped"]) == (482, 482, {})
     assert cli.main(command) == 2
     assert "is there already" in capsys.readouterr().err
-    assert cli.main([*command, "--force", "True", "--sample", "True"]) == 0
+    assert cli.main([*command, "--force", "--sample", "True"]) == 0
     assert load(out).config.policy == SViTConfig(sample=True)
     capsys.readouterr()
 

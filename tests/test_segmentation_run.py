@@ -190,8 +190,8 @@ def test_eval_ends_with_one_json_line_equal_to_brute_force(run: RunFolder, scene
 
 def test_thresholds_on_a_dense_checkpoint_are_direct_pruning(checkpoint: Path, scenes: Path, capsys):
     args = ["eval", str(checkpoint), "--images", str(scenes / "val/images"), "--labels", str(scenes / "val/labels")]
-    figures = {}
-    for name, more in {"dense": [], "never": ["--thresholds", "1"], "early": ["--thresholds", "0.1"]}.items():
+    figures, exits = {}, ["--policy", "dtop", "--set"]
+    for name, more in {"dense": [], "never": [*exits, "thresholds=1"], "early": [*exits, "thresholds=0.1"]}.items():
         assert cli.main([*args, *more]) == 0
         figures[name] = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert "left_at" not in figures["dense"]
@@ -199,8 +199,8 @@ def test_thresholds_on_a_dense_checkpoint_are_direct_pruning(checkpoint: Path, s
     assert sum(figures["never"]["left_at"]) == 0
     assert sum(figures["early"]["left_at"]) > 0.5
     assert figures["early"]["tokens"][-1] < figures["dense"]["tokens"][-1]
-    assert cli.main([*args, "--thresholds", "0.5", "--policy", "random"]) == 2
-    assert "dtop" in capsys.readouterr().err
+    assert cli.main([*args, "--policy", "random", "--set", "thresholds=0.5"]) == 2
+    assert "'random' has no field 'thresholds'" in capsys.readouterr().err
 
 
 def test_compare_takes_segmenters(checkpoint: Path, run: RunFolder, recipe: Recipe):

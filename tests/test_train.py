@@ -485,7 +485,7 @@ def test_classes_come_from_the_annotations(recipe: Recipe, tmp_path: Path):
     assert found.head.num_classes == len(CLASSES)
     assert RunFolder(tmp_path / "run").recipe().model == found
     assert train(None, out=tmp_path / "run", resume=True) == figures
-    with pytest.raises(ConfigError, match=r"are not the model's \(1: thing\); --data\.own-classes True takes those"):
+    with pytest.raises(ConfigError, match=r"are not the model's \(1: thing\); --data\.own-classes takes those"):
         train(replace(own, data=replace(data, own_classes=False)), out=tmp_path / "other")
     (tmp_path / "mine.json").write_text(json.dumps({**source, "categories": []}))
     with pytest.raises(ConfigError, match=r"mine\.json: 'categories' is empty"):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from PIL import Image
 from sievit import cli
 from sievit.config import ConfigError
 from sievit.data.scenes import CLASSES, draw, generate
+from sievit.data.truth import Truth
 from sievit.heads import ATMConfig, MaskRCNNConfig
 from sievit.heads.config import BoxConfig, MaskConfig, RPNConfig
 from sievit.models.build import Model, build, load, save
@@ -32,11 +34,13 @@ from sievit.policies import (
 )
 from sievit.policies.selection import SharesPolicy
 from sievit.report import evaluate
-from sievit.tune import Goal, Judged, Tuning, table_of, tune
+from sievit.tune import Goal, Tuning, table_of
+from sievit.tune import tune as tune_once
 from sievit.tune.workload import Clock, Setup, TimedBlocks, Workload
 from sievit.vit import ViTConfig
 
 R = TypeVar("R")
+tune = partial(tune_once, force=True)
 NAMES = ("ground", *CLASSES)
 DEPTH = 6
 GATES = SViTConfig(first_block=2)
@@ -331,14 +335,14 @@ def labels(saved: Saved, images: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_accuracy_falls_by_no_more_than_it_may(most: float, saved: Saved, images: Path, labels: Path, out: Path):
     path = saved(replace(EXITS, thresholds=(0.0,)))
     figures = tune(
-        path, images, out, goal=Goal(max_drop=most), judged=Judged(labels=labels), tuning=QUICK, clock=wound(0.0)
+        path, images, out, goal=Goal(max_drop=most), truth=Truth(labels=labels), tuning=QUICK, clock=wound(0.0)
     )
     assert figures["target"] == {"max_drop": most, "met": True}
     assert figures["policy"] == "dtop", "some tokens may leave"
     before, after = figures["dense"]["miou"], figures["tuned"]["miou"]
     assert 0 <= before - after <= most
     assert sum(figures["tuned"]["keep"]) < DEPTH
-    judged = evaluate(out, images, labels=labels)
+    judged = evaluate(out, images, truth=Truth(labels=labels))
     assert 100 * judged["miou"] == pytest.approx(after, abs=1e-2)
     assert judged["gflops"] == pytest.approx(figures["tuned"]["gflops"], abs=1e-3)
     tried = figures["candidates"][0]["tried"]
@@ -368,9 +372,7 @@ def test_static_counts_win_where_choices_are_dear(saved: Saved, images: Path, ou
 
 def test_accuracy_that_may_not_fall_at_all(saved: Saved, images: Path, labels: Path, out: Path):
     path = saved(replace(EXITS, thresholds=(0.0,)))
-    figures = tune(
-        path, images, out, goal=Goal(max_drop=0.0), judged=Judged(labels=labels), tuning=ONE, clock=wound(0.0)
-    )
+    figures = tune(path, images, out, goal=Goal(max_drop=0.0), truth=Truth(labels=labels), tuning=ONE, clock=wound(0.0))
     assert policy_of(out) == KeepAllConfig() and "loses more accuracy" in figures["why"]
     assert figures["target"]["met"]
 
@@ -449,7 +451,7 @@ def test_what_the_user_has_to_change(saved: Saved, images: Path, out: Path, tmp_
     with pytest.raises(ConfigError, match="would be lost"):
         tune(path, images, path)
     with pytest.raises(ConfigError, match="is a segmenter; give --labels"):
-        tune(path, images, out, goal=Goal(max_drop=1.0), judged=Judged(annotations=tmp_path / "a.json"))
+        tune(path, images, out, goal=Goal(max_drop=1.0), truth=Truth(annotations=tmp_path / "a.json"))
     (tmp_path / "b.png").write_bytes(b"")
     with pytest.raises(ConfigError, match="none of its 1 images can be read"):
         tune(path, tmp_path, out)

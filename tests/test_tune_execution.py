@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ import sievit.vit.execution
 import sievit.vit.loop
 from sievit.config import ConfigError
 from sievit.data.scenes import generate
+from sievit.data.truth import Truth
 from sievit.heads import ATMConfig
 from sievit.hub.file import read
 from sievit.models.build import build, load, save
@@ -21,13 +23,15 @@ from sievit.models.segmenter import Segmenter, SegmenterConfig
 from sievit.policies import KeepAllConfig, PolicyConfig, RandomConfig, SViTConfig
 from sievit.report import evaluate
 from sievit.tokens import Prediction, Tokens, Trace
-from sievit.tune import Goal, Tuning, tune
+from sievit.tune import Goal, Tuning
+from sievit.tune import tune as tune_once
 from sievit.tune.workload import Clock, Setup, TimedBlocks
 from sievit.vit import ViTConfig
 from sievit.vit.execution import Execution, copied
 from sievit.vit.executor import execute_run
 
 R = TypeVar("R")
+tune = partial(tune_once, force=True)
 GATES = SViTConfig(first_block=2, targets=(0.5,))
 ALL = ("dynamic", "bucketed", "static")
 QUICK = Tuning(repeats=3, num_images=4, multiple=1, batch_size=2)
@@ -189,7 +193,7 @@ def test_precision_is_that_of_the_race_and_of_the_model(
     assert {dtype for _, _, dtype in executed} == {torch.bfloat16}
     executed.clear()
     labels = images.parent / "labels"
-    evaluate(out, images, labels=labels, limit=1)
+    evaluate(out, images, truth=Truth(labels=labels), limit=1)
     load(out, policy="keep_all").predict(sorted(images.iterdir())[:1])
     assert {dtype for _, _, dtype in executed} == {torch.bfloat16}, "another policy in the same precision"
 

@@ -6,7 +6,6 @@ Exit status: 0 done, 1 something could not be done, 2 something the user has to 
 import sys
 from collections.abc import Sequence
 
-from sievit.cli import bench, card, convert, data, demo, eval, flops, init, lists, predict, sweep, train, tune
 from sievit.cli.command import Command
 from sievit.config import ConfigError, nearest
 from sievit.memory import keep_memory
@@ -40,7 +39,7 @@ def _dispatch(args: list[str]) -> int:
         print(f"sievit {__version__}")
         return 0
     if args[0] in COMMANDS:
-        return COMMANDS[args[0]].run(args[1:])
+        return COMMANDS[args[0]].run(args[0], args[1:])
     group = [name for name in COMMANDS if name.startswith(f"{args[0]} ")]
     if not group:
         raise ConfigError(f"unknown command {args[0]!r}{nearest(args[0], COMMANDS)}")
@@ -50,7 +49,7 @@ def _dispatch(args: list[str]) -> int:
     name = " ".join(args[:2])
     if name not in COMMANDS:
         raise ConfigError(f"unknown command {name!r}{nearest(name, group)}")
-    return COMMANDS[name].run(args[2:])
+    return COMMANDS[name].run(name, args[2:])
 
 
 def _overview() -> str:
@@ -65,24 +64,26 @@ def _line(name: str) -> str:
 
 
 COMMANDS = {
-    "demo": Command("", "see it: dense against sparse on images of nuclei", demo.demo),
-    "train": Command("RECIPE", "train a model, or go on with --resume RUN", train.train),
-    "eval": Command("MODEL", "accuracy, tokens, GFLOPs and latency", eval.evaluate),
-    "predict": Command("MODEL IMAGES", "find objects or label pixels, in an image or a folder", predict.predict),
-    "sweep": Command("MODEL", "a segmenter at many thresholds: table and plot", sweep.sweep),
-    "tune": Command("CHECKPOINT", "a model made fast on this device: what pays, to a target", tune.tune),
-    "card": Command("MODEL", "a folder for the Hugging Face Hub: weights, configuration, card", card.card),
-    "convert svit": Command("FILE", "a released SViT-Adapter", convert.svit),
-    "convert vit_adapter": Command("FILE", "a released dense ViT-Adapter", convert.vit_adapter),
-    "convert dtop": Command("FILE", "a released DToP", convert.dtop),
-    "convert segvit": Command("FILE", "a released dense SegViT", convert.segvit),
-    "init": Command("RECIPE", "a recipe's model with random weights, to try things on", init.init),
-    "data scenes": Command("", "generate scenes in COCO format", data.scenes),
-    "bench blocks": Command("", "time the backbone's blocks, dense against sparse", bench.blocks),
-    "bench backbone": Command("", "time ViT-Adapter, dense against SViT", bench.backbone),
-    "bench network": Command("", "time a whole network, dense against its policy", bench.network),
-    "bench heads": Command("", "where a whole detector's time goes, part by part", bench.heads),
-    "flops": Command("TARGET", "GFLOPs of a recipe or model, by part and image", flops.flops),
-    "recipes": Command("[NAME]", "list the recipes, or print one", lists.recipes),
-    "policies": Command("", "list the token policies", lists.policies),
+    "demo": Command("", "see it: dense against sparse on images of nuclei", "sievit.report:demo"),
+    "train": Command("RECIPE", "train a model, or go on with --resume RUN", "sievit.cli.train:train", raw=True),
+    "eval": Command("MODEL", "accuracy, tokens, GFLOPs and latency", "sievit.report:evaluate"),
+    "predict": Command(
+        "MODEL IMAGES", "find objects or label pixels, in an image or a folder", "sievit.report:predict"
+    ),
+    "sweep": Command("MODEL", "a model at many settings of its policy: table and plot", "sievit.report.sweep:sweep"),
+    "tune": Command("MODEL", "a model made fast on this device: what pays, to a target", "sievit.tune:tune"),
+    "card": Command("MODEL", "a folder for the Hugging Face Hub: weights, configuration, card", "sievit.cli.card:card"),
+    "convert svit": Command("FILE", "a released SViT-Adapter", "sievit.cli.convert:svit"),
+    "convert vit_adapter": Command("FILE", "a released dense ViT-Adapter", "sievit.cli.convert:vit_adapter"),
+    "convert dtop": Command("FILE", "a released DToP", "sievit.cli.convert:dtop"),
+    "convert segvit": Command("FILE", "a released dense SegViT", "sievit.cli.convert:segvit"),
+    "init": Command("RECIPE", "a recipe's model with random weights, to try things on", "sievit.cli.init:init"),
+    "data scenes": Command("", "generate scenes in COCO format", "sievit.cli.data:scenes"),
+    "bench blocks": Command("", "time the backbone's blocks, dense against sparse", "sievit.bench:bench_blocks"),
+    "bench backbone": Command("", "time ViT-Adapter, dense against SViT", "sievit.bench:bench_backbone"),
+    "bench network": Command("", "time a whole network, dense against its policy", "sievit.bench:bench_network"),
+    "bench heads": Command("", "where a whole detector's time goes, part by part", "sievit.bench:bench_heads"),
+    "flops": Command("TARGET", "GFLOPs of a recipe or model, by part and image", "sievit.cli.flops:flops"),
+    "recipes": Command("[NAME]", "list the recipes, or print one", "sievit.cli.lists:recipes"),
+    "policies": Command("", "list the token policies", "sievit.cli.lists:policies"),
 }

@@ -2,23 +2,17 @@
 
 from pathlib import Path
 
-from sievit.cli.command import parse
+from sievit.data.scenes import generate
 
 
-def scenes(args: list[str]) -> int:
-    def run(*, out: Path, num_images: int = 100, size: tuple[int, int] = (512, 512), seed: int = 0) -> int:
-        """Generate scenes in COCO format: images/, annotations.json, labels/ (semantic).
+def scenes(*, out: Path, num_images: int = 100, size: tuple[int, int] = (512, 512), seed: int = 0) -> None:
+    """Generate scenes in COCO format: images/, annotations.json, labels/ (semantic).
 
-        Args:
-            out: folder to write; has to be new or empty.
-            num_images: how many.
-            size: height and width in pixels.
-            seed: the same seed gives the same scenes.
-        """
-        from sievit.data.scenes import generate
-
-        generate(out, num_images=num_images, size=size, seed=seed)
-        print(f"{out}: {num_images} scenes")
-        return 0
-
-    return parse(run, args, "data scenes")
+    Args:
+        out: folder to write; has to be new or empty.
+        num_images: how many.
+        size: height and width in pixels.
+        seed: the same seed gives the same scenes.
+    """
+    generate(out, num_images=num_images, size=size, seed=seed)
+    print(f"{out}: {num_images} scenes")

@@ -1,85 +1,57 @@
 """`sievit flops`."""
 
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-from sievit.cli.command import parse, print_json
+from rich.console import Console
+
 from sievit.config import ConfigError, nearest
+from sievit.devices import pick_device
+from sievit.hub.fetch import HUB, shipped
+from sievit.measure.costs import costs, per_image
+from sievit.models.build import load, model_file, read
+from sievit.policies import PolicyOptions
+from sievit.recipes import recipe, recipes
 
 
-def flops(args: list[str]) -> int:
-    from tyro.conf import arg
-
-    def run(
-        target: Annotated[str, arg(metavar="TARGET")],
-        /,
-        *,
-        size: tuple[int, int] | None = None,
-        images: Path | None = None,
-        policy: str | None = None,
-        thresholds: tuple[float, ...] | None = None,
-        batch_size: int = 1,
-        limit: int | None = None,
-        device: str = "auto",
-    ) -> int:
-        """Count what a model costs, by part; the last line of the output is one JSON object.
-
-        Without --images every token takes part: `gflops` is by the papers' rule, `gflops_full` is everything.
-
-        Args:
-            target: recipe, checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
-            size: height and width in pixels; default the training crop, of a detector the largest test image.
-            images: folder of images that a trained model is run on, for what it spends on each.
-            policy: takes the place of the model's own, for --images.
-            thresholds: of the early exits of a segmenter, for --images.
-            batch_size: images that go through the network together.
-            limit: only the first so many images.
-            device: cpu, cuda, cuda:1, or auto.
-        """
-        return _run_flops(target, size, images, policy, thresholds, batch_size, limit, device)
-
-    return parse(run, args, "flops")
-
-
-def _run_flops(
+def flops(
     target: str,
-    size: tuple[int, int] | None,
-    images: Path | None,
-    policy: str | None,
-    thresholds: tuple[float, ...] | None,
-    batch_size: int,
-    limit: int | None,
-    device: str,
-) -> int:
-    from rich.console import Console
+    /,
+    *,
+    size: tuple[int, int] | None = None,
+    images: Path | None = None,
+    policy: PolicyOptions = PolicyOptions(),  # noqa: B008
+    batch_size: int = 1,
+    limit: int | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Count what a model costs, by part; the last line of the output is one JSON object.
 
-    from sievit.hub.fetch import HUB, shipped
-    from sievit.measure.costs import costs, per_image
-    from sievit.models.build import model_file, read
-    from sievit.recipes import recipe, recipes
-    from sievit.report import open_model
+    Without --images every token takes part: `gflops` is by the papers' rule, `gflops_full` is everything.
 
-    names, models = recipes(), shipped()
-    if images is None and (policy is not None or thresholds is not None):
-        raise ConfigError("--policy and --thresholds say who is left out, which depends on the image; give --images")
+    Args:
+        target: recipe, checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
+        size: height and width in pixels; default the training crop, of a detector the largest test image.
+        images: folder of images that a trained model is run on, for what it spends on each.
+        policy: another policy, for --images.
+        batch_size: images that go through the network together.
+        limit: only the first so many images.
+        device: cpu, cuda, cuda:1, or auto.
+    """
+    names, models, console = recipes(), shipped(), Console()
+    if images is None and policy != PolicyOptions():
+        raise ConfigError("--policy and --set change which tokens of an image are left out; give --images")
     is_model = target in models or target.startswith(HUB) or Path(target).exists()
     if target in names and not is_model:
         if images is not None:
             raise ConfigError(f"{target!r} is a recipe, its weights are random; --images needs a trained model")
-        print_json(costs(recipe(target).model, size=size, console=Console()))
-        return 0
+        return costs(recipe(target).model, size=size, console=console)
     if not is_model:
         raise ConfigError(f"{target!r} is neither a recipe nor a model{nearest(target, {*names, *models})}")
     path = model_file(target)
-    figures = costs(read(path)[0], size=size, console=Console())
+    figures = costs(read(path)[0], size=size, console=console)
     if images is not None:
-        model = open_model(path, policy=policy, thresholds=thresholds, device=device)
-        figures["per_image"] = per_image(
-            model, images, batch_size=batch_size, limit=limit, console=Console(), progress=Console(stderr=True)
-        )
-    failures = figures.get("per_image", {}).get("failures", ())
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
-    print_json(figures)
-    return 1 if failures else 0
+        model, bar = load(path, policy=policy, device=pick_device(device)), Console(stderr=True)
+        found = per_image(model, images, batch_size=batch_size, limit=limit, console=console, progress=bar)
+        figures |= {"failures": found.pop("failures", []), "per_image": found}
+    return figures

@@ -2,37 +2,27 @@
 
 import json
 
-from sievit.cli.command import first_line, parse
+from sievit.cli.command import first_line
+from sievit.config import to_json
+from sievit.policies import policies as known_policies
+from sievit.recipes import recipe
+from sievit.recipes import recipes as known_recipes
 
 
-def recipes(args: list[str]) -> int:
-    def run(name: str | None = None, /) -> int:
-        """List the recipes, or print one as JSON.
+def recipes(name: str | None = None, /) -> None:
+    """List the recipes, or print one as JSON.
 
-        Args:
-            name: of the recipe to print.
-        """
-        from sievit.config import to_json
-        from sievit.recipes import recipe
-
-        print(recipe_list() if name is None else json.dumps(to_json(recipe(name)), indent=2))
-        return 0
-
-    return parse(run, args, "recipes")
+    Args:
+        name: of the recipe to print.
+    """
+    print(recipe_list() if name is None else json.dumps(to_json(recipe(name)), indent=2))
 
 
 def recipe_list() -> str:
-    from sievit.recipes import recipes
+    """Names and what they are, a line each."""
+    return "\n".join(f"  {name:<28} {summary}" for name, summary in known_recipes().items())
 
-    return "\n".join(f"  {name:<28} {summary}" for name, summary in recipes().items())
 
-
-def policies(args: list[str]) -> int:
-    def run() -> int:
-        """List the policies that `--policy` takes."""
-        from sievit.policies import policies
-
-        print("\n".join(f"  {name:<22} {first_line(config)}" for name, config in policies().items()))
-        return 0
-
-    return parse(run, args, "policies")
+def policies() -> None:
+    """List the policies that `--policy` takes."""
+    print("\n".join(f"  {name:<22} {first_line(config)}" for name, config in known_policies().items()))

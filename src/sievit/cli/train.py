@@ -1,18 +1,24 @@
 """`sievit train`."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from sievit.cli.command import parse, print_json
+from rich.console import Console
+from tyro.conf import arg
+
+from sievit.cli.command import parse
 from sievit.cli.lists import recipe_list
 from sievit.config import ConfigError, nearest
+from sievit.engine.recipe import Recipe, with_classes
+from sievit.engine.train import train as run_training
+from sievit.recipes import recipe as find
+from sievit.recipes import recipes
 
 
-def train(args: list[str]) -> int:
-    from sievit.recipes import recipe as find
-    from sievit.recipes import recipes
-
+def train(args: list[str]) -> dict[str, Any] | None:
+    """Train the recipe that the arguments begin with; its fields are the options."""
     if not args or args[0].startswith("-"):
         if args and args[0] in ("-h", "--help"):
             print(
@@ -20,16 +26,10 @@ def train(args: list[str]) -> int:
                 "RECIPE may be a file too: `sievit recipes NAME > mine.json` writes one to change.\n"
                 "sievit train RECIPE --help lists options"
             )
-            return 0
+            return None
         raise ConfigError(f"sievit train needs a recipe first, its name or a .json file{nearest('', recipes())}")
     name = args[0]
     default = find(name)
-
-    from dataclasses import replace
-
-    from tyro.conf import arg
-
-    from sievit.engine.recipe import Recipe, with_classes
 
     def run(
         recipe: Annotated[Recipe, arg(name="")] = default,
@@ -40,7 +40,7 @@ def train(args: list[str]) -> int:
         num_classes: int | None = None,
         ignore_index: int | None = None,
         palette: Path | None = None,
-    ) -> int:
+    ) -> dict[str, Any] | None:
         """Train a model; the last line of the output is one JSON object with the figures of the last validation.
 
         Args:
@@ -56,20 +56,12 @@ def train(args: list[str]) -> int:
             recipe = replace(recipe, data=replace(recipe.data, root=data_root))
         if (num_classes, ignore_index, palette) != (None, None, None):
             recipe = with_classes(recipe, num_classes=num_classes, ignore_index=ignore_index, palette=palette)
-        return _run_training(None if resume else recipe, resume or out)
+        goes_on = resume is not None
+        figures = run_training(
+            None if goes_on else recipe, out=resume or out, resume=goes_on, console=Console(stderr=True)
+        )
+        return figures if os.environ.get("RANK", "0") == "0" else None  # one of torchrun's processes prints
 
     if any(option.partition("=")[0] == "--resume" for option in args[1:]) and len(args) > 3:
         raise ConfigError("--resume goes on with the run as it was started and takes no other option")
-    return parse(run, args[1:], f"train {name}")
-
-
-def _run_training(recipe: Any, out: Path) -> int:
-    """Train `recipe`, or go on with the run in `out` when there is none."""
-    from rich.console import Console
-
-    from sievit.engine.train import train
-
-    figures = train(recipe, out=out, resume=recipe is None, console=Console(stderr=True))
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
-        print_json(figures)
-    return 0
+    return parse(run, args[1:], f"train {name}", prefixes=True)

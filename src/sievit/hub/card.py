@@ -40,28 +40,36 @@ LICENSES = frozenset(_KNOWN.split())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Card:
-    """What a person says of a model, for its card.
+class CardOptions:
+    """What a model card states that the model itself does not; fields that are left out are marked unknown.
 
     Attributes:
-        license: of the weights, as the hub writes them (apache-2.0, cc-by-nc-4.0, ...) or any other name; where nobody
-            says which, the card says "unknown".
+        license: of the weights, as the hub writes them: apache-2.0, cc-by-nc-4.0, ..., or any other name.
         license_link: address of its text, for a licence that the hub does not know.
         datasets: what the model was trained on, by name, or by the hub's id.
-        figures: what `sievit eval` printed: accuracy, GFLOPs, milliseconds, shares of tokens.
         evaluated_on: the data set of the figures.
-        name: the title.
+        name: title of the card.
         base_model: the hub's id of the model that this one was made from.
-        notes: further text.
     """
 
     license: str = "unknown"
     license_link: str | None = None
-    datasets: Sequence[str] = ()
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    datasets: tuple[str, ...] = ()
     evaluated_on: str | None = None
     name: str | None = None
     base_model: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card(CardOptions):
+    """What is written on a model card beside what the model's configuration holds.
+
+    Attributes:
+        figures: what `sievit eval` printed: accuracy, GFLOPs, milliseconds, shares of tokens.
+        notes: further text.
+    """
+
+    figures: Mapping[str, Any] = field(default_factory=dict)
     notes: str = ""
 
 

@@ -18,7 +18,7 @@ from sievit.config import ConfigError, from_json, kind_of, load_json, to_json
 from sievit.files import write_atomically
 from sievit.hub.int8 import SCALE, dequantized, pays, quantized
 from sievit.models.inputs import ModelConfig
-from sievit.policies import PolicyConfig, policy_config
+from sievit.policies import PolicyConfig, PolicyOptions, chosen_policy, policy_config
 from sievit.vit.execution import Execution
 
 M = TypeVar("M", bound=nn.Module)
@@ -56,6 +56,18 @@ def write(model: nn.Module, config: ModelConfig, path: Path, *, half: bool = Fal
         tensors[name] = tensor
     metadata = {"format": FORMAT, "config": json.dumps(to_json(config))}
     write_atomically(path, to_bytes(tensors, metadata))
+
+
+def require_free(out: Path, *, force: bool) -> None:
+    """Raise if the model file `out` is there already, unless it may be written over.
+
+    Raises:
+        ConfigError: it is there, or is a folder.
+    """
+    if out.is_dir():
+        raise ConfigError(f"{out}: is a folder; --out is the .safetensors file to write")
+    if out.exists() and not force:
+        raise ConfigError(f"{out}: is there already; give another --out, or --force to write over it")
 
 
 def read(path: Path, *, kind: str | None = None) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -101,7 +113,7 @@ def restored(
     path: Path,
     *,
     kind: str | None = None,
-    policy: str | PolicyConfig | None = None,
+    policy: str | PolicyOptions | PolicyConfig | None = None,
     compile: bool = True,
 ) -> M:
     """The model in a file, in evaluation mode, on the CPU.
@@ -109,16 +121,19 @@ def restored(
     Args:
         build: makes a model of random weights from a configuration.
         kind: see `read`.
-        policy: takes the place of the file's: a configuration, or a name for the default one of that name (the file's
-            own where it has that name). Weights of the policy that is replaced are left out.
+        policy: takes the place of the file's: a configuration, a name, or a name and fields; of a policy of the file's
+            kind the other fields stay as they are there. Weights of the policy that is replaced are left out.
         compile: False to run a model that was tuned to be compiled as it stands.
 
     Raises:
         ConfigError: see `read`; weights that do not fit, an unknown policy, or one that has to be trained and was not.
     """
-    wanted = policy_config(policy) if isinstance(policy, str) else policy  # imports the module of a user's policy
+    options = PolicyOptions(policy=policy) if isinstance(policy, str) else policy
+    if isinstance(options, PolicyOptions) and options.policy is not None:
+        policy_config(options.policy)  # imports the module of a user's policy, which the file may hold
     config, tensors = read(path, kind=kind)
-    if wanted is not None and not (isinstance(policy, str) and type(config.policy) is type(wanted)):
+    wanted = chosen_policy(config.policy, options) if isinstance(options, PolicyOptions) else options
+    if wanted not in (None, config.policy):
         # the execution was found best for the policy that is replaced
         config = replace(config, policy=wanted, execution=Execution(precision=config.execution.precision))
     if not compile:

@@ -13,7 +13,7 @@ from sievit.files import write_atomically
 from sievit.hub.card import Card, model_card
 from sievit.hub.fetch import fetched, model_file, shipped
 from sievit.hub.file import CONFIG_FILE, MODEL_FILE, restored, write
-from sievit.policies import PolicyConfig
+from sievit.policies import PolicyConfig, PolicyOptions
 
 README = "README.md"
 
@@ -40,7 +40,7 @@ class Pretrained(nn.Module, ModelHubMixin):
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
-        policy: str | PolicyConfig | None = None,
+        policy: str | PolicyOptions | PolicyConfig | None = None,
         device: str | torch.device = "cpu",
         compile: bool = True,
         force_download: bool = False,

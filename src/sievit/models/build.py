@@ -11,7 +11,7 @@ from sievit.models.base import Model, model_class
 from sievit.models.detector import Detector, DetectorConfig
 from sievit.models.inputs import ModelConfig
 from sievit.models.segmenter import Segmenter, SegmenterConfig
-from sievit.policies import PolicyConfig
+from sievit.policies import PolicyConfig, PolicyOptions
 
 __all__ = ["FORMAT", "POLICY_PREFIXES", "Model", "build", "load", "model_file", "read", "save"]
 
@@ -45,7 +45,7 @@ def save(model: Model, path: Path | str, *, half: bool = False, int8: bool = Fal
 def load(
     path: Path | str,
     *,
-    policy: str | PolicyConfig | None = None,
+    policy: str | PolicyOptions | PolicyConfig | None = None,
     device: str | torch.device = "cpu",
     compile: bool = True,
 ) -> Model:
@@ -55,9 +55,9 @@ def load(
         path: a file that `save` wrote; a folder that `save_pretrained` wrote, or of a training run (its best model,
             else its last); the name of a shipped model, such as "nuclei_svit"; or a model on the hub, hf:user/name or
             hf:user/name@revision.
-        policy: takes the place of the checkpoint's: a configuration, or a name for the default one of that name (the
-            checkpoint's own where it has that name). Weights of the policy that is replaced are left out,
-            and it runs in the default mode.
+        policy: takes the place of the checkpoint's: a configuration, a name, or a name and fields; of a policy of the
+            checkpoint's kind the other fields stay as they are there. Weights of the policy that is replaced are left
+            out, and the new one runs in the default mode.
         compile: False to run a model that was tuned to be compiled as it stands.
 
     Raises:

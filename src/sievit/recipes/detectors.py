@@ -8,7 +8,7 @@
   `--train.freeze vit` trains everything but the backbone. None of these schedules was run in full.
 - boxes_dinov2_s: boxes of your own in COCO's format, with the classes of your file. Give `--data.train-images`,
   `--data.train-annotations`, `--data.val-images` and `--data.val-annotations`, for the sparse model too; where the
-  files hold masks, `--model.head.with-masks True` trains on them.
+  files hold masks, `--model.head.with-masks` trains on them.
 """
 
 from dataclasses import replace

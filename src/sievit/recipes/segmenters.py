@@ -5,7 +5,8 @@ pixels, with the papers), its auxiliary heads with it; on DINOv2 and DINOv3 timm
 it in one of three ways, for any pair of recipes X and X_dtop:
 
 - Finetune, the default of X_dtop: from runs/X, for the shorter schedule that its recipe has.
-- Direct, without training: `sievit eval runs/X --thresholds 0.9`, or 0.95 for a ViT-L, with the data's options.
+- Direct, without training: `sievit eval runs/X --policy dtop --set thresholds=0.9` and the data's options; 0.95 for a
+  ViT-L.
 - Retrain: `sievit train X_dtop --train.init-from None --train.vit-from FILE --train.steps 160000`.
 
 The data sets lie below `<data-root>` as `data.presets` states; COCO-Stuff's labels are from 1 to 171 in files called

@@ -1,16 +1,22 @@
-"""What detectors and segmenters share: reading the file, and telling what was found."""
+"""What detectors and segmenters share."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from sievit.config import ConfigError
-from sievit.convert import read_checkpoint
-from sievit.convert.family import require_family
-from sievit.convert.pth import Checkpoint
 from sievit.data.label_files import read_text
 from sievit.models.base import Model
 from sievit.vit import ViT
+
+
+class ReleasedOptions:
+    """Base of what the files of a family do not tell.
+
+    Attributes:
+        family: of released models.
+    """
+
+    family: ClassVar[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,22 +33,6 @@ class Converted:
     facts: dict[str, str]
     keys: int
     dropped: dict[str, list[str]]
-
-
-def of_file(path: Path, kind: str, assemble: Callable[[Checkpoint], Converted]) -> Converted:
-    """What `assemble` makes of the file; whatever is wrong with it begins with its name.
-
-    Raises:
-        ConfigError: no such file, damaged, of another family, or of things that do not fit together.
-    """
-    checkpoint = read_checkpoint(path)
-    try:
-        require_family(checkpoint.state, kind)
-        return assemble(checkpoint)
-    except ValueError as error:  # a ConfigError is one too
-        raise ConfigError(f"{path}: {error}") from error
-    except (IndexError, ZeroDivisionError) as error:
-        raise ConfigError(f"{path}: its tensors do not fit each other ({error})") from error
 
 
 def lines(path: Path) -> tuple[str, ...]:

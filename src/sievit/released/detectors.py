@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sievit.config import ConfigError
 from sievit.convert import mmdet_heads, svit_backbone, vit_adapter_backbone
@@ -17,9 +17,7 @@ from sievit.necks.adapter import ViTAdapter
 from sievit.policies import KeepAllConfig, SViT, SViTConfig
 from sievit.recipes import recipe
 from sievit.recipes.detectors import CATEGORY_IDS, CLASSES
-from sievit.released.common import Converted, described, lines, of_file
-
-Kind = Literal["svit", "vit_adapter"]
+from sievit.released.common import Converted, ReleasedOptions, described, lines
 
 RECIPES = {192: "coco_{}_adapter_t", 384: "coco_{}_adapter_s"}
 """By width of the ViT; the braces are `svit` or `vit`."""
@@ -31,7 +29,7 @@ def release_limits(head: MaskRCNNConfig) -> MaskRCNNConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectorOptions:
+class ViTAdapterOptions(ReleasedOptions):
     """What the file of a detector does not tell.
 
     Attributes:
@@ -41,32 +39,27 @@ class DetectorOptions:
         deform_num_heads: of the adapter's deformable attention; default as many as have four points each.
     """
 
+    family = "vit_adapter"
     classes: Path | None = None
     annotations: Path | None = None
     num_heads: int | None = None
     deform_num_heads: int | None = None
 
 
-def convert_detector(path: Path, kind: Kind, options: DetectorOptions, *, sample: bool = False) -> Converted:
-    """The detector in a released file.
+@dataclass(frozen=True, kw_only=True)
+class SViTOptions(ViTAdapterOptions):
+    """What the file of a sparse detector does not tell.
 
-    Args:
-        sample: gates of SViT draw at inference, as the released test scripts do, instead of taking the arg-max.
-
-    Raises:
-        ConfigError: no such file, damaged, of another family, with keys that are missing, unknown or of a shape that
-            does not fit, or with classes that nobody named; the message begins with the file.
+    Attributes:
+        sample: gates draw at inference, as the released test scripts do, instead of taking the arg-max.
     """
-    return of_file(path, kind, lambda checkpoint: assemble(checkpoint, kind, options, sample=sample))
+
+    family = "svit"
+    sample: bool = False
 
 
 def assemble(
-    checkpoint: Checkpoint,
-    kind: Kind,
-    options: DetectorOptions,
-    *,
-    sample: bool = False,
-    constants: MaskRCNNConfig | None = None,
+    checkpoint: Checkpoint, options: ViTAdapterOptions, *, constants: MaskRCNNConfig | None = None
 ) -> Converted:
     """The detector in a checkpoint; `constants` of Mask R-CNN, None: the release's."""
     state = checkpoint.state
@@ -80,8 +73,8 @@ def assemble(
         "deform_num_heads": options.deform_num_heads,
         "drop_path_rate": base.vit.drop_path_rate if width in RECIPES else 0.0,
     }
-    if kind == "svit":
-        backbone = svit_backbone(state, sample=sample, **attention)
+    if isinstance(options, SViTOptions):
+        backbone = svit_backbone(state, sample=options.sample, **attention)
     else:
         backbone = vit_adapter_backbone(state, **attention)
     head = mmdet_heads(state, constants=release_limits(base.head) if constants is None else constants)
@@ -97,7 +90,7 @@ def assemble(
         padding="seen",
     )
     model = Detector(config, backbone=backbone, head=head).eval()
-    return Converted(model=model, facts=_facts(model, kind), keys=len(state), dropped={})
+    return Converted(model=model, facts=_facts(model), keys=len(state), dropped={})
 
 
 def _refuse(checkpoint: Checkpoint) -> None:
@@ -110,28 +103,29 @@ def _refuse(checkpoint: Checkpoint) -> None:
         raise ConfigError("was trained with attention inside windows (window_attn), which sievit does not have")
 
 
-def _facts(model: Detector, kind: Kind) -> dict[str, str]:
+def _facts(model: Detector) -> dict[str, str]:
     """What there is to tell."""
     config, backbone = model.config, model.backbone
     assert isinstance(backbone, ViTAdapter)
+    sparse = isinstance(config.policy, SViTConfig)
     policy = "keep_all: every token is computed"
     if isinstance(config.policy, SViTConfig):
         policy = f"svit, gates {'drawn as the released test scripts do' if config.policy.sample else 'by arg-max'}"
     facts = {
-        "model": f"{'SViT' if kind == 'svit' else 'dense ViT'}-Adapter with Mask R-CNN",
+        "model": f"{'SViT' if sparse else 'dense ViT'}-Adapter with Mask R-CNN",
         "backbone": f"{described(backbone.vit)}; {backbone.config.deform_num_heads} heads of deformable attention",
         "classes": f"{len(config.classes)} ({config.classes[0]}, ..., {config.classes[-1]})",
         "policy": policy,
         "unused": "the first row of backbone.pos_embed, a class token's",
     }
     if config.vit.embed_dim in RECIPES:
-        name = RECIPES[config.vit.embed_dim].format("svit" if kind == "svit" else "vit")
+        name = RECIPES[config.vit.embed_dim].format("svit" if sparse else "vit")
         as_it_is = f"--model.vit.norm-eps {config.vit.norm_eps} --model.padding seen"
         facts["to train on"] = f"sievit train {name} --train.init-from FILE {as_it_is}"
     return facts
 
 
-def _classes(count: int, checkpoint: Checkpoint, options: DetectorOptions) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _classes(count: int, checkpoint: Checkpoint, options: ViTAdapterOptions) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Names and ids."""
     if options.classes is not None and options.annotations is not None:
         raise ConfigError("--classes and --annotations both name the classes; give one of them")

@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from sievit.config import ConfigError
 from sievit.convert import dtop_segmenter, segvit_segmenter
@@ -17,10 +16,9 @@ from sievit.models.inputs import InputConfig
 from sievit.models.segmenter import Segmenter, SegmenterConfig
 from sievit.policies import DToPConfig, KeepAllConfig
 from sievit.recipes import recipe
-from sievit.released.common import Converted, described, lines, of_file
+from sievit.released.common import Converted, ReleasedOptions, described, lines
 from sievit.vit import ViTConfig
 
-Kind = Literal["dtop", "segvit"]
 Triple = tuple[float, float, float]
 
 RECIPES = {
@@ -37,7 +35,7 @@ DATA_SETS = {150: "ade20k", 59: "pascal_context59", 60: "pascal_context60", 171:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmenterOptions:
+class SegViTOptions(ReleasedOptions):
     """What the file of a segmenter does not tell; of the released models on ADE20K, Pascal Context and COCO-Stuff all
     of it is known.
 
@@ -55,6 +53,7 @@ class SegmenterOptions:
         std: of the pixels, RGB in 0..255.
     """
 
+    family = "segvit"
     classes: Path | None = None
     palette: Path | None = None
     num_heads: int | None = None
@@ -68,34 +67,29 @@ class SegmenterOptions:
     std: Triple | None = None
 
 
-def convert_segmenter(
-    path: Path, kind: Kind, options: SegmenterOptions, *, thresholds: tuple[float, ...] | None = None
-) -> Converted:
-    """The segmenter in a file of the DToP release; `segvit` makes it a dense one.
+@dataclass(frozen=True, kw_only=True)
+class DToPOptions(SegViTOptions):
+    """What the file of a sparse segmenter does not tell.
 
-    Args:
-        thresholds: of the early exits of `dtop`; None: the recipe's.
-
-    Raises:
-        ConfigError: no such file, damaged, of another family, with keys that are missing, unknown or of a shape that
-            does not fit, or not a released model while the options leave things open; the message begins with the file.
+    Attributes:
+        thresholds: grades above which tokens leave; default those of the release.
     """
-    return of_file(path, kind, lambda checkpoint: assemble(checkpoint, kind, options, thresholds=thresholds))
+
+    family = "dtop"
+    thresholds: tuple[float, ...] | None = None
 
 
-def assemble(
-    checkpoint: Checkpoint, kind: Kind, options: SegmenterOptions, *, thresholds: tuple[float, ...] | None = None
-) -> Converted:
-    """The segmenter in a checkpoint."""
+def assemble(checkpoint: Checkpoint, options: SegViTOptions) -> Converted:
+    """The segmenter in a checkpoint; a dense one unless `options` are those of DToP."""
     state = checkpoint.state
     stages = num_stages(state)
-    if kind == "dtop" and stages < 2:
+    if isinstance(options, DToPOptions) and stages < 2:
         raise ConfigError("has no auxiliary heads at which tokens could leave; use `sievit convert segvit`")
     base = _base(checkpoint, options, stages)
-    if kind == "segvit":
+    if not isinstance(options, DToPOptions):
         base = replace(base, policy=KeepAllConfig())
-    elif thresholds is not None:
-        base = replace(base, policy=DToPConfig(thresholds=thresholds))
+    elif options.thresholds is not None:
+        base = replace(base, policy=DToPConfig(thresholds=options.thresholds))
     elif not isinstance(base.policy, DToPConfig):
         raise ConfigError("is none of the released models; also give --thresholds, such as 0.95")
     assert isinstance(base.head, ATMConfig)
@@ -137,7 +131,7 @@ def assemble(
     return Converted(model=Segmenter(config, net).eval(), facts=facts, keys=len(state), dropped=left_out)
 
 
-def _base(checkpoint: Checkpoint, options: SegmenterOptions, stages: int) -> SegmenterConfig:
+def _base(checkpoint: Checkpoint, options: SegViTOptions, stages: int) -> SegmenterConfig:
     """Everything that no shape tells: the recipe's of the same model, the options', or an error that lists what is not
     known."""
     num_classes, vit = _shapes(checkpoint, options)
@@ -190,7 +184,7 @@ def _base(checkpoint: Checkpoint, options: SegmenterOptions, stages: int) -> Seg
     )
 
 
-def _shapes(checkpoint: Checkpoint, options: SegmenterOptions) -> tuple[int, ViTConfig]:
+def _shapes(checkpoint: Checkpoint, options: SegViTOptions) -> tuple[int, ViTConfig]:
     """The number of classes, and what is needed of the ViT."""
     state, source = checkpoint.state, "a released SegViT or DToP segmenter"
     queries = need(state, "decode_head.q.weight", source=source, ndim=2)
@@ -209,7 +203,7 @@ def _shapes(checkpoint: Checkpoint, options: SegmenterOptions) -> tuple[int, ViT
 
 
 def _classes(
-    count: int, checkpoint: Checkpoint, options: SegmenterOptions
+    count: int, checkpoint: Checkpoint, options: SegViTOptions
 ) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
     """Names and colours."""
     if options.classes is not None and options.palette is not None:

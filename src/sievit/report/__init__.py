@@ -1,7 +1,6 @@
 """What a person gets to see of a model: its answers for his own images, its figures, and the demonstration."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ from sievit.engine.evaluate import evaluate as run_evaluation
 from sievit.engine.recipe import default_data_root
 from sievit.files import write_atomically
 from sievit.hub.fetch import REPOSITORY
-from sievit.models.base import Model
-from sievit.models.build import load, model_file, read
+from sievit.models.build import load
 from sievit.models.detector import Detector
 from sievit.models.segmenter import Segmenter
-from sievit.policies import DToPConfig, SViTConfig
+from sievit.policies import PolicyOptions
 from sievit.report import detection, semantic
 from sievit.tasks import task_of
 
@@ -28,109 +26,97 @@ EXAMPLES = Path("examples/nuclei")
 """The images of the demonstration, in the repository."""
 
 
-def open_model(
-    path: Path,
-    *,
-    policy: str | None = None,
-    thresholds: tuple[float, ...] | None = None,
-    budget: float | None = None,
-    device: str = "auto",
-) -> Model:
-    """A model by its file, the folder of its run, or its name; see `sievit.load`.
-
-    Args:
-        policy: takes the place of the model's own.
-        thresholds: of early exits; the policy is `dtop` then.
-        budget: of gates that were trained for a range of budgets.
-
-    Raises:
-        ConfigError: see `sievit.load`; thresholds for another policy than `dtop`; or a budget that the model was not
-            trained for.
-    """
-    where = pick_device(device)
-    if budget is not None:
-        own = read(model_file(path))[0].policy
-        if not isinstance(own, SViTConfig) or own.budgets is None or policy not in (None, "svit") or thresholds:
-            raise ConfigError(
-                f"{path}: --budget is for gates that were trained for a range of them (--model.policy.budgets in "
-                "training), without --policy or --thresholds"
-            )
-        return load(path, policy=replace(own, budget=budget), device=where)
-    if thresholds is None:
-        return load(path, policy=policy, device=where)
-    if policy not in (None, "dtop"):
-        raise ConfigError(f"--thresholds are those of the policy 'dtop', not of {policy!r}; leave out --policy")
-    return load(path, policy=DToPConfig(thresholds=thresholds), device=where)
-
-
 def predict(
-    model_path: Path,
+    model: Path,
     images: Path,
-    out: Path,
+    /,
     *,
-    policy: str | None = None,
-    thresholds: tuple[float, ...] | None = None,
-    budget: float | None = None,
+    out: Path,
+    policy: PolicyOptions = PolicyOptions(),  # noqa: B008
     score_threshold: float = 0.5,
     ids: Path | None = None,
     device: str = "auto",
 ) -> int:
-    """What a model says of an image or a folder of images; see `detection.predict` and `semantic.predict`.
+    """Find objects in, or label every pixel of, an image or a folder of images.
+
+    A detector writes results.json (COCO results) and images.json (which image has which id), a segmenter label images
+    in labels/ and classes.json (what their values mean); both write one picture per image.
+
+    Args:
+        model: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
+        images: an image, or a folder of images.
+        out: folder for the results.
+        policy: another policy.
+        score_threshold: pictures show objects of at least this score; results.json holds all.
+        ids: COCO annotation file whose image ids results.json shall use; by default 1, 2, ... by file name.
+        device: cpu, cuda, cuda:1, or auto.
 
     Returns:
         The exit status: 1 when an image could not be read (the others are done all the same), else 0.
     """
-    model = open_model(model_path, policy=policy, thresholds=thresholds, budget=budget, device=device)
-    if isinstance(model, Segmenter):
+    loaded = load(model, policy=policy, device=pick_device(device))
+    if isinstance(loaded, Segmenter):
         if ids is not None:
             raise ConfigError(f"--ids {ids}: a segmenter labels pixels and writes no COCO results; leave it out")
-        return semantic.predict(model, images, out)
-    assert isinstance(model, Detector)
-    return detection.predict(model, images, out, score_threshold=score_threshold, ids=ids)
+        return semantic.predict(loaded, images, out)
+    assert isinstance(loaded, Detector)
+    return detection.predict(loaded, images, out, score_threshold=score_threshold, ids=ids)
 
 
 def evaluate(
-    model_path: Path,
+    model: Path,
+    /,
     images: Path,
     *,
-    annotations: Path | None = None,
-    labels: Path | None = None,
-    label_files: semantic.LabelFiles = semantic.LabelFiles(),  # noqa: B008
-    policy: str | None = None,
-    thresholds: tuple[float, ...] | None = None,
-    budget: float | None = None,
+    truth: Truth = Truth(),  # noqa: B008
+    policy: PolicyOptions = PolicyOptions(),  # noqa: B008
     batch_size: int = 1,
     limit: int | None = None,
-    max_detections: int = 100,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Every figure of a model, see `engine.evaluate`; progress goes to standard error.
+    """Evaluate a model; the last line of the output is one JSON object with every figure.
 
-    Detectors are judged by COCO `annotations`, segmenters by a folder of `labels`. Images that cannot be
-    used are left out, and listed in `failures`.
+    Images that cannot be used are left out and listed in `failures`; the exit status is 1 then.
+
+    Args:
+        model: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
+        images: folder that holds the images.
+        truth: the annotations of the images.
+        policy: another policy.
+        batch_size: images that go through the network together.
+        limit: only the first so many images.
+        device: cpu, cuda, cuda:1, or auto.
     """
-    model = open_model(model_path, policy=policy, thresholds=thresholds, budget=budget, device=device)
-    files = {name: getattr(label_files, name) for name in vars(label_files)}
-    truth = Truth(annotations=annotations, labels=labels, max_detections=max_detections, **files)
-    dataset = task_of(model.config).open(images, truth)
+    loaded = load(model, policy=policy, device=pick_device(device))
     figures = run_evaluation(
-        model,
-        dataset,
+        loaded,
+        task_of(loaded.config).open(images, truth),
         batch_size=batch_size,
         limit=limit,
         skip_failures=True,
         console=Console(stderr=True),
     )
-    return {**figures, "policy": kind_of(model.config.policy), "device": device_name(model.device)}
+    return {**figures, "policy": kind_of(loaded.config.policy), "device": device_name(loaded.device)}
 
 
 def demo(
-    out: Path, *, num_images: int, pictures: int, data_root: Path | None = None, device: str = "auto"
+    *,
+    out: Path = Path("out/demo"),
+    num_images: int = 32,
+    pictures: int = 8,
+    data_root: Path | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
-    """The shipped dense and sparse models on validation images of nuclei.
+    """Dense against sparse on images of nuclei: those of the data set, or the few in examples/.
 
-    The images are those of the data set `nuclei` below the folder of data sets; where it is not there, the few of
-    examples/nuclei. Writes pictures to `out`/nuclei and `out`/semantic/nuclei, and prints tables.
+    Writes pictures to nuclei and semantic/nuclei in the output folder, and prints tables.
+
+    Args:
+        out: folder for the pictures.
+        num_images: at most so many, evenly spread over the validation set.
+        pictures: how many images get a picture, per task.
+        data_root: folder with nuclei/; default the environment's SIEVIT_DATA, else ../shared/data.
+        device: cpu, cuda, cuda:1, or auto.
 
     Returns:
         Of the detectors `dense` and `sparse` (box_ap, mask_ap, gflops, ms_per_image), `keep` per block, `speedup` and

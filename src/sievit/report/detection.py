@@ -106,25 +106,6 @@ def _figure(image: viz.Picture, panels: list[viz.Panel], output: Output, title: 
     return viz.figure(image, [*panels, heat], below=[lambda width: maps(width=width)], title=title)
 
 
-def open_annotations(model: Detector, images: Path, annotations: Path) -> CocoDetection:
-    """Data in COCO format for this model.
-
-    Raises:
-        ConfigError: its categories are not the model's.
-    """
-    dataset = CocoDetection(images, annotations, with_masks=False)
-    if dataset.category_ids != model.config.category_ids:
-        raise ConfigError(
-            f"{annotations}: its category ids {_listed(dataset.category_ids)} are not those that the model was "
-            f"trained for, {_listed(model.config.category_ids)}"
-        )
-    return dataset
-
-
-def _listed(ids: Sequence[int]) -> str:
-    return ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
-
-
 def demonstrate(
     dense: Detector, sparse: Detector, dataset: CocoDetection, out: Path, *, pictures: int, device: str
 ) -> dict[str, Any]:

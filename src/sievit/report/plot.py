@@ -11,14 +11,15 @@ COLOURS = ("#0b6e99", "#d1495b", "#4f8a34", "#7d57b2", "#b97a10")
 MARKERS = ("o", "s", "^", "D", "v")
 INK, GRID = "#333333", "#e2e2e2"
 TEXT = 8
-"""Size in points of the thresholds."""
+"""Size in points of the values."""
 
 
-def draw_curves(points: list[dict[str, Any]], path: Path, *, device: str) -> None:
-    """Two panels, mIoU against GFLOPs and against milliseconds, a curve for each model; written as PNG.
+def draw_curves(points: list[dict[str, Any]], path: Path, *, measure: str, label: str, device: str) -> None:
+    """Two panels, accuracy against GFLOPs and against milliseconds, a curve for each model; written as PNG.
 
     Args:
-        points: `model`, `threshold`, `miou` (0..1), `gflops` and `ms_per_image` each; threshold 1 is the dense model.
+        points: `model`, `value`, `gflops`, `ms_per_image` and the accuracy (0..1) each; value None is the dense model.
+        measure, label: what the accuracy is called in the points, and in the picture.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -31,33 +32,32 @@ def draw_curves(points: list[dict[str, Any]], path: Path, *, device: str) -> Non
         (panels[0], "gflops", "GFLOPs per image (mean)"),
         (panels[1], "ms_per_image", f"milliseconds per image (median; {device})"),
     ):
-        _draw(axes, points, models, key)
+        _draw(axes, points, models, key, measure)
         _style(axes, label)
-    panels[0].set_ylabel("mIoU in %", color=INK)
+    panels[0].set_ylabel(f"{label} in %", color=INK)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False, labelcolor=INK)
     figure.draw_without_rendering()  # from here on places on the axes have places in the picture
     for axes, key in zip(panels, ("gflops", "ms_per_image"), strict=True):
-        _name_points(axes, points, models, key)
+        _name_points(axes, points, models, key, measure)
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, buffer.getvalue())
 
 
-def _draw(axes: Any, points: list[dict[str, Any]], models: list[str], key: str) -> None:
+def _draw(axes: Any, points: list[dict[str, Any]], models: list[str], key: str, measure: str) -> None:
     """The curves, and a star for each dense model; it computes no auxiliary heads and is no point of the curve."""
     for i, model in enumerate(models):
         look = {"color": COLOURS[i % len(COLOURS)], "zorder": 3}
-        own = sorted((p for p in points if p["model"] == model), key=lambda point: point["threshold"])
-        dense = [p for p in own if p["threshold"] >= 1]
-        pruned = [p for p in own if p["threshold"] < 1]
-        x, y = [p[key] for p in pruned], [100 * p["miou"] for p in pruned]
+        dense = [p for p in points if p["model"] == model and p["value"] is None]
+        pruned = [p for p in points if p["model"] == model and p["value"] is not None]
+        x, y = [p[key] for p in pruned], [100 * p[measure] for p in pruned]
         axes.plot(x, y, marker=MARKERS[i % len(MARKERS)], markersize=4.5, linewidth=1.4, label=model, **look)
         for p in dense:
             star = {"marker": "*", "markersize": 12, "linestyle": "none", "label": f"{model}, dense"}
-            axes.plot([p[key]], [100 * p["miou"]], **star, **look)
-            axes.axhline(100 * p["miou"], linestyle=(0, (2, 3)), linewidth=0.9, **{**look, "zorder": 1})
+            axes.plot([p[key]], [100 * p[measure]], **star, **look)
+            axes.axhline(100 * p[measure], linestyle=(0, (2, 3)), linewidth=0.9, **{**look, "zorder": 1})
 
 
 def _style(axes: Any, label: str) -> None:
@@ -73,8 +73,8 @@ def _style(axes: Any, label: str) -> None:
         axes.spines[side].set_color(INK)
 
 
-def _name_points(axes: Any, points: list[dict[str, Any]], models: list[str], key: str) -> None:
-    """Each point's threshold beside it, where it covers the least of curves, points and other thresholds."""
+def _name_points(axes: Any, points: list[dict[str, Any]], models: list[str], key: str, measure: str) -> None:
+    """Each point's value beside it, where it covers the least of curves, points and other values."""
     scale = axes.figure.dpi / 72
     occupied: list[tuple[float, float]] = []
     for line in axes.get_lines():
@@ -84,10 +84,10 @@ def _name_points(axes: Any, points: list[dict[str, Any]], models: list[str], key
             steps = 60
             occupied += [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(1, steps)]
     for point in points:
-        if point["threshold"] >= 1:
+        if point["value"] is None:
             continue
-        text = f"{point['threshold']:g}"
-        x, y = axes.transData.transform((point[key], 100 * point["miou"]))
+        text = point["value"] if isinstance(point["value"], str) else f"{point['value']:g}"
+        x, y = axes.transData.transform((point[key], 100 * point[measure]))
         width, height = 0.62 * TEXT * len(text) * scale, TEXT * scale
         best = (float("inf"), 0.0, 0.0)
         for dx, dy in ((0, 9), (0, -9), (1, 7), (-1, 7), (1, -7), (-1, -7), (1, 0), (-1, 0), (0, 15), (0, -15)):
@@ -101,7 +101,7 @@ def _name_points(axes: Any, points: list[dict[str, Any]], models: list[str], key
         colour = COLOURS[models.index(point["model"]) % len(COLOURS)]
         axes.annotate(
             text,
-            (point[key], 100 * point["miou"]),
+            (point[key], 100 * point[measure]),
             xytext=at,
             textcoords="offset points",
             fontsize=TEXT,

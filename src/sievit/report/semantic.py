@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -79,54 +78,6 @@ def save_labels(labels: Tensor, palette: Sequence[viz.Colour], path: Path) -> No
     picture.save(buffer, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, buffer.getvalue())
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelFiles:
-    """How label images are found and read.
-
-    Attributes:
-        names: which images belong to the set: a name per line, or a COCO file; default all.
-        panoptic: COCO's panoptic JSON; the folder of labels is then that of its PNGs.
-        image_suffix: how the names of images end behind what they have in common with their labels'.
-        label_suffix: how those of the labels do, e.g. _gtFine_labelTrainIds.png.
-        zero_is_ignored: 0 in the label images means that nothing is known, and classes are counted from 1.
-        palette: file with a line `red green blue name` for each class, for label images in these colours.
-    """
-
-    names: Path | None = None
-    panoptic: Path | None = None
-    image_suffix: str | None = None
-    label_suffix: str | None = None
-    zero_is_ignored: bool = False
-    palette: Path | None = None
-
-
-def open_labels(model: Segmenter, images: Path, labels: Path, files: LabelFiles) -> LabelDataset:
-    """Images and labels for this model.
-
-    Raises:
-        ConfigError: they do not belong together, or are of other classes.
-    """
-    config = model.config
-    if files.panoptic is None:
-        return LabelDataset(
-            images,
-            labels,
-            classes=config.classes,
-            ignore_index=config.ignore_index,
-            zero_is_ignored=files.zero_is_ignored,
-            palette=files.palette,
-            names_file=files.names,
-            image_suffix=files.image_suffix,
-            label_suffix=files.label_suffix,
-        )
-    dataset = LabelDataset(images, labels, panoptic=files.panoptic, ignore_index=config.ignore_index)
-    if dataset.classes != config.classes:
-        raise ConfigError(
-            f"{files.panoptic}: its {len(dataset.classes)} classes are not the model's {len(config.classes)}"
-        )
-    return dataset
 
 
 def demonstrate(

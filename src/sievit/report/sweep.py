@@ -1,222 +1,202 @@
-"""One segmenter at many thresholds: accuracy against cost and against time."""
+"""One model at many values of a field of its policy: accuracy against cost and against time."""
 
 import csv
 import hashlib
 import io
 import json
+import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from sievit.config import ConfigError
-from sievit.data.labels import LabelDataset
+from sievit.config import ConfigError, kind_of, to_json
+from sievit.data.dataset import ImageDataset
+from sievit.data.truth import Truth
 from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import evaluate, timed
 from sievit.files import write_atomically
-from sievit.heads import SemanticHead
+from sievit.models.base import Model
 from sievit.models.build import load, model_file
-from sievit.models.segmenter import SegmentationNet, Segmenter
-from sievit.policies import DToPConfig, KeepAllConfig, PolicyConfig
+from sievit.policies import KeepAllConfig, PolicyConfig, PolicyOptions, chosen_policy
 from sievit.report.common import progress
 from sievit.report.plot import draw_curves
-from sievit.report.semantic import LabelFiles, open_labels
+from sievit.tasks import Task, task_of
 
-DENSE = 1.0
-"""The threshold that lets nobody leave: the dense model."""
-COLUMNS = ("miou", "pixel_accuracy", "mean_accuracy", "gflops", "gflops_std", "gflops_min", "gflops_max")
+COLUMNS = ("gflops", "gflops_std", "gflops_min", "gflops_max")
 TIMES = ("ms_per_image", "ms_per_image_p95")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExitOptions:
-    """How tokens leave; by default as the checkpoint's own policy says, else as DToP's default does.
-
-    Attributes:
-        keep_per_class: of the tokens above the threshold the best so many of each class stay.
-        grade: what is compared with the threshold.
-        preserve: tokens that left stay visible to the others.
-        rejoin: all tokens come back before the last block.
-    """
-
-    keep_per_class: int | None = None
-    grade: Literal["max", "margin", "entropy"] | None = None
-    preserve: bool | None = None
-    rejoin: bool | None = None
-
-    def policy(self, model: Segmenter, threshold: float) -> PolicyConfig:
-        """The policy of `model` at a threshold."""
-        if threshold >= DENSE:
-            return KeepAllConfig()
-        own = model.config.policy
-        base = own if isinstance(own, DToPConfig) else DToPConfig()
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        return replace(base, thresholds=(threshold,), **given)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Labelled(LabelFiles):
-    """Images, and a class for each of their pixels.
-
-    Attributes:
-        images: folder that holds the images.
-        labels: folder of label images: grey or palette images whose values are classes.
-    """
-
-    images: Path
-    labels: Path
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A checkpoint, and the thresholds to evaluate it at."""
-
-    name: str
-    path: Path
-    thresholds: tuple[float, ...]
-
-    @classmethod
-    def parse(cls, text: str, thresholds: tuple[float, ...]) -> "Curve":
-        """`NAME=CHECKPOINT`, at `thresholds`, or `NAME=CHECKPOINT@T,T,...` at its own."""
-        name, equals, rest = text.partition("=")
-        path, at, own = rest.partition("@")
-        if not (name and equals and path):
-            raise ConfigError(f"--also {text!r}: write NAME=CHECKPOINT, or NAME=CHECKPOINT@0.9,0.95")
-        try:
-            chosen = tuple(float(value) for value in own.split(",")) if at else thresholds
-        except ValueError:
-            raise ConfigError(f"--also {text!r}: behind the @ stand thresholds, such as 0.9,0.95") from None
-        return cls(name, Path(path), _ordered(chosen))
+Value = float | str | None
+"""Of the field that is swept; None: every token is computed."""
 
 
 def sweep(
-    model_path: Path,
-    data: Labelled,
-    thresholds: Sequence[float],
-    out: Path,
+    model: Path,
+    /,
+    images: Path,
     *,
-    name: str = "DToP",
-    also: Sequence[str] = (),
+    truth: Truth = Truth(),  # noqa: B008
+    policy: PolicyOptions = PolicyOptions(),  # noqa: B008
+    field: str | None = None,
+    values: tuple[str, ...] = (),
+    out: Path = Path("out/sweep"),
+    name: str | None = None,
+    also: tuple[str, ...] = (),
     limit: int | None = None,
     batch_size: int = 1,
     timed_images: int = 16,
-    exits: ExitOptions | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Evaluate at every threshold, and write sweep.json, sweep.csv and sweep.png to `out`.
+    """Evaluate a model at many values of a field of its policy, such as thresholds, and densely.
 
-    The dense model is always among the points, as threshold 1. Points are written as soon as they are known; what `out`
-    holds of the same settings is not computed again. What goes wrong at one threshold is listed in `failures`. At the
-    end all models and thresholds are timed in turns on the same first images, one image at a time: a machine that slows
-    down in between slows all of them down.
+    Writes sweep.json, sweep.csv and sweep.png; the last line of the output is one JSON object with all `points`.
+    Stopped, it goes on where it was. At the end all points are timed in turns on the same first images, one at a time.
 
     Args:
-        name: of the model's curve. also: further checkpoints as curves of their own, see `Curve.parse`.
+        model: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
+        images: folder that holds the images.
+        truth: the annotations of the images.
+        policy: another policy, e.g. dtop for a dense segmenter with auxiliary heads.
+        field: of the policy; by default the one that sets how many tokens are left out.
+        values: of the field, as --set takes them; by default those that the policy names.
+        out: folder for table, JSON and plot.
+        name: of the model's curve in table and plot; by default the policy's.
+        also: further checkpoints as curves of their own: NAME=CHECKPOINT, or NAME=CHECKPOINT@0.9,0.95.
         limit: only the first so many images.
-        timed_images: how many are timed.
-
-    Raises:
-        ConfigError: no segmenter, data that cannot be opened, or `out` holds a sweep of something else.
+        batch_size: images that go through the network together.
+        timed_images: so many images are timed, by all in turns.
+        device: cpu, cuda, cuda:1, or auto.
     """
-    console, exits, where = Console(stderr=True), exits or ExitOptions(), pick_device(device)
-    wanted = _ordered((DENSE, *thresholds))
-    curves = [Curve(name, model_path, wanted), *(Curve.parse(text, wanted) for text in also)]
+    console = Console(stderr=True)
+    series = Series(images=images, truth=truth, policy=policy, field=field, device=pick_device(device))
+    curves = [series.curve(name, model, values), *(series.parsed(text, values) for text in also)]
     if len({curve.name for curve in curves}) < len(curves):
         raise ConfigError(f"--also: two curves of one name among {', '.join(curve.name for curve in curves)}")
-    models = {curve.name: _load_segmenter(curve.path, where) for curve in curves}
-    datasets = {of: open_labels(model, data.images, data.labels, data) for of, (model, _) in models.items()}
-    for curve in curves:
-        for threshold in curve.thresholds:
-            exits.policy(models[curve.name][0], threshold)  # says now what is wrong with it
-    settings: dict[str, Any] = {
-        **{name: str(value) if isinstance(value, Path) else value for name, value in vars(data).items()},
-        "limit": limit,
-        "batch_size": batch_size,
-        **asdict(exits),
-        "device": device_name(where),
-    }
-    table = _Points(out, settings, {of: digest for of, (_, digest) in models.items()})
-    jobs = [(curve.name, threshold) for curve in curves for threshold in curve.thresholds]
-    done = [job for job in jobs if table.has(*job)]
+    settings = {**series.to_json(), "field": curves[0].field, "limit": limit, "batch_size": batch_size}
+    task = task_of(curves[0].model.config)
+    table = _Points(out, settings, {curve.name: curve.digest for curve in curves}, task)
+    jobs = [(curve, value) for curve in curves for value in curve.policies]
+    done = [job for job in jobs if table.has(job[0].name, job[1])]
     if done:
         console.print(f"{len(done)} of {len(jobs)} points are in {out / 'sweep.json'} already")
-    for of, threshold in jobs:
-        if (of, threshold) not in done:
-            model = with_policy(models[of][0], exits.policy(models[of][0], threshold))
-            _evaluate(table, of, threshold, model, datasets[of], batch_size, limit, console)
-    _time(table, models, datasets, exits, min(timed_images, limit or timed_images), console)
+    for curve, value in jobs:
+        if (curve, value) not in done:
+            _evaluate(table, curve, value, batch_size, limit, console)
+    _time(table, {curve.name: curve for curve in curves}, min(timed_images, limit or timed_images), console)
     table.draw()
     Console().print(table.for_people())
     console.print(f"{out / 'sweep.png'}, sweep.csv, sweep.json", soft_wrap=True)
     return table.content()
 
 
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """A model and its policy at each value of the field; None is the dense model."""
+
+    name: str
+    model: Model
+    digest: str
+    data: ImageDataset
+    field: str
+    policies: dict[Value, PolicyConfig]
+
+    def at(self, value: Value) -> Model:
+        """The model with the policy of a value."""
+        return self.model.with_config(policy=self.policies[value])
+
+
+@dataclass(frozen=True)
+class Series:
+    """What all curves of a sweep share."""
+
+    images: Path
+    truth: Truth
+    policy: PolicyOptions
+    field: str | None
+    device: torch.device
+
+    def to_json(self) -> dict[str, Any]:
+        """For the settings in sweep.json."""
+        options = {"images": self.images, **vars(self.truth), **vars(self.policy)}
+        return {**to_json(options), "device": device_name(self.device)}
+
+    def curve(self, name: str | None, path: Path, values: Sequence[str], *, with_dense: bool = True) -> Curve:
+        """A checkpoint at these values of the field, the highest first.
+
+        Raises:
+            ConfigError: it cannot be loaded, the data is not for it, or a value does not fit its policy.
+        """
+        path = model_file(path)
+        model = load(path, policy=self.policy, device=self.device)
+        own = model.config.policy
+        usual, texts = own.swept or (None, ())
+        field = self.field or usual
+        if field is None or not (values or field == usual):
+            raise ConfigError(
+                f"{path}: which values of its policy {kind_of(own)!r}? Give --field and --values, or another --policy"
+            )
+        of_values: dict[Value, PolicyConfig] = {None: KeepAllConfig()} if with_dense else {}
+        for value in sorted({_number(str(text)) for text in values or texts}, key=_order):
+            of_values[value] = chosen_policy(own, PolicyOptions(set=(f"{field}={value}",)))
+            model.new_policy(of_values[value])  # raises now where the value does not fit
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        data = task_of(model.config).open(self.images, self.truth)
+        return Curve(name or kind_of(own) or type(own).__name__, model, digest, data, field, of_values)
+
+    def parsed(self, text: str, values: Sequence[str]) -> Curve:
+        """`NAME=CHECKPOINT`, at `values`, or `NAME=CHECKPOINT@V,V,...` at its own and not densely."""
+        name, equals, rest = text.partition("=")
+        path, at, own = rest.partition("@")
+        if not (name and equals and path and (own or not at)):
+            raise ConfigError(f"--also {text!r}: write NAME=CHECKPOINT, or NAME=CHECKPOINT@0.9,0.95")
+        return self.curve(name, Path(path), own.split(",") if at else values, with_dense=not at)
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _order(value: Value) -> tuple[bool, float, str]:
+    """Dense first, then the highest number, then texts."""
+    return (True, 0.0, value) if isinstance(value, str) else (False, -math.inf if value is None else -value, "")
+
+
 def _evaluate(
-    table: "_Points",
-    name: str,
-    threshold: float,
-    model: Segmenter,
-    dataset: LabelDataset,
-    batch_size: int,
-    limit: int | None,
-    console: Console,
+    table: "_Points", curve: Curve, value: Value, batch_size: int, limit: int | None, console: Console
 ) -> None:
     """Add a point, or what went wrong with it."""
-    title = f"{name} {threshold:g}"
+    title = f"{curve.name} {_shown(value)}"
+    options: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "console": console, "title": title}
     try:
-        figures = evaluate(
-            model, dataset, batch_size=batch_size, limit=limit, skip_failures=True, console=console, title=title
-        )
+        figures = evaluate(curve.at(value), curve.data, skip_failures=True, **options)
     except (ConfigError, OSError, RuntimeError) as error:
         console.print(f"error: {title}: {error}", soft_wrap=True, markup=False, highlight=False)
-        table.failed(name, threshold, str(error))
+        table.failed(curve.name, value, str(error))
     else:
-        table.add(name, threshold, figures)
+        table.add(curve.name, value, figures)
 
 
-def with_policy(model: Segmenter, policy: PolicyConfig) -> Segmenter:
-    """The same weights, not copied, with another policy."""
-    heads = [head for head in model.net.heads if isinstance(head, SemanticHead)]
-    net = SegmentationNet(vit=model.vit, policy=policy, heads=heads, out_indices=model.net.out_indices)
-    return Segmenter(replace(model.config, policy=policy), net).eval()
+def _shown(value: Value) -> str:
+    """In tables and messages."""
+    return "dense" if value is None else value if isinstance(value, str) else f"{value:g}"
 
 
-def _ordered(thresholds: Sequence[float]) -> tuple[float, ...]:
-    """Each once, the highest first."""
-    return tuple(sorted(set(thresholds), reverse=True))
-
-
-def _load_segmenter(path: Path, device: Any) -> tuple[Segmenter, str]:
-    """The model, and the digest of its file."""
-    path = model_file(path)
-    model = load(path, device=device)
-    if not isinstance(model, Segmenter):
-        raise ConfigError(f"{path}: is a detector; sweep compares thresholds of a segmenter")
-    if len(model.net.out_indices) < 2:
-        raise ConfigError(f"{path}: has no auxiliary head behind which tokens could leave")
-    with path.open("rb") as file:
-        return model, hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def _time(
-    table: "_Points",
-    models: dict[str, tuple[Segmenter, str]],
-    datasets: dict[str, LabelDataset],
-    exits: ExitOptions,
-    count: int,
-    console: Console,
-) -> None:
+def _time(table: "_Points", curves: dict[str, Curve], count: int, console: Console) -> None:
     """Time all points in turns, unless they have been timed together before."""
     points = table.points
     if not points or (len({point.get("timing") for point in points}) == 1 and "timing" in points[0]):
         return
-    swept = [with_policy(m := models[p["model"]][0], exits.policy(m, p["threshold"])) for p in points]
-    dataset = datasets[points[0]["model"]]
+    swept = [curves[point["model"]].at(point["value"]) for point in points]
+    dataset = curves[points[0]["model"]].data
     pictures = []
     for index in range(len(dataset)):
         try:
@@ -239,12 +219,12 @@ def _time(
 class _Points:
     """The points of a folder: those that it holds, and those that are added."""
 
-    def __init__(self, out: Path, settings: dict[str, Any], checkpoints: dict[str, str]) -> None:
+    def __init__(self, out: Path, settings: dict[str, Any], checkpoints: dict[str, str], task: Task) -> None:
         """
         Raises:
             ConfigError: the folder holds points of other settings or checkpoints, or something else.
         """
-        self.out, self.settings, self.checkpoints = out, settings, checkpoints
+        self.out, self.settings, self.checkpoints, self.task = out, settings, checkpoints, task
         self.points: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
         out.mkdir(parents=True, exist_ok=True)
@@ -271,21 +251,21 @@ class _Points:
                 )
         self.points = points
 
-    def has(self, model: str, threshold: float) -> bool:
-        return any((point["model"], point["threshold"]) == (model, threshold) for point in self.points)
+    def has(self, model: str, value: Value) -> bool:
+        return any((point["model"], point["value"]) == (model, value) for point in self.points)
 
-    def add(self, model: str, threshold: float, figures: dict[str, Any]) -> None:
+    def add(self, model: str, value: Value, figures: dict[str, Any]) -> None:
         """One more point; the file holds it from now on."""
         if not figures.get("images"):
-            self.failed(model, threshold, f"no image could be used: {figures['failures'][0]}")
+            self.failed(model, value, f"no image could be used: {figures['failures'][0]}")
             return
-        self.points.append({"model": model, "threshold": threshold, **figures})
+        self.points.append({"model": model, "value": value, **figures})
         order = list(self.checkpoints)
-        self.points.sort(key=lambda point: (order.index(point["model"]), -point["threshold"]))
+        self.points.sort(key=lambda point: (order.index(point["model"]), _order(point["value"])))
         self._write()
 
-    def failed(self, model: str, threshold: float, error: str) -> None:
-        self.failures.append({"model": model, "threshold": threshold, "error": error})
+    def failed(self, model: str, value: Value, error: str) -> None:
+        self.failures.append({"model": model, "value": value, "error": error})
         self._write()
 
     def timed(self, milliseconds: list[list[float]]) -> None:
@@ -310,33 +290,40 @@ class _Points:
     def _write(self) -> None:
         write_atomically(self.out / "sweep.json", (json.dumps(self.content(), indent=1) + "\n").encode())
         stages = max((len(point.get("left_at", ())) for point in self.points), default=0)
+        first = self.points[0] if self.points else {}
+        scores = [n for n, v in first.items() if isinstance(v, float) and n not in ("value", *COLUMNS, *TIMES)]
+        columns = ["model", "value", *scores, *COLUMNS, *TIMES, "images"]
         buffer = io.StringIO()
         writer = csv.writer(buffer)
-        left = [f"left_at_{stage}" for stage in range(stages)]
-        writer.writerow(["model", "threshold", *COLUMNS, *TIMES, "images", *left])
+        writer.writerow([*columns, *(f"left_at_{stage}" for stage in range(stages))])
         for point in self.points:
-            row = [point[name] for name in ("model", "threshold", *COLUMNS, *TIMES, "images")]
             gone = point.get("left_at", [])
-            writer.writerow([*row, *gone, *[0.0] * (stages - len(gone))])
+            row = ["dense" if point["value"] is None else point["value"], *(point.get(name) for name in columns[2:])]
+            writer.writerow([point["model"], *row, *gone, *[0.0] * (stages - len(gone))])
         write_atomically(self.out / "sweep.csv", buffer.getvalue().encode())
 
     def draw(self) -> None:
         """The picture of all points."""
         if self.points:
-            draw_curves(self.points, self.out / "sweep.png", device=self.settings["device"])
+            measure, device = self.task.headline(self.points[0]), self.settings["device"]
+            label = self.task.config.figures[measure]
+            draw_curves(self.points, self.out / "sweep.png", measure=measure, label=label, device=device)
 
     def for_people(self) -> Table:
+        """The points as a table."""
         table = Table(title=f"sweep, {self.settings['device']}", title_justify="left", box=SIMPLE)
-        for column in ("model", "above", "mIoU", "GFLOPs", "min to max", "ms", "leave"):
+        measure = self.task.headline(self.points[0]) if self.points else self.task.shown[0]
+        columns = ("model", self.settings["field"], self.task.config.figures[measure])
+        for column in (*columns, "GFLOPs", "min to max", "ms", "keep"):
             table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
         for point in self.points:
             table.add_row(
                 point["model"],
-                "dense" if point["threshold"] >= DENSE else f"{point['threshold']:g}",
-                f"{100 * point['miou']:.2f}",
+                _shown(point["value"]),
+                f"{100 * point[measure]:.2f}",
                 f"{point['gflops']:.2f}",
                 f"{point['gflops_min']:.1f} to {point['gflops_max']:.1f}",
                 f"{point['ms_per_image']:.0f}",
-                " ".join(f"{share:.0%}" for share in point.get("left_at", ())[:-1]),
+                f"{statistics.fmean(point['keep']):.0%}",
             )
         return table

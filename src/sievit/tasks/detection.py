@@ -78,7 +78,7 @@ class DetectionTask(Task[Detections]):
             if source.category_ids != self.config.category_ids:
                 raise ConfigError(
                     f"{root / path}: its categories {_named(source.classes)} are not the model's "
-                    f"{_named(self.config.classes)}; --data.own-classes True takes those of "
+                    f"{_named(self.config.classes)}; --data.own-classes takes those of "
                     f"{data.train_annotations.name}"
                 )
         return train, val
@@ -95,7 +95,7 @@ class DetectionTask(Task[Detections]):
     ) -> tuple[DetectorConfig, CocoData]:
         raise ConfigError(
             "num-classes, ignore-index and palette are those of a segmenter; this recipe is a detector's: "
-            "--data.own-classes True takes the classes of its annotation file"
+            "--data.own-classes takes the classes of its annotation file"
         )
 
     def metric(self, data: CocoDetection) -> Metric[Detections]:

@@ -1,7 +1,6 @@
 """What can be asked of tuning."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from sievit.config import ConfigError
@@ -33,21 +32,6 @@ class Goal:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """Annotated images, for the accuracy.
-
-    Attributes:
-        annotations: COCO annotation file, for a detector.
-        labels: folder of label images, for a segmenter.
-        eval_limit: only the first so many annotated images are judged.
-    """
-
-    annotations: Path | None = None
-    labels: Path | None = None
-    eval_limit: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Tuning:
     """How it is measured.
 
@@ -57,12 +41,13 @@ class Tuning:
         repeats: timed rounds, in each of which everything that is compared runs once; at least 3.
         num_images: so many images of the folder, evenly spread, are timed and counted.
         modes: `dynamic` chooses by image, `bucketed` too, but computes counts of few sizes, `static` as many tokens in
-            every image; by default the first and the last, and on CUDA with --compile True all.
+            every image; by default the first and the last, and on CUDA with --compile all.
         precision: float32, or bfloat16 under autocast; of everything, and of the model that is written.
         compile: the dense model and the modes of few shapes race under torch.compile too, on CUDA with CUDA graphs;
             takes minutes for each.
         quantile: of the shares that the images keep, for static counts; by default their mean.
         multiple: static counts are rounded up to a multiple of it.
+        eval_limit: the accuracy is that of the first so many annotated images.
     """
 
     size: Size | None = None
@@ -74,6 +59,7 @@ class Tuning:
     compile: bool = False
     quantile: float | None = None
     multiple: int = 8
+    eval_limit: int | None = None
 
     def __post_init__(self) -> None:
         if self.repeats < 3 or self.batch_size < 1 or self.num_images < 1 or self.multiple < 1:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
 
 from sievit.config import kind_of, to_json
@@ -76,6 +77,20 @@ def _target(goal: Goal, tuned: dict[str, Any]) -> dict[str, Any] | None:
     if goal.target_ms is not None:
         met = tuned["ms"] <= goal.target_ms * (1 + 2 * MaxMilliseconds.tolerance)
     return {**given, "met": met} if given else None
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the table, and what was written and why."""
+    console = Console()
+    console.print(table_of(figures))
+    written = f"{figures['out']}: {figures['policy']}, {figures['mode']}; {figures['why']}"
+    console.print(written, soft_wrap=True, highlight=False)
+    if figures["execution"]["compiled"]:
+        console.print(
+            "it is compiled when it first sees a size; sievit.load(..., compile=False) leaves that out", soft_wrap=True
+        )
+    if figures["target"] is not None and not figures["target"]["met"]:
+        console.print("the target was missed", soft_wrap=True)
 
 
 def table_of(figures: dict[str, Any]) -> Table:

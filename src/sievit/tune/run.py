@@ -15,20 +15,18 @@ from sievit.config import ConfigError
 from sievit.data.dataset import ImageDataset
 from sievit.data.images import list_images, read_image, to_tensor
 from sievit.data.truth import Truth
-from sievit.devices import device_name
+from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import evaluate
 from sievit.files import write_atomically
+from sievit.hub.file import require_free
 from sievit.measure.modes import DENSE
-from sievit.models.base import Model
-from sievit.models.build import model_file, read, save
-from sievit.policies import PolicyConfig
-from sievit.report import open_model
-from sievit.report.semantic import LabelFiles
+from sievit.models.build import load, model_file, read, save
+from sievit.policies import PolicyConfig, PolicyOptions
 from sievit.tasks import task_of
 from sievit.tune.candidates import Say, candidates_of, check_modes
-from sievit.tune.options import Goal, Judged, Tuning
+from sievit.tune.options import Goal, Tuning
 from sievit.tune.race import Outcome, dense_setups, run_race
-from sievit.tune.report import figures_of
+from sievit.tune.report import figures_of, show
 from sievit.tune.targets import MaxDrop, MaxGFLOPs, MaxMilliseconds, NoTarget, Target
 from sievit.tune.workload import Clock, Workload, wall_clock
 from sievit.vit.execution import Execution
@@ -36,33 +34,39 @@ from sievit.vit.execution import Execution
 
 @torch.inference_mode()
 def tune(
-    path: Path,
+    model: Path,
+    /,
     images: Path,
     out: Path,
     *,
     goal: Goal = Goal(),  # noqa: B008
-    judged: Judged = Judged(),  # noqa: B008
     tuning: Tuning = Tuning(),  # noqa: B008
-    label_files: LabelFiles = LabelFiles(),  # noqa: B008
-    policy: str | None = None,
+    truth: Truth = Truth(),  # noqa: B008
+    policy: PolicyOptions = PolicyOptions(),  # noqa: B008
     device: str = "auto",
+    force: bool = False,
     clock: Clock = wall_clock,
-    console: Console | None = None,
+    progress: Console | None = None,
 ) -> dict[str, Any]:
-    """Write a model that is as fast as the policy allows on this device, and never slower than dense; and a report.
+    """Make a trained model fast on this device: never slower than dense, at the size and batch given.
 
     Ranges of blocks that are slower with tokens left out compute all tokens; the policy is turned to the target by its
-    dial; then all modes compete with the dense model. The winner has to be faster than the dense model in all its
-    modes, by the lower quartile of paired ratios, and once more against those alone; where none is, the written model
-    computes every token. The model stores how it was run.
+    dial; then all modes compete with the dense model, with --compile compiled too. The winner has to be faster than the
+    dense model in all its modes, by the lower quartile of paired ratios, and once more against those alone; where none
+    is, the written model computes every token. The model stores how it was run; beside it a report is written as .json,
+    which is the last line of the output too. The exit status is 1 where the target was missed, or images could not be
+    read.
 
     Args:
-        path: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
+        model: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
         images: folder of images to measure on, like those that the model will be used on.
-        out: the .safetensors file to write; the report is written beside it, as .json.
-        policy: takes the place of the model's own.
+        out: the .safetensors file to write.
+        truth: annotations of these images, for the accuracy.
+        policy: another policy, e.g. dtop for a dense segmenter with auxiliary heads.
+        device: cpu, cuda, cuda:1, or auto.
+        force: write over files that are there.
         clock: takes times; to be replaced in tests.
-        console: where progress goes; None for nowhere.
+        progress: where progress goes, and a sign that a table is printed; None for neither.
 
     Returns:
         The report; docs/speed.md lists its fields.
@@ -71,41 +75,46 @@ def tune(
         ConfigError: options that do not go together, a policy without anything to tune, no readable image, or a target
             that no setting reaches; nothing is written then.
     """
-    _check(path, out, goal, judged, tuning)
-    own = open_model(path, policy=policy, device=device)
+    for file in (out, out.with_suffix(".json")):
+        require_free(file, force=force)
+    _check(model, out, goal, truth, tuning)
+    own = load(model, policy=policy, device=pick_device(device))
     execution = Execution(precision=tuning.precision)
-    accuracy = _accuracy(own, images, judged, label_files, execution, console)
+    dataset = task_of(own.config).open(images, truth) if truth.given else None
+    accuracy = _Accuracy(Workload(own, [], execution=execution), dataset, tuning.eval_limit, progress)
     tensors, failures = _read(images, tuning)
-    model = own if tuning.size is None else own.as_given()
-    workload = Workload(model, _batches(tensors, tuning.batch_size), clock, console, execution)
-    say = (lambda text: None) if console is None else lambda text: console.print(text, style="dim", highlight=False)
+    fitting = own if tuning.size is None else own.as_given()
+    workload = Workload(fitting, _batches(tensors, tuning.batch_size), clock, progress, execution)
+    say = (lambda text: None) if progress is None else lambda text: progress.print(text, style="dim", highlight=False)
     say(f"{len(tensors)} images, counting")
     outcome = _compare(workload, goal, tuning, accuracy, say)
     figures = {
         "out": str(out),
         "report": str(out.with_suffix(".json")),
-        "model": str(path),
+        "model": str(model),
         "images": len(tensors),
         **{name: getattr(tuning, name) for name in ("batch_size", "repeats", "precision")},
         "size": None if tuning.size is None else list(tuning.size),
-        "device": device_name(model.device),
+        "device": device_name(own.device),
         "torch": torch.__version__,
         "load": [round(value, 2) for value in os.getloadavg()],
         **figures_of(workload, goal, outcome, accuracy.known(outcome)),
         **({"failures": failures} if failures else {}),
     }
-    half = any(tensor.dtype == torch.float16 for tensor in read(model_file(path))[1].values())
+    half = any(tensor.dtype == torch.float16 for tensor in read(model_file(model))[1].values())
     out.parent.mkdir(parents=True, exist_ok=True)
     save(workload.model_with(outcome.setup, own), out, half=half)
     write_atomically(out.with_suffix(".json"), (json.dumps(figures, indent=1) + "\n").encode())
+    if progress is not None:
+        show(figures)
     return figures
 
 
-def _check(path: Path, out: Path, goal: Goal, judged: Judged, tuning: Tuning) -> None:
+def _check(model: Path, out: Path, goal: Goal, truth: Truth, tuning: Tuning) -> None:
     """Raise a ConfigError for options that do not go together."""
-    if goal.max_drop is not None and judged.annotations is None and judged.labels is None:
+    if goal.max_drop is not None and not truth.given:
         raise ConfigError("--max-drop needs annotated images: give --annotations (detector) or --labels (segmenter)")
-    if out.resolve() == model_file(path).resolve():
+    if out.resolve() == model_file(model).resolve():
         raise ConfigError(f"{out}: is the model that is tuned, which would be lost; give another --out")
     if tuning.compile and goal.target_ms is not None:
         raise ConfigError("--target-ms with --compile: each step of the dial would be compiled; give --target-gflops")
@@ -152,16 +161,6 @@ def _batches(images: Sequence[Tensor], batch_size: int) -> list[list[Tensor]]:
     """Full batches; where there are fewer images than one holds, they are repeated."""
     count = max(1, len(images) // batch_size)
     return [[images[(i * batch_size + j) % len(images)] for j in range(batch_size)] for i in range(count)]
-
-
-def _accuracy(
-    model: Model, images: Path, judged: Judged, files: LabelFiles, execution: Execution, console: Console | None
-) -> "_Accuracy":
-    dataset = None
-    if judged.annotations is not None or judged.labels is not None:
-        truth = Truth(annotations=judged.annotations, labels=judged.labels, **vars(files))
-        dataset = task_of(model.config).open(images, truth)
-    return _Accuracy(Workload(model, [], execution=execution), dataset, judged.eval_limit, console)
 
 
 class _Accuracy:
