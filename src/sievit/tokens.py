@@ -249,8 +249,8 @@ class Trace:
         return tuple(Prediction(aux["maps"], aux.get("classes"), aux.get("fine")) for aux in self.aux if "maps" in aux)
 
     @property
-    def asked(self) -> tuple[int, ...]:
-        """The blocks behind which these heads stand."""
+    def head_blocks(self) -> tuple[int, ...]:
+        """The blocks behind which the heads of `predictions` stand."""
         return tuple(i - 1 for i, aux in enumerate(self.aux) if "maps" in aux)
 
     @property

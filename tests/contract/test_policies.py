@@ -301,8 +301,8 @@ def counted(vit: ViT, policy: Policy, images: Tensor) -> tuple[float, Trace]:
 def cost(vit: ViT, policy: Policy, trace: Trace) -> float:
     """The same from a trace: blocks, the policy's own products, and the heads that it asks."""
     behind: dict[int, Any] = getattr(policy, "heads", {})
-    asked = [(block, behind[block]) for block in trace.asked]
-    of_heads = sum(head.macs(trace.keep[block].sum(1), trace.grid).sum().item() for block, head in asked)
+    computed = [(block, behind[block]) for block in trace.head_blocks]
+    of_heads = sum(head.macs(trace.keep[block].sum(1), trace.grid).sum().item() for block, head in computed)
     return traced_macs(vit.config, trace).sum().item() + policy.macs(trace).sum().item() + of_heads
 
 

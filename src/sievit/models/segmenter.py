@@ -140,7 +140,7 @@ class SegmentationNet(nn.Module):
         policy: Policy | None = None,
         execution: Execution = Execution(),
     ) -> tuple[dict[int, Prediction], Trace]:
-        """What the heads say, by the block that they stand behind: in training all of them, else those that were asked;
+        """Predictions of the heads, by the block that they stand behind: in training all of them, else those that ran;
         the last one's is the answer. On padding stands what they say of the edge of the image."""
         policy = self.policy if policy is None else policy
         height, width = self._canvas(images)
@@ -149,7 +149,7 @@ class SegmentationNet(nn.Module):
         trace = Trace.start(tokens)
         if "heads" in policy.needs:
             tokens, trace = self.vit.run_blocks(tokens, policy, trace, execution=execution)
-            said = dict(zip(trace.asked, trace.predictions, strict=True))
+            said = dict(zip(trace.head_blocks, trace.predictions, strict=True))
             return {block: _filled(prediction, tokens) for block, prediction in said.items()}, trace
         said, start = {}, 0
         for block, head in self._behind.items() if self.training else list(self._behind.items())[-1:]:
@@ -231,7 +231,7 @@ class Segmenter(Model[Tensor]):
         execution: Execution | None = None,
         teacher: Trace | None = None,
     ) -> Segmentation:
-        """See `Model.forward`. Losses are of all heads in training, else of those that were asked.
+        """See `Model.forward`. Losses are of all heads in training, else of those that ran.
 
         Args:
             images: where there is a crop, they are looked at window by window without targets.
@@ -349,15 +349,15 @@ class Segmenter(Model[Tensor]):
         return {name: macs / 1e9 for name, macs in of_images.items()}
 
     def _heads_macs(self, trace: Trace) -> list[Tensor]:
-        """Per stage (r,) multiply-adds of its head, each row on the grid of its own; zero where it was not asked."""
-        asked = trace.asked if trace.exited else self.net.out_indices[-1:]
+        """Per stage (r,) multiply-adds of its head, each row on the grid of its own; zero where it did not run."""
+        blocks = trace.head_blocks if trace.exited else self.net.out_indices[-1:]
         grids = list(zip(*(edge.tolist() for edge in extents(trace.valid, trace.grid)), strict=True))
         found = []
         for block, head in zip(self.net.out_indices, self.net.heads, strict=True):
             assert isinstance(head, SemanticHead)
             tokens = judged_tokens(trace, block)
             macs = torch.zeros(len(grids), dtype=torch.float64, device=tokens.device)
-            for grid in set(grids) if block in asked else ():
+            for grid in set(grids) if block in blocks else ():
                 rows = torch.tensor([i for i, own in enumerate(grids) if own == grid], device=tokens.device)
                 macs[rows] = head.macs(tokens[rows], grid).double()
             found.append(macs)
