@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sievit import viz
-from sievit.tokens import Trace
 
 
 def detections(*, count: int = 1, score: float = 0.9, size: tuple[int, int] = (40, 60)) -> dict[str, Tensor]:
@@ -21,11 +20,6 @@ def detections(*, count: int = 1, score: float = 0.9, size: tuple[int, int] = (4
         "scores": torch.full((count,), score),
         "masks": masks,
     }
-
-
-def trace_of(keep: Tensor, grid: tuple[int, int]) -> Trace:
-    """A trace of one image in which every block of `keep` (depth, n) took that."""
-    return Trace(grid=grid, valid=torch.ones_like(keep[:1]), keep=tuple(block[None] for block in keep))
 
 
 def changed(picture: np.ndarray, plain: np.ndarray) -> np.ndarray:
@@ -67,25 +61,18 @@ def test_any_number_of_objects_and_boxes_at_the_border(count: int):
     assert viz.predictions(image, found, ["thing"]).size == (960, 640)
 
 
-def test_skipped_tokens_are_faded_at_their_place_and_padding_is_cut_off():
-    # The network saw the 40 x 60 image as 80 x 120 inside a padded 96 x 128 input: 6 x 8 tokens of 16 pixels.
-    image, grid, size, image_size = torch.ones(3, 40, 60), (6, 8), (80, 120), (96, 128)
-    keep = torch.ones(6, 8, dtype=torch.bool)
-    keep[:, :2] = False  # 32 of the 120 pixels that the image has there
-    drawn = np.asarray(
-        viz.keep_maps(image, trace_of(keep.flatten()[None], grid), 0, size=size, image_size=image_size, width=600)
-    )
+def test_skipped_tokens_are_faded_at_their_place():
+    keep = torch.ones(1, 80, 120, dtype=torch.bool)
+    keep[:, :, :32] = False
+    drawn = np.asarray(viz.keep_maps(torch.ones(3, 40, 60), keep, width=600))
     panel = drawn[22 : 22 + 400]
     assert (panel[:, 161:600] == 255).all()
     assert (panel[:, :159] < 200).all()
 
 
 def test_heat_map_counts_blocks():
-    grid, keep = (1, 2), torch.tensor([[True, True], [True, False], [True, False], [True, False]])
-    picture = viz.heat_map(
-        torch.ones(3, 16, 32), trace_of(keep, grid), 0, size=(16, 32), image_size=(16, 32), box=(320, 160)
-    )
-    pixels = np.asarray(picture).astype(int)
+    keep = torch.tensor([[True, True], [True, False], [True, False], [True, False]])[:, None]
+    pixels = np.asarray(viz.heat_map(torch.ones(3, 16, 32), keep, box=(320, 160))).astype(int)
     assert (pixels[:, :160] == pixels[0, 0]).all()
     assert (pixels[:, 160:] == pixels[0, -1]).all()
     assert pixels[0, 0].sum() > pixels[0, -1].sum()
@@ -93,10 +80,10 @@ def test_heat_map_counts_blocks():
 
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_a_figure_takes_any_number_of_panels(count: int):
-    image, trace = torch.rand(3, 40, 60), trace_of(torch.rand(5, 48) < 0.5, (6, 8))
+    image, keep = torch.rand(3, 40, 60), torch.rand(5, 6, 8) < 0.5
     panels = [viz.Panel(f"model {i}", "a note", partial(viz.label_map, image, torch.zeros(20, 30), viz.PALETTE))
               for i in range(count)]  # fmt: skip
-    heat = viz.heat_panel(image, trace, 0, size=(80, 120), image_size=(96, 128))
+    heat = viz.heat_panel(image, keep)
     drawn = viz.figure(image, [*panels, heat], below=[partial(viz.legend, [("a", None), ("b", viz.INK)])], columns=3)
     assert drawn.width == 1640
     assert np.asarray(drawn).std() > 0

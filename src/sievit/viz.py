@@ -1,8 +1,6 @@
-"""Pictures of an image, its detections or labels, and its trace; never of a model.
+"""Pictures of an image, its detections or labels, and the tokens that were computed; never of a model.
 
-Images come as (3, h, w) floats of 0..1 or as PIL images, detections as torchvision's dicts in the pixels of that image;
-`size` is the (height, width) that the image had inside the network's input, `image_size` that input's own, padding
-included.
+Images come as (3, h, w) floats of 0..1 or as PIL images, detections as torchvision's dicts in the pixels of that image.
 Every function returns a PIL image.
 """
 
@@ -15,8 +13,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
-
-from sievit.tokens import Trace
 
 Picture = Tensor | Image.Image
 Colour = tuple[int, int, int]
@@ -145,8 +141,7 @@ def label_map(
 ) -> Image.Image:
     """The image with each pixel's class (h, w) laid over it, and lines where classes meet; scaled to fit `box`."""
     canvas = fit(to_pil(image), box)
-    values = Image.fromarray(labels.cpu().numpy().astype(np.int32))
-    fine = np.asarray(values.resize(canvas.size, Image.Resampling.NEAREST))
+    fine = _resized(labels.int(), canvas)
     known = (fine >= 0) & (fine < len(colours))
     table = np.array(colours, dtype=float)
     pixels = np.asarray(canvas, dtype=float)
@@ -206,60 +201,42 @@ def legend(entries: Sequence[tuple[str, Colour | None]], width: int) -> Image.Im
     return sheet
 
 
-def keep_maps(
-    image: Picture,
-    trace: Trace,
-    index: int,
-    *,
-    size: tuple[int, int],
-    image_size: tuple[int, int],
-    width: int = 1200,
-    columns: int = 6,
-) -> Image.Image:
-    """One panel per block for image `index` of the batch: the title is the share of tokens, skipped ones are faded."""
-    columns, head = min(columns, len(trace.keep)), 22
+def keep_maps(image: Picture, keep: Tensor, *, width: int = 1200, columns: int = 6) -> Image.Image:
+    """One panel per block: the title is the share of the image that it computed, the rest of it is faded.
+
+    Args:
+        keep: (depth, h, w) bool, on pixels of the image at any resolution: whether a block computed the token there.
+    """
+    columns, head = min(columns, len(keep)), 22
     box = _panel_box(width, columns)
     panel = fit(to_pil(image), box)
     row_height = panel.height + head + GAP
-    sheet = Image.new("RGB", (width, -(-len(trace.keep) // columns) * row_height - GAP), PAPER)
+    sheet = Image.new("RGB", (width, -(-len(keep) // columns) * row_height - GAP), PAPER)
     pen = ImageDraw.Draw(sheet)
-    shares = trace.shares()[:, index].tolist()
-    for block, keep in enumerate(trace.keep):
+    for block, computed in enumerate(keep):
         x, y = (block % columns) * (box[0] + GAP), (block // columns) * row_height
-        computed = _on_pixels(keep[index].float(), trace, panel.size, size, image_size) > 0.5
+        share = computed.float().mean().item()
         pen.text((x, y + 2), f"block {block}", fill=INK, font=_font(14))
-        pen.text((x + panel.width, y + 2), f"{shares[block]:.0%}", fill=FAINT, font=_font(14), anchor="ra")
-        sheet.paste(_faded(panel, computed), (x, y + head))
+        pen.text((x + panel.width, y + 2), f"{share:.0%}", fill=FAINT, font=_font(14), anchor="ra")
+        sheet.paste(_faded(panel, _resized(computed, panel) > 0), (x, y + head))
     return sheet
 
 
-def heat_map(
-    image: Picture,
-    trace: Trace,
-    index: int,
-    *,
-    size: tuple[int, int],
-    image_size: tuple[int, int],
-    box: tuple[int, int] = (960, 960),
-) -> Image.Image:
-    """How many blocks computed each token of image `index`: dark for none, bright for all, over the image in grey."""
+def heat_map(image: Picture, keep: Tensor, *, box: tuple[int, int] = (960, 960)) -> Image.Image:
+    """How many blocks computed each token: dark for none, bright for all, over the image in grey; see `keep_maps`."""
     canvas = fit(to_pil(image), box)
-    blocks = torch.stack([keep[index] for keep in trace.keep]).float().mean(0)  # (n,) share of the blocks
-    share = _on_pixels(blocks, trace, canvas.size, size, image_size)
     grey = np.asarray(canvas.convert("L"), dtype=float)[..., None] / 255
-    return Image.fromarray((_heat(share) * (0.55 + 0.45 * grey)).clip(0, 255).astype(np.uint8))
+    heat = _heat(_resized(keep.float().mean(0), canvas))
+    return Image.fromarray((heat * (0.55 + 0.45 * grey)).clip(0, 255).astype(np.uint8))
 
 
-def heat_panel(
-    image: Picture, trace: Trace, index: int, *, size: tuple[int, int], image_size: tuple[int, int]
-) -> Panel:
-    """Blocks per token, above the legend of its colours, as a panel of a figure."""
+def heat_panel(image: Picture, keep: Tensor) -> Panel:
+    """Blocks per token, above the legend of its colours, as a panel of a figure; see `keep_maps`."""
 
     def draw(box: tuple[int, int]) -> Image.Image:
-        picture = heat_map(image, trace, index, size=size, image_size=image_size, box=box)
-        return _with_colour_bar(picture, len(trace.keep))
+        return _with_colour_bar(heat_map(image, keep, box=box), len(keep))
 
-    return Panel("blocks per token", f"{trace.shares()[:, index].mean().item():.0%} of all computed", draw)
+    return Panel("blocks per token", f"{keep.float().mean().item():.0%} of all computed", draw)
 
 
 def figure(
@@ -306,16 +283,11 @@ def _panel_box(width: int, columns: int) -> tuple[int, int]:
     return panel, round(panel * 1.4)
 
 
-def _on_pixels(
-    values: Tensor, trace: Trace, canvas: tuple[int, int], size: tuple[int, int], image_size: tuple[int, int]
-) -> np.ndarray:
-    """(height, width) of `canvas` (width, height): the value (n,) of the token that each of its pixels belongs to."""
-    grid = values.detach().cpu().reshape(trace.grid).numpy()
-    at = []
-    for axis, pixels in ((0, canvas[1]), (1, canvas[0])):
-        network = (np.arange(pixels) + 0.5) * size[axis] / pixels  # in pixels of the network's input
-        at.append(np.minimum((network * trace.grid[axis] / image_size[axis]).astype(int), trace.grid[axis] - 1))
-    return grid[at[0][:, None], at[1][None]]
+def _resized(values: Tensor, canvas: Image.Image) -> np.ndarray:
+    """(height, width) of the canvas: the nearest of the values (h, w)."""
+    array = values.cpu().numpy()
+    array = array.astype(np.float32 if values.is_floating_point() else np.int32)
+    return np.asarray(Image.fromarray(array).resize(canvas.size, Image.Resampling.NEAREST))
 
 
 def _faded(panel: Image.Image, computed: np.ndarray) -> Image.Image:

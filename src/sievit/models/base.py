@@ -88,15 +88,17 @@ class Answer(Generic[R]):
         return self.per_image(counts) / self.per_image(self.trace.valid.sum(1)).clamp(min=1)[:, None]
 
     def on_image(self, index: int, values: Tensor) -> Tensor:
-        """(h, w) on the pixels of image `index` as the network saw it: the value (r, n) of the token that stands there,
-        the largest one where windows overlap."""
+        """(..., h, w) on the pixels of image `index` as the network saw it: the values (r, ..., n) of the tokens that
+        stand there, the largest ones where windows overlap."""
         patch = self.image_size[0] // self.trace.grid[0]
-        out = values.new_full(self.sizes[index], 0).cpu()
-        for image, (y, x, h, w), of_row in zip(self.owner, self.windows, values.cpu(), strict=True):
+        values = values.cpu()
+        out = values.new_zeros(*values.shape[1:-1], *self.sizes[index])
+        for image, (y, x, h, w), of_row in zip(self.owner, self.windows, values, strict=True):
             if image == index:
-                pixels = of_row.unflatten(0, self.trace.grid).repeat_interleave(patch, 0)
-                there = out[y : y + h, x : x + w]
-                there.copy_(there.maximum(pixels.repeat_interleave(patch, 1)[:h, :w]))
+                pixels = of_row.unflatten(-1, self.trace.grid)[..., : -(-h // patch), : -(-w // patch)]
+                pixels = pixels.repeat_interleave(patch, -2).repeat_interleave(patch, -1)[..., :h, :w]
+                there = out[..., y : y + h, x : x + w]
+                there.copy_(there.maximum(pixels))
         return out
 
     def found(self) -> dict[str, int]:

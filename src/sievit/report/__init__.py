@@ -1,29 +1,25 @@
-"""What a person gets to see of a model: its answers for his own images, its figures, and the demonstration."""
+"""Reports on a model: its results for images of your own, its figures, and the demonstration."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from sievit.config import ConfigError, kind_of
-from sievit.data.coco import CocoDetection
-from sievit.data.labels import LabelDataset
+from sievit.data.images import read_image, to_tensor
 from sievit.data.truth import Truth
 from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import evaluate as run_evaluation
-from sievit.engine.recipe import default_data_root
-from sievit.files import write_atomically
-from sievit.hub.fetch import REPOSITORY
+from sievit.engine.evaluate import timed
+from sievit.files import png_names, write_png
 from sievit.models.build import load
-from sievit.models.detector import Detector
-from sievit.models.segmenter import Segmenter
 from sievit.policies import PolicyOptions
-from sievit.report import detection, semantic
+from sievit.report.common import images_below, progress
+from sievit.report.demonstration import demo
+from sievit.report.figures import answer_figure, answer_note
 from sievit.tasks import task_of
 
-EXAMPLES = Path("examples/nuclei")
-"""The images of the demonstration, in the repository."""
+__all__ = ["demo", "evaluate", "predict"]
 
 
 def predict(
@@ -55,12 +51,33 @@ def predict(
         The exit status: 1 when an image could not be read (the others are done all the same), else 0.
     """
     loaded = load(model, policy=policy, device=pick_device(device))
-    if isinstance(loaded, Segmenter):
-        if ids is not None:
-            raise ConfigError(f"--ids {ids}: a segmenter labels pixels and writes no COCO results; leave it out")
-        return semantic.predict(loaded, images, out)
-    assert isinstance(loaded, Detector)
-    return detection.predict(loaded, images, out, score_threshold=score_threshold, ids=ids)
+    task, console = task_of(loaded.config), Console(stderr=True)
+    paths, names = images_below(images, out)
+    writer, pictures = task.writer(out, names, ids=ids), png_names(names)
+    out.mkdir(parents=True, exist_ok=True)
+    failures = []
+    with progress(console) as bar:
+        for path, name in zip(bar.track(paths, description="predicting"), names, strict=True):
+            try:
+                image = read_image(path)
+            except ConfigError as error:
+                failures.append(str(error))
+                continue
+            answer, milliseconds = timed(loaded, [to_tensor(image)])
+            result = answer.results[0]
+            writer.add(name, (image.height, image.width), result)
+            note = answer_note(task, loaded, answer, milliseconds, min_score=score_threshold)
+            figure = answer_figure(
+                task, image, {"prediction": (note, result)}, answer, title=name, min_score=score_threshold
+            )
+            write_png(out / pictures[name], figure)
+    if len(failures) < len(paths):
+        console.print(writer.finish(), soft_wrap=True)
+    for failure in failures:
+        console.print(f"error: {failure}", soft_wrap=True, markup=False, highlight=False)
+    if failures:
+        console.print(f"{len(failures)} of {len(paths)} images could not be used")
+    return 1 if failures else 0
 
 
 def evaluate(
@@ -97,75 +114,3 @@ def evaluate(
         console=Console(stderr=True),
     )
     return {**figures, "policy": kind_of(loaded.config.policy), "device": device_name(loaded.device)}
-
-
-def demo(
-    *,
-    out: Path = Path("out/demo"),
-    num_images: int = 32,
-    pictures: int = 8,
-    data_root: Path | None = None,
-    device: str = "auto",
-) -> dict[str, Any]:
-    """Dense against sparse on images of nuclei: those of the data set, or the few in examples/.
-
-    Writes pictures to nuclei and semantic/nuclei in the output folder, and prints tables.
-
-    Args:
-        out: folder for the pictures.
-        num_images: at most so many, evenly spread over the validation set.
-        pictures: how many images get a picture, per task.
-        data_root: folder with nuclei/; default the environment's SIEVIT_DATA, else ../shared/data.
-        device: cpu, cuda, cuda:1, or auto.
-
-    Returns:
-        Of the detectors `dense` and `sparse` (box_ap, mask_ap, gflops, ms_per_image), `keep` per block, `speedup` and
-        `images`, and the same of each data set in `datasets`; in `semantic` of the segmenters `dense` and `dtop` (miou,
-        gflops, ms_per_image), `left_at` per stage, `speedup` and `images`, and again `datasets`.
-
-    Raises:
-        ConfigError: no images, or a model that is not there.
-    """
-    console, where = Console(), pick_device(device)
-    name, root = "nuclei", _nuclei(data_root)
-    console.print(f"images: {root}", soft_wrap=True, markup=False, highlight=False)
-    listing = out / f"{name}.json"
-    _write_thinned(root / "annotations/instances_val.json", listing, num_images)
-    dataset = CocoDetection(root / "images", listing, with_masks=False)
-    dense, sparse = (load(f"nuclei_{model}", device=where) for model in ("vit", "svit"))
-    assert isinstance(dense, Detector) and isinstance(sparse, Detector)
-    objects = detection.demonstrate(dense, sparse, dataset, out / name, pictures=pictures, device=device_name(where))
-    dense, sparse = (load(f"nuclei_{model}", device=where) for model in ("segvit", "segvit_dtop"))
-    assert isinstance(dense, Segmenter) and isinstance(sparse, Segmenter)
-    labels = LabelDataset(root / "images", root / "labels", classes=dense.config.classes, names_file=listing)
-    pixels = semantic.demonstrate(
-        dense, sparse, labels, out / "semantic" / name, pictures=pictures, device=device_name(where)
-    )
-    console.print(f"pictures: {out}", soft_wrap=True, markup=False, highlight=False)
-    return {
-        **objects,
-        "datasets": {name: objects},
-        "semantic": {**pixels, "datasets": {name: pixels}},
-        "device": device_name(where),
-    }
-
-
-def _nuclei(data_root: Path | None) -> Path:
-    """The folder of nuclei: of the data sets, else of the examples."""
-    folder = (default_data_root() if data_root is None else data_root) / "nuclei"
-    examples = [] if data_root is not None else [REPOSITORY / EXAMPLES, EXAMPLES]
-    for root in (folder, *examples):
-        if root.is_dir():
-            return root
-    raise ConfigError(f"{folder}: no such folder; give --data-root, or run in the repository, which has examples")
-
-
-def _write_thinned(annotations: Path, path: Path, count: int) -> None:
-    """Copy a COCO file with `count` of its images, evenly spread."""
-    content = json.loads(annotations.read_text(encoding="utf-8"))
-    images = content["images"]
-    kept = [images[i * len(images) // count] for i in range(count)] if count < len(images) else images
-    ids = {image["id"] for image in kept}
-    content |= {"images": kept, "annotations": [a for a in content["annotations"] if a["image_id"] in ids]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(content).encode())

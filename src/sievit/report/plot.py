@@ -28,12 +28,12 @@ def draw_curves(points: list[dict[str, Any]], path: Path, *, measure: str, label
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
     models = list(dict.fromkeys(point["model"] for point in points))
-    for axes, key, label in (
+    for axes, key, of_axis in (
         (panels[0], "gflops", "GFLOPs per image (mean)"),
         (panels[1], "ms_per_image", f"milliseconds per image (median; {device})"),
     ):
         _draw(axes, points, models, key, measure)
-        _style(axes, label)
+        _style(axes, of_axis)
     panels[0].set_ylabel(f"{label} in %", color=INK)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False, labelcolor=INK)
