@@ -35,7 +35,7 @@ def card(
         policy: another policy, which the written model has from then on.
         half: store the parameters as float16.
         push: user/name on the hub, made where it is not there yet.
-        private: make it for one's own eyes.
+        private: a new repository is not visible to others.
     """
     try:
         text = "" if notes is None else notes.read_text(encoding="utf-8")

@@ -44,7 +44,7 @@ class Command:
     raw: bool = False
 
     def run(self, name: str, args: list[str]) -> int:
-        """Run the command called `name`; the exit status is 1 where figures tell of failures or of a missed target."""
+        """Run the command called `name`; the exit status is 1 for failures, or a target that was missed."""
         module, _, attribute = self.function.partition(":")
         function = getattr(import_module(module), attribute)
         result = function(args) if self.raw else parse(function, args, name)
@@ -120,7 +120,7 @@ def _spelled_out(args: list[str], options: dict[str, Any], name: str) -> Iterato
 
 
 def _with_placeholders(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose arguments without a name are called by theirs in the help."""
+    """The function, whose positional arguments have their own names in the help, without `progress`."""
     from rich.console import Console
     from tyro.conf import arg
 

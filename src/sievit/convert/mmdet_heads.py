@@ -40,7 +40,7 @@ def mmdet_heads(state_dict: dict[str, Tensor], *, constants: MaskRCNNConfig | No
 
     Args:
         state_dict: keys under `neck.`, `rpn_head.` and `roi_head.`; others, such as a backbone's, are left out.
-        constants: everything that no shape tells (anchors, thresholds, limits); None: the SViT release's.
+        constants: everything that does not follow from a shape (anchors, thresholds, limits); None: the SViT release's.
 
     Returns:
         The head in evaluation mode; label i + 1 is mmdet's class i.

@@ -10,7 +10,7 @@ from sievit.vit import ViT
 
 
 class ReleasedOptions:
-    """Base of what the files of a family do not tell.
+    """Base of the options for what the files of a family do not hold.
 
     Attributes:
         family: of released models.

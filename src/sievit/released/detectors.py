@@ -30,7 +30,7 @@ def release_limits(head: MaskRCNNConfig) -> MaskRCNNConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ViTAdapterOptions(ReleasedOptions):
-    """What the file of a detector does not tell.
+    """What the file of a detector does not hold.
 
     Attributes:
         classes: file with the names of the classes, one a line, in the order of training; not needed for COCO's 80.
@@ -48,7 +48,7 @@ class ViTAdapterOptions(ReleasedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SViTOptions(ViTAdapterOptions):
-    """What the file of a sparse detector does not tell.
+    """What the file of a sparse detector does not hold.
 
     Attributes:
         sample: gates draw at inference, as the released test scripts do, instead of taking the arg-max.

@@ -36,7 +36,7 @@ DATA_SETS = {150: "ade20k", 59: "pascal_context59", 60: "pascal_context60", 171:
 
 @dataclass(frozen=True, kw_only=True)
 class SegViTOptions(ReleasedOptions):
-    """What the file of a segmenter does not tell; of the released models on ADE20K, Pascal Context and COCO-Stuff all
+    """What the file of a segmenter does not hold; of the released models on ADE20K, Pascal Context and COCO-Stuff all
     of it is known.
 
     Attributes:
@@ -69,7 +69,7 @@ class SegViTOptions(ReleasedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DToPOptions(SegViTOptions):
-    """What the file of a sparse segmenter does not tell.
+    """What the file of a sparse segmenter does not hold.
 
     Attributes:
         thresholds: grades above which tokens leave; default those of the release.
@@ -132,8 +132,11 @@ def assemble(checkpoint: Checkpoint, options: SegViTOptions) -> Converted:
 
 
 def _base(checkpoint: Checkpoint, options: SegViTOptions, stages: int) -> SegmenterConfig:
-    """Everything that no shape tells: the recipe's of the same model, the options', or an error that lists what is not
-    known."""
+    """Everything that does not follow from a shape, of the recipe of the same model or the options.
+
+    Raises:
+        ConfigError: neither has some of it; the message lists what.
+    """
     num_classes, vit = _shapes(checkpoint, options)
     name = RECIPES.get((num_classes, vit.embed_dim, vit.grid[0] * vit.patch_size))
     known = None if name is None else recipe(name).model

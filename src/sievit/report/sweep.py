@@ -7,7 +7,9 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from sievit.data.truth import Truth
 from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import evaluate, timed
 from sievit.files import write_atomically
+from sievit.measure.clock import in_turns, median_and_p95
 from sievit.models.base import Model
 from sievit.models.build import load, model_file
 from sievit.policies import KeepAllConfig, PolicyConfig, PolicyOptions, chosen_policy
@@ -147,7 +150,8 @@ class Series:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         data = task_of(model.config).open(self.images, self.truth)
-        return Curve(name or kind_of(own) or type(own).__name__, model, digest, data, field, of_values)
+        usual_name = (self.policy.policy or kind_of(own) or type(own).__name__).rpartition(":")[2]
+        return Curve(name or usual_name, model, digest, data, field, of_values)
 
     def parsed(self, text: str, values: Sequence[str]) -> Curve:
         """`NAME=CHECKPOINT`, at `values`, or `NAME=CHECKPOINT@V,V,...` at its own and not densely."""
@@ -197,23 +201,19 @@ def _time(table: "_Points", curves: dict[str, Curve], count: int, console: Conso
         return
     swept = [curves[point["model"]].at(point["value"]) for point in points]
     dataset = curves[points[0]["model"]].data
-    pictures = []
+    images = []
     for index in range(len(dataset)):
-        try:
-            pictures.append(dataset[index][0])
-        except ConfigError:
-            continue  # evaluation has told
-        if len(pictures) == count:
+        with suppress(ConfigError):  # the evaluation has reported it
+            images.append([dataset[index][0]])
+        if len(images) == count:
             break
-    for model in swept:
-        timed(model, pictures[:1])
-    taken: list[list[float]] = [[] for _ in points]
+    calls = [partial(timed, model) for model in swept]
+    for call in calls:
+        call(images[0])
     with progress(console) as bar:
-        for i, picture in enumerate(bar.track(pictures, description="timing")):
-            for turn in range(len(points)):
-                which = (turn + i) % len(points)
-                taken[which].append(timed(swept[which], [picture])[1])
-    table.timed(taken)
+        inputs = bar.track(images, description="timing")
+        turns = list(in_turns(calls, inputs, lambda _, call: call()[::-1], lambda _, answer: None))
+    table.timed([[turn[which][0] for turn in turns] for which in range(len(calls))])
 
 
 class _Points:
@@ -272,20 +272,12 @@ class _Points:
         """Times of all points, of the same images."""
         timing = hashlib.sha256(json.dumps(milliseconds).encode()).hexdigest()[:8]
         for point, taken in zip(self.points, milliseconds, strict=True):
-            ordered = sorted(taken)
-            point["ms_per_image"] = round(statistics.median(ordered), 2)
-            point["ms_per_image_p95"] = round(ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))], 2)
-            point["timing"] = timing
+            point |= {**median_and_p95("ms_per_image", taken), "timing": timing}
         self._write()
 
     def content(self) -> dict[str, Any]:
         """Everything, as in sweep.json."""
-        return {
-            "settings": self.settings,
-            "checkpoints": self.checkpoints,
-            "points": self.points,
-            "failures": self.failures,
-        }
+        return {name: getattr(self, name) for name in ("settings", "checkpoints", "points", "failures")}
 
     def _write(self) -> None:
         write_atomically(self.out / "sweep.json", (json.dumps(self.content(), indent=1) + "\n").encode())
