@@ -260,7 +260,7 @@ def test_classes_of_a_detector(svit_state: dict[str, Tensor], names: Path, tmp_p
     with pytest.raises(ConfigError, match="do not rise"):
         convert(path, replace(SMALL, annotations=coco))
     coco.write_text("[]")
-    with pytest.raises(ConfigError, match="no COCO file with categories"):
+    with pytest.raises(ConfigError, match="holds a JSON list"):
         convert(path, replace(SMALL, annotations=coco))
 
 

@@ -1,9 +1,7 @@
 """COCO annotation files: read, checked once, and every complaint names the file, the entry and the way out."""
 
-import json
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +9,8 @@ from typing import Any, Literal
 import numpy as np
 
 from sievit.config import ConfigError
+from sievit.data.coco_json import CocoFile, is_text, is_whole
 from sievit.data.masks import decode_counts
-
-_EXPECTED = "a COCO file is an object with 'images', 'annotations' and 'categories'"
 
 ROUNDING = 2.0
 """Pixels by which a box may stick out of its image; it is then clipped, as annotation tools round."""
@@ -66,109 +63,43 @@ def load_annotations(source: Path | dict[str, Any], *, invalid: Literal["error",
     Raises:
         ConfigError: the file is missing or malformed, or an annotation is invalid and `invalid` is "error".
     """
-    name = "annotations" if isinstance(source, dict) else str(source)
-    content = source if isinstance(source, dict) else read_content(source)
-    images = records(content, "images", name, {"file_name": is_text, "width": _is_size, "height": _is_size})
-    classes, category_ids = _sorted_categories(content, name)
+    file = CocoFile(source)
+    images = file.records("images", {"file_name": is_text, "width": _is_size, "height": _is_size})
+    classes, category_ids = load_categories(file)
     objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
     by_id = {image["id"]: image for image in images}
-    seen: set[int] = set()
+    known, seen = set(category_ids), set[int]()
     skipped: list[str] = []
-    annotations = entries(content, "annotations", name)
+    annotations = file.entries("annotations")
     runs = _measure_runs(annotations)
     for place, annotation in enumerate(annotations):
         try:
-            checked = _check(annotation, by_id, set(category_ids), seen, runs)
+            checked = _check(annotation, by_id, known, seen, runs)
         except _Invalid as error:
             number = annotation.get("id") if isinstance(annotation, dict) else None
             what = f"number {place} (counted from 0)" if number is None else repr(number)
             if invalid == "error":
                 raise ConfigError(
-                    f'{name}: annotation {what} {error}; correct the file, or pass invalid="skip" to leave such '
+                    f'{file.name}: annotation {what} {error}; correct the file, or pass invalid="skip" to leave such '
                     "annotations out"
                 ) from None
             skipped.append(f"{what} {error}")
         else:
             objects[checked["image_id"]].append(checked)
     if skipped:
-        warnings.warn(f"{name}: {len(skipped)} invalid annotations left out, first: {skipped[0]}", stacklevel=2)
-    return Annotations(name, tuple(images), tuple(map(tuple, objects.values())), classes, category_ids)
+        warnings.warn(f"{file.name}: {len(skipped)} invalid annotations left out, first: {skipped[0]}", stacklevel=2)
+    return Annotations(file.name, tuple(images), tuple(map(tuple, objects.values())), classes, category_ids)
 
 
-def load_categories(path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def load_categories(source: Path | CocoFile) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The classes of a COCO instances file and their ids, as `load_annotations` orders them; the rest is not looked at.
 
     Raises:
         ConfigError: the file is missing or malformed.
     """
-    return _sorted_categories(read_content(path), str(path))
-
-
-def _sorted_categories(content: dict[str, Any], name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    rising = sorted(categories(content, name), key=lambda category: category["id"])
+    file = source if isinstance(source, CocoFile) else CocoFile(source)
+    rising = sorted(file.categories(), key=lambda category: category["id"])
     return tuple(c["name"] for c in rising), tuple(c["id"] for c in rising)
-
-
-def read_content(path: Path) -> dict[str, Any]:
-    """The JSON object of a COCO file.
-
-    Raises:
-        ConfigError: the file cannot be read, or is no JSON object.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"{path}: the annotation file cannot be read ({error.strerror}); check the path") from error
-    except ValueError as error:  # not JSON, or not text
-        raise ConfigError(f"{path}: is not a JSON file ({error}); {_EXPECTED}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds a JSON {type(content).__name__}; {_EXPECTED}; is this a results file?")
-    return content
-
-
-def entries(content: dict[str, Any], key: str, name: str) -> list[Any]:
-    """The list under a key of the file called `name`.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if not isinstance(content.get(key), list):
-        problem = f"has no '{key}'" if key not in content else f"'{key}' is not a list"
-        raise ConfigError(f"{name}: {problem}; {_EXPECTED}")
-    return content[key]
-
-
-def records(content: dict[str, Any], key: str, name: str, fields: dict[str, Callable[[Any], bool]]) -> list[dict]:
-    """The images or the categories, each with a unique whole `id` and the given fields.
-
-    Raises:
-        ConfigError: one is not so.
-    """
-    seen: set[int] = set()
-    for place, record in enumerate(entries(content, key, name)):
-        if not isinstance(record, dict) or not _is_whole(record.get("id")):
-            raise ConfigError(f"{name}: entry {place} (counted from 0) of '{key}' has no whole number 'id'; add it")
-        number = record["id"]
-        for field, fits in fields.items():
-            if not fits(record.get(field)):
-                problem = f"has no '{field}'" if field not in record else f"has {record[field]!r} as '{field}'"
-                raise ConfigError(f"{name}: entry with id {number} of '{key}' {problem}; correct the file")
-        if number in seen:
-            raise ConfigError(f"{name}: id {number} occurs more than once in '{key}'; give every entry its own id")
-        seen.add(number)
-    return content[key]
-
-
-def categories(content: dict[str, Any], name: str) -> list[dict]:
-    """The categories in the order of the file.
-
-    Raises:
-        ConfigError: there is none, or one has no id and name.
-    """
-    found = records(content, "categories", name, {"name": is_text})
-    if not found:
-        raise ConfigError(f"{name}: 'categories' is empty; list the classes with their ids and names")
-    return found
 
 
 Runs = dict[str, tuple[int, int]]
@@ -196,7 +127,7 @@ def _check(
     if not isinstance(annotation, dict):
         raise _Invalid("is not an object")
     for key in ("id", "image_id", "category_id"):
-        if not _is_whole(annotation.get(key)):
+        if not is_whole(annotation.get(key)):
             raise _Invalid(f"has no whole number '{key}'")
     if annotation["id"] in seen:
         raise _Invalid("has an id that was used before")
@@ -235,12 +166,8 @@ def _check_box(annotation: dict[str, Any], width: int, height: int) -> list[floa
 def _check_segmentation(segmentation: Any, size: tuple[int, int], known: Runs) -> None:
     if isinstance(segmentation, list):
         for polygon in segmentation:
-            if (
-                not isinstance(polygon, list)
-                or len(polygon) < 6
-                or len(polygon) % 2
-                or not all(map(_is_finite, polygon))
-            ):
+            pairs = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
+            if not pairs or not all(map(_is_finite, polygon)):
                 raise _Invalid("has a polygon that is not a list of at least three x, y pairs")
         return
     if not isinstance(segmentation, dict) or "counts" not in segmentation or "size" not in segmentation:
@@ -251,7 +178,7 @@ def _check_segmentation(segmentation: Any, size: tuple[int, int], known: Runs) -
     try:
         if isinstance(counts, str):
             total, least = known[counts] if counts in known else _measure(counts)
-        elif isinstance(counts, list) and counts and all(_is_whole(count) for count in counts):
+        elif isinstance(counts, list) and counts and all(is_whole(count) for count in counts):
             total, least = sum(counts), min(counts)
         else:
             raise _Invalid("has RLE 'counts' that are neither a string nor a list of whole numbers")
@@ -266,17 +193,8 @@ def _measure(counts: str) -> tuple[int, int]:
     return int(runs.sum()), int(runs.min())
 
 
-def is_text(value: Any) -> bool:
-    """Whether a field is a string that is not empty."""
-    return isinstance(value, str) and bool(value)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_size(value: Any) -> bool:
-    return _is_whole(value) and value > 0
+    return is_whole(value) and value > 0
 
 
 def _is_finite(value: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sievit.config import ConfigError
+from sievit.data.coco_json import CocoFile, is_text
 from sievit.data.images import SUFFIXES, list_images, opened
 
 Colour = tuple[int, int, int]
@@ -88,10 +89,7 @@ def read_names(path: Path) -> list[str]:
     """
     text = read_text(path, "the list of names")
     if text.lstrip().startswith("{"):
-        try:
-            names = [str(image["file_name"]) for image in json.loads(text)["images"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: is no COCO file with images and their file_name ({error!r})") from error
+        names = [image["file_name"] for image in CocoFile(path).records("images", {"file_name": is_text})]
     else:
         names = [line.strip() for line in text.splitlines() if line.strip()]
     if not names:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sievit.config import ConfigError
-from sievit.data.annotations import categories, entries, is_text, read_content, records
+from sievit.data.coco_json import CocoFile, Fields, is_text, is_whole
 from sievit.data.label_files import Colour, Pair, Palette, packed_colours, read_values, some, translated
 
 _EMPTY = 0  # id of pixels that belong to no segment
@@ -43,28 +43,27 @@ def load_panoptic(
     images: Path, panoptic_json: Path, folder: Path, ignore_index: int
 ) -> tuple[tuple[Pair, ...], PanopticReader]:
     """Read a panoptic file; see `LabelDataset`."""
-    name = str(panoptic_json)
-    content = read_content(panoptic_json)
-    classes = categories(content, name)
+    file = CocoFile(panoptic_json)
+    name, classes = file.name, file.categories()
     labels = {category["id"]: label for label, category in enumerate(classes)}
-    files = {image["id"]: image["file_name"] for image in records(content, "images", name, {"file_name": is_text})}
+    files = {image["id"]: image["file_name"] for image in file.records("images", {"file_name": is_text})}
+    fields: Fields = {"file_name": is_text, "segments_info": lambda value: isinstance(value, list)}
     pairs: list[Pair] = []
     segments: dict[Path, dict[int, int]] = {}
-    for annotation in entries(content, "annotations", name):
-        number = _get(annotation, "image_id", int, name, "annotation")
+    for annotation in file.records("annotations", fields, identity="image_id"):
+        number, label = annotation["image_id"], folder / annotation["file_name"]
         if number not in files:
-            raise ConfigError(f"{name}: an annotation names the image {number}, which the file does not list (again)")
-        file_name = files.pop(number)
-        label = folder / _get(annotation, "file_name", str, name, "annotation")
+            raise ConfigError(f"{name}: an annotation names the image {number}, which the file does not list")
         segments[label] = {_EMPTY: ignore_index}
-        for segment in _get(annotation, "segments_info", list, name, "annotation"):
-            category = _get(segment, "category_id", int, name, "segment")
+        what = f"the 'segments_info' of image {number}"
+        for segment in file.checked(annotation["segments_info"], what, {"category_id": is_whole}):
+            category = segment["category_id"]
             if category not in labels:
                 raise ConfigError(
                     f"{name}: a segment of image {number} has the category {category}, which the file does not list"
                 )
-            crowd = bool(segment.get("iscrowd", 0))
-            segments[label][_get(segment, "id", int, name, "segment")] = ignore_index if crowd else labels[category]
+            segments[label][segment["id"]] = ignore_index if segment.get("iscrowd") else labels[category]
+        file_name = files.pop(number)
         pairs.append(Pair(Path(file_name).with_suffix("").as_posix(), images / file_name, label))
     if files:
         raise ConfigError(f"{name}: {len(files)} images have no annotation: {some(list(files.values()))}; remove them")
@@ -88,11 +87,3 @@ def _require_files(folder: Path, what: str, paths: Sequence[Path], name: str) ->
 def _colours(found: list[Any]) -> tuple[Colour, ...]:
     """Of the categories, if each has one; COCO's list of categories has them, its annotation files do not."""
     return tuple((r, g, b) for r, g, b in found) if all(isinstance(c, list) and len(c) == 3 for c in found) else ()
-
-
-def _get(record: Any, key: str, kind: type, name: str, what: str) -> Any:
-    """A field of an entry, of the type that it has to have."""
-    value = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ConfigError(f"{name}: {what} {record!r:.80} has no {key!r} that is a {kind.__name__}; correct the file")
-    return value

@@ -72,36 +72,26 @@ def draw(*, seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, l
     return ((pixels + noise).clip(0, 1) * 255 + 0.5).astype(np.uint8), instances, labels
 
 
-def generate(
-    out: Path,
-    *,
-    num_images: int,
-    size: tuple[int, int] = (256, 256),
-    seed: int = 0,
-) -> None:
+def generate(out: Path, *, num_images: int, size: tuple[int, int] = (256, 256), seed: int = 0) -> None:
     """Write scenes as a COCO data set: images/*.png, labels/*.png (semantic), annotations.json.
 
-    Files come under their names only when they are complete, annotations.json last. A folder that holds these very
-    scenes already is left as it is.
+    Files come under their names only when they are complete, annotations.json last.
 
     Args:
-        out: the folder, made if need be.
+        out: a folder without annotations.json, made if need be.
         num_images: how many, from index 0.
         size: (height, width) in pixels.
         seed: of the series.
 
     Raises:
-        ConfigError: the folder holds another data set, or a number makes no sense.
+        ConfigError: the folder holds a data set already, or a number makes no sense.
     """
     _check(size, seed)
     if num_images < 1:
         raise ConfigError(f"num_images is at least 1, not {num_images}")
     annotations = Path(out) / "annotations.json"
-    info = {"description": "sievit scenes", "version": VERSION, "seed": seed, "size": list(size), "images": num_images}
     if annotations.exists():
-        if _info(annotations) == info:
-            return
-        raise ConfigError(f"{annotations}: holds another data set; choose another folder, or remove this one")
+        raise ConfigError(f"{annotations}: the folder holds a data set; choose another one, or remove this one")
     images, objects = [], []
     for index in range(num_images):
         image, instances, labels = draw(seed=seed, index=index, size=size)
@@ -111,7 +101,7 @@ def generate(
         images.append({"id": index + 1, "file_name": name, "height": size[0], "width": size[1]})
         objects += [(instance, index + 1) for instance in instances]
     content = {
-        "info": info,
+        "info": {"description": f"sievit scenes {VERSION}, seed {seed}"},
         "images": images,
         "annotations": [_annotation(instance, i, image, size) for i, (instance, image) in enumerate(objects, start=1)],
         "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)],
@@ -162,13 +152,6 @@ def _check(size: tuple[int, int], seed: int) -> None:
         raise ConfigError(f"scenes are at least 16 pixels high and wide, not {size[0]}x{size[1]}")
     if seed < 0:
         raise ConfigError(f"the seed of scenes is at least 0, not {seed}")
-
-
-def _info(annotations: Path) -> Any:
-    try:
-        return json.loads(annotations.read_text(encoding="utf-8")).get("info")
-    except (ValueError, AttributeError):
-        return None
 
 
 def _write_png(path: Path, pixels: np.ndarray) -> None:

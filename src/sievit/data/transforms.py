@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import box_area
 
 from sievit.config import ConfigError
 from sievit.data.dataset import Target
@@ -243,7 +244,7 @@ def apply_view(view: View, target: Target, size: tuple[int, int], *, min_visible
     shown = boxes.clone()
     shown[:, 0::2].clamp_(rect[1], rect[1] + rect[3])
     shown[:, 1::2].clamp_(rect[0], rect[0] + rect[2])
-    full, left = _areas(boxes), _areas(shown)
+    full, left = box_area(boxes), box_area(shown)
     cut = (shown != boxes).any(1)
     boxes = view.boxes(boxes)
     keep = (left >= min_visible * full.clamp(max=rect[2] * rect[3])) & _big_enough(boxes, min_side)
@@ -256,7 +257,7 @@ def apply_view(view: View, target: Target, size: tuple[int, int], *, min_visible
         assert masks.size == size, (masks.size, size)
         dense = view.masks(masks.select(kept.tolist()))
         area = torch.tensor([np.count_nonzero(mask) for mask in dense.numpy()], dtype=torch.float32)
-        boxes[cut] = _extents(dense[cut]).to(boxes.dtype)
+        boxes[cut] = Masks.from_dense(dense[cut]).boxes
         ok = (area > 0) & _big_enough(boxes, min_side)
         if not bool(ok.all()):
             dense, boxes, area = dense[ok], boxes[ok], area[ok]
@@ -335,22 +336,6 @@ def _choice(values: tuple[int, ...], generator: torch.Generator) -> int:
     return values[_between(0, len(values) - 1, generator)]
 
 
-def _areas(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-
-
 def _big_enough(boxes: Tensor, min_side: float) -> Tensor:
     sides = boxes[:, 2:] - boxes[:, :2]
     return ((sides > 0) & (sides >= min_side)).all(1)
-
-
-def _extents(masks: Tensor) -> Tensor:
-    """Boxes (k, 4) xyxy of masks (k, h, w), which are not empty or whose boxes do not matter."""
-    height, width = masks.shape[1:]
-    rows, cols = masks.amax(2), masks.amax(1)
-    return torch.stack([_first(cols), _first(rows), width - _first(cols.flip(1)), height - _first(rows.flip(1))], dim=1)
-
-
-def _first(marks: Tensor) -> Tensor:
-    """Index of the first mark of each row."""
-    return marks.int().argmax(1)

@@ -1,6 +1,5 @@
 """The released SViT-Adapter and ViT-Adapter detectors."""
 
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from sievit.config import ConfigError
 from sievit.convert import mmdet_heads, svit_backbone, vit_adapter_backbone
 from sievit.convert.mmdet_heads import HEAD_PREFIXES
 from sievit.convert.pth import Checkpoint
-from sievit.data.label_files import read_text
+from sievit.data.coco_json import CocoFile
 from sievit.heads.config import MaskRCNNConfig
 from sievit.models.detector import Detector, DetectorConfig
 from sievit.necks.adapter import ViTAdapter
@@ -150,11 +149,8 @@ def _classes(count: int, checkpoint: Checkpoint, options: ViTAdapterOptions) -> 
 
 def _categories(path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """In the order of the file, which is that of mmdet's outputs; evaluation wants the ids to rise."""
-    try:
-        entries = json.loads(read_text(path, "the annotations"))["categories"]
-        names, ids = tuple(str(entry["name"]) for entry in entries), tuple(int(entry["id"]) for entry in entries)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: is no COCO file with categories, their ids and names ({error!r})") from error
+    categories = CocoFile(path).categories()
+    names, ids = tuple(c["name"] for c in categories), tuple(c["id"] for c in categories)
     if list(ids) != sorted(set(ids)):
         raise ConfigError(
             f"{path}: the ids of its categories do not rise; mmdet counts classes in the order of the file, sievit by "

@@ -13,6 +13,7 @@ from sievit import viz
 from sievit.config import ConfigError, variant
 from sievit.data.annotations import load_categories
 from sievit.data.coco import CocoDetection
+from sievit.data.coco_json import CocoFile, is_text
 from sievit.data.transforms import Augment, AugmentConfig
 from sievit.data.truth import Truth
 from sievit.files import write_atomically
@@ -138,11 +139,9 @@ def _image_ids(names: Sequence[str], annotations: Path | None) -> dict[str, int]
     """The image id of every file name: of a COCO file, or else 1, 2, ... by name."""
     if annotations is None:
         return {name: i for i, name in enumerate(names, start=1)}
-    try:
-        listed = json.loads(annotations.read_text(encoding="utf-8"))["images"]
-        known = {image["file_name"]: int(image["id"]) for image in listed}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{annotations}: not a COCO file with a list of images ({error!r})") from error
+    known = {
+        image["file_name"]: image["id"] for image in CocoFile(annotations).records("images", {"file_name": is_text})
+    }
     missing = [name for name in names if name not in known]
     if missing:
         raise ConfigError(
