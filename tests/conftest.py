@@ -1,13 +1,58 @@
 """What tests share: the data and golden files that may lie beside the repository, and quiet, repeatable computing."""
 
+import dataclasses
+import functools
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on tiny tensors a second thread only makes the first wait
 
+import jaxtyping
 import pytest
 import torch
+
+CHECKED = (
+    "tokens",
+    "policies",
+    "heads.semantic",
+    "heads.atm",
+    "heads.setr",
+    "vit.executor",
+    "vit.loop",
+    "vit.packed",
+    "vit.projections",
+)
+"""The modules of which every call of a function that states shapes is checked."""
+
+
+def _checked(typechecker: Callable[..., Any], decorate: Callable[..., Any] = jaxtyping.jaxtyped) -> Callable[..., Any]:
+    """As `jaxtyping.jaxtyped`, but not where torch compiles or exports the function, which would compile the checks."""
+
+    def mark(function: Any) -> Any:
+        if inspect.isclass(function):
+            if dataclasses.is_dataclass(function):
+                function.__init__ = mark(function.__init__)
+            return function
+        if "<locals>" in function.__qualname__ or "jaxtyping" not in str(function.__annotations__):
+            return function
+        checked = decorate(function, typechecker=typechecker)
+
+        @functools.wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            return (function if torch.compiler.is_compiling() else checked)(*args, **options)
+
+        return call
+
+    return mark
+
+
+jaxtyping.jaxtyped = _checked  # ty: ignore[invalid-assignment]  # the hook looks it up there
+jaxtyping.install_import_hook(
+    [f"sievit.{name}" for name in CHECKED], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 ROOT = Path(__file__).parents[1]
 

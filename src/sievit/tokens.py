@@ -1,6 +1,6 @@
 """The canvas: tokens that never leave their place, and the trace of which of them took part where.
 
-Letters: b images, n = h*w grid tokens, p prefix tokens, c channels. The grid is row-major.
+Letters: b images, n = h*w grid tokens, p prefix tokens, t = p+n tokens, c channels. The grid is row-major.
 """
 
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -30,22 +31,22 @@ class Tokens:
             With it no shape depends on what is in the images.
         real: (b, k) bool, which of `order` take part; None for all of them.
         owner: (b, n) int64: the position of the token that stands for each token (`merge`); None: each for itself.
-        rope: (b or 1, p+n, 2d), sines and cosines of each token's rotary position, which goes wherever the token goes;
+        rope: (b or 1, t, r = 2d), sines and cosines of each token's rotary position, which goes where the token goes;
             None in families without.
     """
 
-    x: Tensor
+    x: Float[Tensor, "b t c"]
     grid: tuple[int, int]
     num_prefix: int = 0
     num_extra: int = 0
-    valid: Tensor | None = None
-    keep: Tensor | None = None
-    gate: Tensor | None = None
-    context: Tensor | None = None
-    order: Tensor | None = None
-    real: Tensor | None = None
-    owner: Tensor | None = None
-    rope: Tensor | None = None
+    valid: Bool[Tensor, "b n"] | None = None
+    keep: Bool[Tensor, "b n"] | None = None
+    gate: Float[Tensor, "b n"] | None = None
+    context: Bool[Tensor, "b n"] | None = None
+    order: Int[Tensor, "b k"] | None = None
+    real: Bool[Tensor, "b k"] | None = None
+    owner: Int[Tensor, "b n"] | None = None
+    rope: Float[Tensor, "#b t r"] | None = None
 
     def __post_init__(self) -> None:
         n = self.grid[0] * self.grid[1]
@@ -57,26 +58,26 @@ class Tokens:
         ), self.rope.shape
 
     @property
-    def patches(self) -> Tensor:
+    def patches(self) -> Float[Tensor, "b n c"]:
         """(b, n, c): the grid tokens without the prefix."""
         return self.x[:, self.num_prefix :]
 
     @property
-    def extra(self) -> Tensor:
+    def extra(self) -> Float[Tensor, "b e c"]:
         """(b, e, c): the tokens without a place on the grid that a policy added."""
         return self.x[:, self.num_prefix - self.num_extra : self.num_prefix]
 
-    def map(self) -> Tensor:
+    def map(self) -> Float[Tensor, "b c h w"]:
         """(b, c, h, w): the grid tokens as a feature map, channels last."""
         return self.patches.unflatten(1, self.grid).permute(0, 3, 1, 2)
 
-    def replace_patches(self, patches: Tensor) -> "Tokens":
+    def replace_patches(self, patches: Float[Tensor, "b n c"]) -> "Tokens":
         """The same canvas with other values (b, n, c) of its grid tokens."""
         if self.num_prefix == 0:
             return replace(self, x=patches)
         return replace(self, x=torch.cat([self.x[:, : self.num_prefix], patches], dim=1))
 
-    def with_extra(self, extra: Tensor | None) -> "Tokens":
+    def with_extra(self, extra: Float[Tensor, "b e c"] | None) -> "Tokens":
         """The canvas with extra tokens (b, e, c), instead of those that it has; None for none.
 
         They have no place on the grid, always take part, and rotary positions leave them as they are.
@@ -91,13 +92,18 @@ class Tokens:
         x = torch.cat([self.x[:, :first], added, self.patches], dim=1)
         return replace(self, x=x, num_prefix=first + added.shape[1], num_extra=added.shape[1], rope=rope)
 
-    def select(self, keep: Tensor | None, gate: Tensor | None = None, context: Tensor | None = None) -> "Tokens":
+    def select(
+        self,
+        keep: Bool[Tensor, "b n"] | None,
+        gate: Float[Tensor, "b n"] | None = None,
+        context: Bool[Tensor, "b n"] | None = None,
+    ) -> "Tokens":
         """The canvas with another choice for the next block: (b, n) bool, None for all; padding never takes part."""
         if keep is not None and self.valid is not None:
             keep = keep & self.valid
         return replace(self, keep=keep, gate=gate, context=context, order=None, real=None)
 
-    def select_order(self, order: Tensor, keep: Tensor | None = None) -> "Tokens":
+    def select_order(self, order: Int[Tensor, "b k"], keep: Bool[Tensor, "b n"] | None = None) -> "Tokens":
         """The canvas with another choice: equally many positions in every image, (b, k), rising.
 
         Args:
@@ -110,7 +116,7 @@ class Tokens:
         assert chosen.keep is not None
         return replace(chosen, order=order, real=chosen.keep.gather(1, order))
 
-    def merge(self, owner: Tensor) -> "Tokens":
+    def merge(self, owner: Int[Tensor, "b n"]) -> "Tokens":
         """Groups of grid tokens become one token each, which alone takes part; its value is the mean of its group.
 
         Args:
@@ -137,23 +143,23 @@ class Tokens:
         patches = self.patches.gather(1, self.owner[..., None].expand_as(self.patches))
         return replace(self.replace_patches(patches), owner=None)
 
-    def sizes(self) -> Tensor | None:
+    def sizes(self) -> Float[Tensor, "b n"] | None:
         """(b, n) float: how many tokens each one stands for, itself included; None where each is for itself."""
         if self.owner is None:
             return None
         weight = self.valid_or_all().to(torch.float32)
         return torch.zeros_like(weight).scatter_add(1, self.owner, weight)
 
-    def taking_part(self) -> Tensor | None:
+    def taking_part(self) -> Bool[Tensor, "b t"] | None:
         """(b, p+n) bool: what the next block computes, prefix included; None when it is everything."""
         keep = self.valid if self.keep is None else self.keep
         return None if keep is None else self.with_prefix(keep, value=True)
 
-    def with_prefix(self, values: Tensor, *, value: float) -> Tensor:
+    def with_prefix(self, values: Shaped[Tensor, "b n"], *, value: float) -> Shaped[Tensor, "b t"]:
         """(b, p+n) of values (b, n) of the grid tokens, and `value` for the prefix."""
         return F.pad(values, (self.num_prefix, 0), value=value) if self.num_prefix else values
 
-    def valid_or_all(self) -> Tensor:
+    def valid_or_all(self) -> Bool[Tensor, "b n"]:
         """(b, n) bool, never None."""
         if self.valid is not None:
             return self.valid
@@ -168,12 +174,12 @@ class Prediction:
         maps: (b, k, n) logits per class and token.
         classes: (b, k, 2) logits of "the class is in the image" (index 0) and "it is not", of heads that ask this
             (ATM); None of heads that classify each token by itself.
-        fine: (b, k, h', w') logits of heads with several predictions per token; `maps` is then their mean per token.
+        fine: (b, k, y, x) logits of heads with several predictions per token; `maps` is then their mean per token.
     """
 
-    maps: Tensor
-    classes: Tensor | None = None
-    fine: Tensor | None = None
+    maps: Float[Tensor, "b k n"]
+    classes: Float[Tensor, "b k 2"] | None = None
+    fine: Float[Tensor, "b k y x"] | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -181,7 +187,7 @@ class Prediction:
         values = {"maps": self.maps, "classes": self.classes, "fine": self.fine}
         return {name: value for name, value in values.items() if value is not None}
 
-    def scores(self) -> Tensor:
+    def scores(self) -> Float[Tensor, "b k n"]:
         """(b, k, n) in 0..1: softmax over the classes, or SegViT's product of presence and sigmoid of the map."""
         if self.classes is None:
             return self.maps.softmax(1)
@@ -205,9 +211,9 @@ class Trace:
     """
 
     grid: tuple[int, int]
-    valid: Tensor
-    keep: tuple[Tensor, ...] = ()
-    mlp: tuple[Tensor, ...] = ()
+    valid: Bool[Tensor, "b n"]
+    keep: tuple[Bool[Tensor, "b n"], ...] = ()
+    mlp: tuple[Bool[Tensor, "b n"], ...] = ()
     prefix: tuple[tuple[int, int], ...] = ()
     aux: tuple[dict[str, Tensor], ...] = field(default=())
     tokens: Tokens | None = None
@@ -254,7 +260,7 @@ class Trace:
         return tuple(i - 1 for i, aux in enumerate(self.aux) if "maps" in aux)
 
     @property
-    def exited(self) -> tuple[Tensor, ...]:
+    def exited(self) -> tuple[Bool[Tensor, "b n"], ...]:
         """Per stage (b, n) bool: the tokens that have left for good, at it or before."""
         return tuple(aux["exited"] for aux in self.aux if "exited" in aux)
 
@@ -279,27 +285,27 @@ class Trace:
             tokens=None,
         )
 
-    def counts(self) -> Tensor:
+    def counts(self) -> Int[Tensor, "depth b"]:
         """(depth, b) int: tokens that the attention of each block computed per image, prefix included."""
         return _counted(self.keep, [before for before, _ in self.prefix])
 
-    def mlp_counts(self) -> Tensor:
+    def mlp_counts(self) -> Int[Tensor, "depth b"]:
         """(depth, b) int: tokens that the MLP of each block computed per image, prefix included."""
         return _counted(self.mlp, [after for _, after in self.prefix])
 
-    def seen(self) -> Tensor:
+    def seen(self) -> Int[Tensor, "depth b"]:
         """(depth, b) int: tokens that the attention was computed from: its own, and others that were visible."""
         pairs = zip(self.keep, self.aux[: len(self.keep)], strict=True)
         visible = [k | a["context"] if "context" in a else k for k, a in pairs]
         return _counted(visible, [before for before, _ in self.prefix])
 
-    def shares(self) -> Tensor:
+    def shares(self) -> Float[Tensor, "depth b"]:
         """(depth, b) float: the share of an image's valid grid tokens that took part in each block."""
         kept = torch.stack([keep.sum(1) for keep in self.keep])
         return kept / self.valid.sum(1).clamp(min=1)
 
 
-def _counted(masks: Sequence[Tensor], prefix: Sequence[int]) -> Tensor:
+def _counted(masks: Sequence[Bool[Tensor, "b n"]], prefix: Sequence[int]) -> Int[Tensor, "depth b"]:
     """(depth, b) int: of masks (b, n) the tokens, and so many more."""
     return torch.stack([mask.sum(1) + more for mask, more in zip(masks, prefix, strict=True)])
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from sievit.config import ConfigError, variant
@@ -46,14 +47,14 @@ class Memory:
 
     def __init__(self, packing: Packing | None) -> None:
         self.packing = packing
-        self.mask: Tensor | None = None
+        self.mask: Bool[Tensor, "b longest"] | None = None
         if packing is not None and len(set(packing.lengths)) > 1:
             visible = padding_mask(packing)
             self.mask = visible | ~visible.any(
                 1, keepdim=True
             )  # an image without tokens sees zeros; its result is not used
 
-    def by_image(self, x: Tensor) -> Tensor:
+    def by_image(self, x: Float[Tensor, "*rows c"]) -> Float[Tensor, "b longest c"]:
         """(t, c) or (b, n, c) to (b, longest, c)."""
         return x if self.packing is None else pad(x, self.packing)
 
@@ -66,7 +67,9 @@ class CrossAttention(nn.Module):
         self.num_heads, self.dropout = num_heads, dropout
         self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
 
-    def forward(self, queries: Tensor, x: Tensor, memory: Memory, *, with_maps: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, queries: Float[Tensor, "b k d"], x: Float[Tensor, "*rows d"], memory: Memory, *, with_maps: bool
+    ) -> tuple[Float[Tensor, "b k d"], Float[Tensor, "b k longest"] | None]:
         q, k, v = self.q(queries), memory.by_image(self.k(x)), memory.by_image(self.v(x))
         split = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
         mask = None if memory.mask is None else memory.mask[:, None, None, :]
@@ -87,7 +90,7 @@ class SelfAttention(nn.Module):
         self.num_heads, self.dropout = num_heads, dropout
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
-    def forward(self, queries: Tensor) -> Tensor:
+    def forward(self, queries: Float[Tensor, "b k d"]) -> Float[Tensor, "b k d"]:
         q, k, v = self.qkv(queries).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)  # (b, h, k, d)
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training)
         return self.proj(out.transpose(1, 2).flatten(2))
@@ -105,7 +108,9 @@ class DecoderLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, queries: Tensor, x: Tensor, memory: Memory, *, with_maps: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, queries: Float[Tensor, "b k d"], x: Float[Tensor, "*rows d"], memory: Memory, *, with_maps: bool
+    ) -> tuple[Float[Tensor, "b k d"], Float[Tensor, "b k longest"] | None]:
         queries = self.norm1(queries + self.drop(self.self_attn(queries)))
         seen, maps = self.cross_attn(queries, x, memory, with_maps=with_maps)
         queries = self.norm2(queries + self.drop(seen))
@@ -134,7 +139,9 @@ class ATM(SemanticHead):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tokens, part: Tensor | None = None, previous: Prediction | None = None) -> Prediction:
+    def forward(
+        self, tokens: Tokens, part: Bool[Tensor, "b n"] | None = None, previous: Prediction | None = None
+    ) -> Prediction:
         x, packing = tokens.patches, None
         if part is not None:
             packing = Packing.of(part)
@@ -156,13 +163,13 @@ class ATM(SemanticHead):
         return Prediction(on_canvas(packed, packing, part.shape, previous), classes)
 
     def losses(
-        self, prediction: Prediction, grid: tuple[int, int], labels: Tensor, ignore_index: int
-    ) -> dict[str, Tensor]:
+        self, prediction: Prediction, grid: tuple[int, int], labels: Int[Tensor, "b H W"], ignore_index: int
+    ) -> dict[str, Float[Tensor, ""]]:
         assert prediction.classes is not None
         maps = prediction.maps.unflatten(2, grid)
         return atm_loss(prediction.classes, maps, labels, ignore_index=ignore_index, config=self.config.loss)
 
-    def macs(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def macs(self, tokens: Num[Tensor, " b"], grid: tuple[int, int]) -> Float[Tensor, " b"]:
         t, c, d = tokens.double(), self.input_proj.in_features, self.config.channels
         k = len(self.queries)
         of_queries = 4 * k * d**2 + 2 * k**2 * d + 2 * k * d * int(d * self.config.mlp_ratio) + 2 * k * d**2

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from sievit.config import ConfigError, variants
@@ -28,18 +29,20 @@ class SemanticHead(nn.Module):
     scale: int = 1
     """Predictions per token and side of an image."""
 
-    def forward(self, tokens: Tokens, part: Tensor | None = None, previous: Prediction | None = None) -> Prediction:
+    def forward(
+        self, tokens: Tokens, part: Bool[Tensor, "b n"] | None = None, previous: Prediction | None = None
+    ) -> Prediction:
         """Judge the tokens of `part` (b, n); None: all of them. Elsewhere the maps of `previous` stand, or zeros."""
         raise NotImplementedError
 
     def losses(
-        self, prediction: Prediction, grid: tuple[int, int], labels: Tensor, ignore_index: int
-    ) -> dict[str, Tensor]:
+        self, prediction: Prediction, grid: tuple[int, int], labels: Int[Tensor, "b H W"], ignore_index: int
+    ) -> dict[str, Float[Tensor, ""]]:
         """Weighted losses by name, for labels (b, H, W) of the whole canvas."""
         fine = prediction.fine if prediction.fine is not None else prediction.maps.unflatten(2, grid)
         return {"pixel": pixel_loss(fine, labels, ignore_index=ignore_index)}
 
-    def macs(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def macs(self, tokens: Num[Tensor, " b"], grid: tuple[int, int]) -> Float[Tensor, " b"]:
         """Multiply-adds for (b,) tokens judged of a canvas of `grid`."""
         raise NotImplementedError
 
@@ -47,11 +50,13 @@ class SemanticHead(nn.Module):
 class TokenHead(SemanticHead):
     """A head that classifies each token by itself."""
 
-    def classify(self, x: Tensor) -> Tensor:
+    def classify(self, x: Float[Tensor, "*rows c"]) -> Float[Tensor, "*rows k"]:
         """(..., c) to (..., k) logits."""
         raise NotImplementedError
 
-    def forward(self, tokens: Tokens, part: Tensor | None = None, previous: Prediction | None = None) -> Prediction:
+    def forward(
+        self, tokens: Tokens, part: Bool[Tensor, "b n"] | None = None, previous: Prediction | None = None
+    ) -> Prediction:
         if part is None:
             return Prediction(self.classify(tokens.patches).transpose(1, 2))
         packing = Packing.of(part)
@@ -59,7 +64,9 @@ class TokenHead(SemanticHead):
         return Prediction(on_canvas(logits, packing, part.shape, previous))
 
 
-def on_canvas(logits: Tensor, packing: Packing, shape: torch.Size, previous: Prediction | None) -> Tensor:
+def on_canvas(
+    logits: Float[Tensor, "t k"], packing: Packing, shape: torch.Size, previous: Prediction | None
+) -> Float[Tensor, "b k n"]:
     """Logits (t, k) of packed tokens as maps (b, k, n), over those of an earlier prediction."""
     if previous is None:
         canvas = logits.new_zeros(*shape, logits.shape[1])
@@ -94,20 +101,22 @@ def semantic_heads() -> dict[str, type[SemanticHeadConfig]]:
     return variants(SemanticHeadConfig)
 
 
-def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(maps: Float[Tensor, "b k h w"], size: tuple[int, int]) -> Float[Tensor, "b k H W"]:
     """(b, k, h, w) to (b, k, *size), bilinearly; the maps themselves where they have that size."""
     if maps.shape[2:] == size:
         return maps
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
-def extents(valid: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def extents(valid: Bool[Tensor, "b n"], grid: tuple[int, int]) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
     """(b,) and (b,) int: rows and columns of each image's own tokens, `valid` (b, n), on a canvas of `grid`."""
     own = valid.unflatten(1, grid)
     return own[:, :, 0].sum(1), own[:, 0].sum(1)
 
 
-def repeat_edges(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def repeat_edges(
+    maps: Float[Tensor, "b k h w"], rows: Int[Tensor, " b"], columns: Int[Tensor, " b"]
+) -> Float[Tensor, "b k h w"]:
     """(b, k, h, w) with the last of each image's `rows` and `columns` (b,) repeated over the padding behind them.
 
     So that resizing mixes nothing into an image, which alone ends there.

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
 from sievit.config import variant
@@ -39,10 +40,10 @@ class Linear(TokenHead):
         nn.init.trunc_normal_(self.fc.weight, std=0.02)
         nn.init.zeros_(self.fc.bias)
 
-    def classify(self, x: Tensor) -> Tensor:
+    def classify(self, x: Float[Tensor, "*rows c"]) -> Float[Tensor, "*rows k"]:
         return self.fc(self.norm(x))
 
-    def macs(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def macs(self, tokens: Num[Tensor, " b"], grid: tuple[int, int]) -> Float[Tensor, " b"]:
         return tokens.double() * self.fc.weight.numel()
 
 
@@ -69,12 +70,12 @@ class MLP(TokenHead):
         widths = [embed_dim, *[config.hidden_dim] * (config.num_layers - 1), num_classes]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
-    def classify(self, x: Tensor) -> Tensor:
+    def classify(self, x: Float[Tensor, "*rows c"]) -> Float[Tensor, "*rows k"]:
         for layer in list(self.layers)[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
 
-    def macs(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def macs(self, tokens: Num[Tensor, " b"], grid: tuple[int, int]) -> Float[Tensor, " b"]:
         return tokens.double() * sum(p.numel() for p in self.parameters() if p.ndim == 2)
 
 
@@ -104,19 +105,19 @@ class SETRNaive(TokenHead):
         self.drop = nn.Dropout(config.dropout)
         self.fc2 = nn.Linear(config.channels, num_classes)
 
-    def classify(self, x: Tensor) -> Tensor:
+    def classify(self, x: Float[Tensor, "*rows c"]) -> Float[Tensor, "*rows k"]:
         x = self.fc1(self.norm(x))
         x = F.relu(self._normalised(x.flatten(0, -2)).view_as(x))
         return self.fc2(self.drop(x))
 
-    def _normalised(self, rows: Tensor) -> Tensor:
+    def _normalised(self, rows: Float[Tensor, "t c"]) -> Float[Tensor, "t c"]:
         """(t, c); where training leaves no two tokens, which have a variance, by the running statistics."""
         if self.training and len(rows) < 2 and world_size() == 1:
             bn = self.bn
             return F.batch_norm(rows, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
         return self.bn(rows[..., None, None])[..., 0, 0]
 
-    def macs(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def macs(self, tokens: Num[Tensor, " b"], grid: tuple[int, int]) -> Float[Tensor, " b"]:
         return tokens.double() * (self.fc1.weight.numel() + self.fc2.weight.numel())
 
 
@@ -149,7 +150,9 @@ class SETRPUP(SemanticHead):
         self.classifier = nn.Conv2d(config.channels, num_classes, 1)
         self.scale = 2**config.num_convs
 
-    def forward(self, tokens: Tokens, part: Tensor | None = None, previous: Prediction | None = None) -> Prediction:
+    def forward(
+        self, tokens: Tokens, part: Bool[Tensor, "b n"] | None = None, previous: Prediction | None = None
+    ) -> Prediction:
         x = self.norm(tokens.patches).transpose(1, 2).unflatten(2, tokens.grid)
         own = None if tokens.valid is None else extents(tokens.valid, tokens.grid)
         inside = None if tokens.valid is None else tokens.valid.unflatten(1, tokens.grid)[:, None]
@@ -168,7 +171,7 @@ class SETRPUP(SemanticHead):
             fine = torch.where(_enlarged(part.unflatten(1, tokens.grid)[:, None], self.scale), fine, earlier)
         return Prediction(F.avg_pool2d(fine, self.scale).flatten(2), fine=fine)
 
-    def macs(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def macs(self, tokens: Num[Tensor, " b"], grid: tuple[int, int]) -> Float[Tensor, " b"]:
         cells, total = grid[0] * grid[1], 0.0
         for i, conv in enumerate(self.convs):
             assert isinstance(conv, nn.Conv2d)
@@ -178,6 +181,6 @@ class SETRPUP(SemanticHead):
         return torch.full(tokens.shape, total, dtype=torch.float64, device=tokens.device)
 
 
-def _enlarged(mask: Tensor, scale: int) -> Tensor:
+def _enlarged(mask: Bool[Tensor, "b 1 h w"], scale: int) -> Bool[Tensor, "b 1 {scale}*h {scale}*w"]:
     """(b, 1, h, w) to (b, 1, scale h, scale w)."""
     return mask.repeat_interleave(scale, 2).repeat_interleave(scale, 3)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from sievit.config import variant
@@ -38,10 +39,10 @@ class Attention(SharesPolicy):
         stage = index - self.config.first_block
         return index == 0 or stage == 0 or (stage > 0 and self.shares[stage] != self.shares[stage - 1])
 
-    def scores(self, index: int, tokens: Tokens) -> Tensor:
+    def scores(self, index: int, tokens: Tokens) -> Float[Tensor, "b n"]:
         return self.project(index, tokens.select(None)).attention().detach().float()
 
-    def macs(self, trace: Trace) -> Tensor:
+    def macs(self, trace: Trace) -> Num[Tensor, " b"]:
         """Of a choice: keys, n c^2, products with the query, n c, and the query: c^2 of the class token, else n c^2."""
         n, c = trace.valid.sum(1).double(), self.embed_dim
         total = torch.zeros_like(n)

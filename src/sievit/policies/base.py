@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
+from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
 from sievit.config import ConfigError, kind_of, nearest, to_json, variants
@@ -22,7 +23,7 @@ from sievit.tokens import Prediction, Tokens, Trace
 Notes = dict[str, Tensor]
 """What a policy remembers of a decision in the trace, by name."""
 
-Head = Callable[[Tokens, Tensor | None, Prediction | None], Prediction]
+Head = Callable[[Tokens, Bool[Tensor, "b n"] | None, Prediction | None], Prediction]
 """Judges the tokens of a choice (b, n) (None: all valid ones); for all others the earlier prediction stands."""
 
 Dial = Callable[[float], "PolicyConfig"]
@@ -32,18 +33,19 @@ FEWEST = 0.02
 """Share of the tokens at which a dial ends."""
 
 
+@runtime_checkable
 class Projections(Protocol):
     """What a policy may ask of the attention of one block, over the tokens that take part in it."""
 
-    def attention(self) -> Tensor:
+    def attention(self) -> Float[Tensor, "b n"]:
         """(b, n): the attention that the class token (without one: the mean query) gives to each grid token."""
         ...
 
-    def keys(self) -> Tensor:
+    def keys(self) -> Float[Tensor, "b n d"]:
         """(b, n, d): the keys of the grid tokens, mean over heads."""
         ...
 
-    def value_norms(self) -> Tensor:
+    def value_norms(self) -> Float[Tensor, "b n"]:
         """(b, n): the norm of the value of each grid token."""
         ...
 
@@ -125,7 +127,7 @@ class Policy(nn.Module):
 
     def loss(
         self, trace: Trace, *, teacher: Trace | None = None, targets: Sequence[Mapping[str, Tensor]] | None = None
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Float[Tensor, ""]]:
         """Training losses by name, already weighted; empty for a policy that learns nothing.
 
         Args:
@@ -137,7 +139,7 @@ class Policy(nn.Module):
 
     # Cost
 
-    def macs(self, trace: Trace) -> Tensor:
+    def macs(self, trace: Trace) -> Num[Tensor, " b"]:
         """(b,) multiply-adds per image of this policy's own products in the pass: by default the sum of the notes
         called `macs`."""
         none = torch.zeros(len(trace.valid), dtype=torch.float64, device=trace.valid.device)
@@ -203,7 +205,7 @@ class Policy(nn.Module):
         defaults = {f.name: f.default for f in fields(self.config)}
         return {name: to_json(value) for name, value in values.items() if value != defaults[name]}
 
-    def report(self, trace: Trace) -> dict[str, Tensor]:
+    def report(self, trace: Trace) -> dict[str, Num[Tensor, "b k"]]:
         """Further figures of a pass by name: (b, k) numbers of tokens, for k stages or blocks."""
         return {}
 

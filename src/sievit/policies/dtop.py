@@ -7,6 +7,7 @@ from functools import cache
 from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from sievit.config import ConfigError, variant
@@ -170,7 +171,7 @@ class DToP(Policy):
             maps = torch.where(tokens.real[:, None], maps, earlier.maps.gather(2, order))
         return replace(prediction, maps=earlier.maps.scatter(2, order, maps.to(earlier.maps.dtype)))
 
-    def _stage(self, block: int, tokens: Tokens, trace: Trace, exited: Tensor | None) -> Notes:
+    def _stage(self, block: int, tokens: Tokens, trace: Trace, exited: Bool[Tensor, "b n"] | None) -> Notes:
         """Ask the head behind `block`, and let tokens go."""
         threshold, last = self.thresholds[block], block == self.depth - 1
         valid = tokens.valid_or_all()
@@ -266,18 +267,20 @@ class DToP(Policy):
         shares = tuple(tidy(min(1 - FEWEST, share * factor), up=False) for share in left)
         return replace(self.config, static_left=shares, multiple=multiple)
 
-    def report(self, trace: Trace) -> dict[str, Tensor]:
+    def report(self, trace: Trace) -> dict[str, Num[Tensor, "b k"]]:
         """`left_at`: tokens that leave at each stage."""
         gone = torch.stack([exited.sum(1) for exited in trace.exited], dim=1)
         return {"left_at": gone.diff(dim=1, prepend=torch.zeros_like(gone[:, :1]))}
 
 
-def _exited(trace: Trace) -> Tensor | None:
+def _exited(trace: Trace) -> Bool[Tensor, "b n"] | None:
     return trace.exited[-1] if trace.exited else None
 
 
 @torch.no_grad()
-def leave(prediction: Prediction, left: Tensor, threshold: float, *, keep_per_class: int, grade: str) -> Tensor:
+def leave(
+    prediction: Prediction, left: Bool[Tensor, "b n"], threshold: float, *, keep_per_class: int, grade: str
+) -> Bool[Tensor, "b n"]:
     """(b, n) bool: which of the tokens that are `left` (b, n) leave now.
 
     Candidates are graded strictly above the threshold; of each class's candidates in an image the `keep_per_class` best
@@ -293,14 +296,14 @@ def leave(prediction: Prediction, left: Tensor, threshold: float, *, keep_per_cl
     return candidates & (_rank_in_class(grades, cls, candidates, num_classes=scores.shape[1]) >= keep_per_class)
 
 
-def graded(scores: Tensor, grade: str) -> Tensor:
+def graded(scores: Float[Tensor, "b k n"], grade: str) -> Float[Tensor, "b n"]:
     """(b, n): the grade of each token, of the scores (b, k, n) of its classes."""
     if grade == "max":
         return scores.amax(1)
     return _margin(scores) if grade == "margin" else _certainty(scores)
 
 
-def _margin(scores: Tensor) -> Tensor:
+def _margin(scores: Float[Tensor, "b k n"]) -> Float[Tensor, "b n"]:
     """(b, n): the best score less the second; of a single class the score itself."""
     if scores.shape[1] == 1:
         return scores[:, 0]
@@ -308,7 +311,7 @@ def _margin(scores: Tensor) -> Tensor:
     return first - second
 
 
-def _certainty(scores: Tensor) -> Tensor:
+def _certainty(scores: Float[Tensor, "b k n"]) -> Float[Tensor, "b n"]:
     """(b, n): one minus the entropy of the normalised scores, as a share of the largest entropy."""
     if scores.shape[1] == 1:
         return scores[:, 0]
@@ -318,7 +321,9 @@ def _certainty(scores: Tensor) -> Tensor:
     return torch.where(total[:, 0] > 0, certainty, 0)  # where no class has any score nothing is certain
 
 
-def _rank_in_class(grades: Tensor, cls: Tensor, candidates: Tensor, *, num_classes: int) -> Tensor:
+def _rank_in_class(
+    grades: Float[Tensor, "b n"], cls: Int[Tensor, "b n"], candidates: Bool[Tensor, "b n"], *, num_classes: int
+) -> Int[Tensor, "b n"]:
     """(b, n): how many candidates of the same image and class are graded higher, or as high and standing before."""
     group = torch.where(candidates, cls, num_classes)
     by_grade = grades.argsort(dim=1, descending=True, stable=True)

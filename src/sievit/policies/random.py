@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from sievit.config import variant
@@ -29,12 +30,12 @@ class Random(SharesPolicy):
 
     config: RandomConfig
 
-    def scores(self, index: int, tokens: Tokens) -> Tensor:
+    def scores(self, index: int, tokens: Tokens) -> Int[Tensor, "b n"]:
         drawn = draw(tokens.grid, seed=self.config.seed * 1000 + index, device=tokens.x.device)
         return drawn.expand(len(tokens.x), -1)
 
 
-def draw(grid: tuple[int, int], *, seed: int, device: torch.device) -> Tensor:
+def draw(grid: tuple[int, int], *, seed: int, device: torch.device) -> Int[Tensor, " n"]:
     """(n,) int64: a random number per cell that depends on its row, its column and the seed alone (SplitMix32)."""
     rows = torch.arange(grid[0], device=device)[:, None]
     columns = torch.arange(grid[1], device=device)

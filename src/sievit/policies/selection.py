@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Num
 from torch import Tensor
 
 from sievit.config import ConfigError
@@ -39,7 +40,9 @@ def spread(shares: tuple[float, ...], *, first_block: int, depth: int) -> tuple[
     return tuple(shares[i * len(shares) // blocks] for i in range(blocks))
 
 
-def select_top(tokens: Tokens, scores: Tensor, share: float, *, multiple: int = 1, static: bool = False) -> Tokens:
+def select_top(
+    tokens: Tokens, scores: Num[Tensor, "b n"], share: float, *, multiple: int = 1, static: bool = False
+) -> Tokens:
     """The canvas with a choice: of each image's tokens the `share` with the highest scores (b, n), rounded up.
 
     Args:
@@ -84,7 +87,7 @@ class SharesPolicy(Policy):
         self.embed_dim, self.depth = embed_dim, depth
         self.shares = spread(config.shares, first_block=config.first_block, depth=depth)
 
-    def scores(self, index: int, tokens: Tokens) -> Tensor:
+    def scores(self, index: int, tokens: Tokens) -> Num[Tensor, "b n"]:
         """(b, n): the higher, the sooner a token takes part in block `index`."""
         raise NotImplementedError
 
@@ -138,7 +141,7 @@ def tidy(share: float, *, up: bool = True) -> float:
 class Scale:
     """Values in their order, to find the one that a share of all lies below."""
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, values: Num[Tensor, " values"]) -> None:
         ordered = values.sort().values.double()
         steps = torch.linspace(0, len(ordered) - 1, min(len(ordered), 4097), dtype=torch.float64)
         self.values = ordered[steps.round().long()]

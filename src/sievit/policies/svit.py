@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sievit.config import ConfigError, variant
@@ -77,7 +78,7 @@ class Gate(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, 2)
         self.budget = nn.Parameter(torch.zeros(hidden_dim)) if with_budget else None
 
-    def forward(self, x: Tensor, budget: Tensor | float = 0.0) -> Tensor:
+    def forward(self, x: Float[Tensor, "b n c"], budget: Tensor | float = 0.0) -> Float[Tensor, "b n 2"]:
         """`budget`, a number or (b, 1, 1), is where the budget lies in its range, from -1 to 1."""
         hidden = self.fc1(self.norm(x))
         if self.budget is not None:
@@ -118,7 +119,7 @@ class SViT(Policy):
             shares is not None and shares[index - self.config.first_block] == 1
         )
 
-    def _budget(self, drawn: dict[str, Tensor]) -> Tensor | float:
+    def _budget(self, drawn: dict[str, Tensor]) -> Float[Tensor, "b 1 1"] | float:
         """Where the budget, in training the one that was drawn, lies in its range, from -1 to 1: for `Gate`."""
         if self.config.budgets is None:
             return 0.0
@@ -160,7 +161,7 @@ class SViT(Policy):
 
     def loss(
         self, trace: Trace, *, teacher: Trace | None = None, targets: Sequence[Mapping[str, Tensor]] | None = None
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Float[Tensor, ""]]:
         """The ratio loss: squared distance of the kept share from its target, mean over gated blocks, weighted.
 
         The share is that of the whole batch, over all processes, or of each image with `per_sample`. With `budgets` the
@@ -182,7 +183,7 @@ class SViT(Policy):
             error = (global_sum(kept.sum(1)) / global_sum(total.sum()) - wanted[:, 0]).square()
         return {"ratio": self.config.loss_weight * error.mean()}
 
-    def macs(self, trace: Trace) -> Tensor:
+    def macs(self, trace: Trace) -> Float[Tensor, " b"]:
         """A gate computes every grid token: n (c hidden + 2 hidden)."""
         per_token = sum(p.numel() for p in self.gates.parameters() if p.ndim == 2) / len(self.gates)
         return sum("logits" in aux for aux in trace.aux) * per_token * trace.valid.sum(1).double()
@@ -297,7 +298,7 @@ def _check(config: SViTConfig, *, gated: int) -> None:
         raise ConfigError(f"svit: budget {config.budget} is not in the range of budgets, {least} to {most}")
 
 
-def _drawn(budgets: tuple[float, float], like: Tensor) -> Tensor:
+def _drawn(budgets: tuple[float, float], like: Float[Tensor, "b t c"]) -> Float[Tensor, " b"]:
     """(b,): a budget, uniform in the range, the same for every image of every process."""
     drawn = torch.empty((), device=like.device).uniform_(*budgets)
     return from_first(drawn).expand(len(like))
@@ -308,7 +309,7 @@ def gumbel_noise(like: Tensor) -> Tensor:
     return -torch.empty_like(like).exponential_().log()
 
 
-def gumbel_gate(logits: Tensor, *, temperature: float, noise: float = 1.0) -> Tensor:
+def gumbel_gate(logits: Float[Tensor, "b n 2"], *, temperature: float, noise: float = 1.0) -> Float[Tensor, "b n"]:
     """(b, n) in {0, 1}: a hard Gumbel-softmax sample of index 0 of (b, n, 2), gradient of the soft one."""
     soft = ((logits.log_softmax(-1) + noise * gumbel_noise(logits)) / temperature).softmax(-1)
     hard = (soft[..., 0] > soft[..., 1]).to(soft.dtype)

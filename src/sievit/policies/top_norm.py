@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from jaxtyping import Float
 from torch import Tensor
 
 from sievit.config import variant
@@ -20,5 +21,5 @@ class TopNormConfig(SharesConfig):
 class TopNorm(SharesPolicy):
     """Control: plain top-k by L2 norm, a strong baseline (arXiv 2308.04657)."""
 
-    def scores(self, index: int, tokens: Tokens) -> Tensor:
+    def scores(self, index: int, tokens: Tokens) -> Float[Tensor, "b n"]:
         return tokens.patches.detach().float().norm(dim=2)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sievit.tokens import Tokens
@@ -43,7 +44,9 @@ class Run:
     from_mlp: bool = False
     to_attention: bool = False
 
-    def __call__(self, x: Tensor, layout: Layout, num_images: int) -> tuple[Tensor, Heads | None]:
+    def __call__(
+        self, x: Float[Tensor, "*rows c"], layout: Layout, num_images: int
+    ) -> tuple[Float[Tensor, "*computed c"], Heads | None]:
         """Tokens in the arrangement of `layout`, and the queries, keys and values of a block that ends half-way."""
         heads, last = None, len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
@@ -115,7 +118,7 @@ def _as_it_is(rows: Tensor) -> Tensor:
     return rows
 
 
-def _bucketed(tokens: Tokens, keep: Tensor) -> Tokens:
+def _bucketed(tokens: Tokens, keep: Bool[Tensor, "b n"]) -> Tokens:
     """The same choice by positions, as many as the next bucket holds. Reading the largest count synchronises once."""
     n = keep.shape[1]
     step = -(-n // BUCKETS)
@@ -125,7 +128,7 @@ def _bucketed(tokens: Tokens, keep: Tensor) -> Tokens:
 
 
 def _execute_fixed(
-    run: Run, tokens: Tokens, order: Tensor, bias: Tensor | None, *, inplace: bool
+    run: Run, tokens: Tokens, order: Int[Tensor, "b k"], bias: Float[Tensor, "b t"] | None, *, inplace: bool
 ) -> tuple[Tokens, Half | None]:
     """Equally many tokens of every image, as (b, p+k, c); others than the real ones are invisible and stay."""
     b, total = tokens.x.shape[:2]
@@ -154,7 +157,13 @@ def _execute_fixed(
 
 
 def _execute_among(
-    run: Run, tokens: Tokens, part: Tensor, packing: Packing, bias: Tensor | None, *, inplace: bool
+    run: Run,
+    tokens: Tokens,
+    part: Bool[Tensor, "b t"],
+    packing: Packing,
+    bias: Float[Tensor, "b t"] | None,
+    *,
+    inplace: bool,
 ) -> tuple[Tokens, Half | None]:
     """Tokens that take part, computed from themselves and from the context beside them, which stays as it is."""
     assert tokens.context is not None and not run.from_mlp, "an MLP has no context"
@@ -169,7 +178,7 @@ def _execute_among(
     return replace(tokens, x=after), heads and Half(heads, placed(packing, part), placed(among, part))
 
 
-def _execute_masked(run: Run, tokens: Tokens, bias: Tensor | None) -> tuple[Tokens, Half | None]:
+def _execute_masked(run: Run, tokens: Tokens, bias: Float[Tensor, "b t"] | None) -> tuple[Tokens, Half | None]:
     """x = m * block(x) + (1 - m) * x, with the deselected tokens hidden as keys (SViT, section 3)."""
     part, heads = tokens.taking_part(), None
     if part is None:

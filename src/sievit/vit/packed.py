@@ -13,16 +13,18 @@ Letters: b images, n canvas tokens per image, t packed tokens, c channels, h hea
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sievit.vit.execution import AttentionName
 
 
+@runtime_checkable
 class Layout(Protocol):
     """How the tokens of a batch are arranged.
 
@@ -57,11 +59,11 @@ class Packing:
         lengths: tokens of each image; on CUDA this is the one host synchronisation of a choice.
     """
 
-    index: Tensor
+    index: Int[Tensor, " t"]
     lengths: tuple[int, ...]
 
     @classmethod
-    def of(cls, part: Tensor) -> "Packing":
+    def of(cls, part: Bool[Tensor, "b n"]) -> "Packing":
         """The packing of a choice (b, n) bool."""
         lengths = tuple(part.sum(1).tolist())
         flat = part.flatten()
@@ -69,19 +71,19 @@ class Packing:
         return cls(index=index, lengths=lengths)
 
     @cached_property
-    def cu_seqlens(self) -> Tensor:
+    def cu_seqlens(self) -> Int[Tensor, " b1"]:
         """(b + 1,) int32: where each image starts and ends in the packed sequence."""
         ends = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return ends.to(self.index.device, non_blocking=True)
 
     @cached_property
-    def slots(self) -> Tensor:
+    def slots(self) -> Int[Tensor, " t"]:
         """(t,) int64: positions of the packed tokens in a flattened (b, max(lengths)) padding."""
         longest, device = max(self.lengths), self.index.device
         return torch.cat([torch.arange(n, device=device) + i * longest for i, n in enumerate(self.lengths)])
 
 
-def positions(chosen: Tensor, count: int) -> Tensor:
+def positions(chosen: Bool[Tensor, " n"], count: int) -> Int[Tensor, " {count}"]:
     """(count,) int64: where `chosen` (n,) is True, `count` times; unlike `nonzero` it does not wait for the device."""
     rank = chosen.cumsum(0) - 1
     slots = torch.where(chosen, rank, count)  # one more slot takes all the others
@@ -89,12 +91,12 @@ def positions(chosen: Tensor, count: int) -> Tensor:
     return index.scatter_(0, slots, torch.arange(len(chosen), device=chosen.device))[:count]
 
 
-def pack(x: Tensor, packing: Packing) -> Tensor:
+def pack(x: Float[Tensor, "b n c"], packing: Packing) -> Float[Tensor, "t c"]:
     """(b, n, c) to (t, c)."""
     return x.flatten(0, 1).index_select(0, packing.index)
 
 
-def pack_table(table: Tensor | None, packing: Packing) -> Tensor | None:
+def pack_table(table: Float[Tensor, "#b n ..."] | None, packing: Packing) -> Float[Tensor, "t ..."] | None:
     """The packed tokens' rows (t, ...) of a table (b, n, ...), or (1, n, ...) where images share it."""
     if table is None:
         return None
@@ -102,7 +104,9 @@ def pack_table(table: Tensor | None, packing: Packing) -> Tensor | None:
     return table.flatten(0, 1).index_select(0, index)
 
 
-def unpack(canvas: Tensor, packed: Tensor, packing: Packing, *, inplace: bool = False) -> Tensor:
+def unpack(
+    canvas: Float[Tensor, "b n c"], packed: Float[Tensor, "t c"], packing: Packing, *, inplace: bool = False
+) -> Float[Tensor, "b n c"]:
     """(t, c) back to its places on the canvas (b, n, c); all other tokens keep the value they have."""
     packed = packed.to(canvas.dtype)
     if inplace and canvas.is_contiguous() and not torch.compiler.is_compiling():  # a compiler finds that by itself
@@ -111,14 +115,14 @@ def unpack(canvas: Tensor, packed: Tensor, packing: Packing, *, inplace: bool = 
     return canvas.flatten(0, 1).index_copy(0, packing.index, packed).view_as(canvas)
 
 
-def pad(packed: Tensor, packing: Packing) -> Tensor:
+def pad(packed: Float[Tensor, "t ..."], packing: Packing) -> Float[Tensor, "b longest ..."]:
     """(t, ...) to (b, max(lengths), ...), zeros behind each image's tokens."""
     b, longest = len(packing.lengths), max(packing.lengths)
     padded = packed.new_zeros((b * longest, *packed.shape[1:])).index_copy(0, packing.slots, packed)
     return padded.unflatten(0, (b, longest))
 
 
-def padding_mask(packing: Packing) -> Tensor:
+def padding_mask(packing: Packing) -> Bool[Tensor, "b longest"]:
     """(b, max(lengths)) bool: True where `pad` puts a token."""
     lengths = packing.cu_seqlens.diff()
     return torch.arange(max(packing.lengths), device=lengths.device) < lengths[:, None]

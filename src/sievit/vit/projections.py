@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from sievit.tokens import Tokens
@@ -40,7 +41,7 @@ class Projections:
         self,
         block: Block,
         tokens: Tokens,
-        part: Tensor,
+        part: Bool[Tensor, "b t"],
         *,
         query: Callable[[slice], Tensor],
         key: Callable[[], Tensor],
@@ -90,7 +91,7 @@ class Projections:
             class_token=class_token,
         )
 
-    def attention(self) -> Tensor:
+    def attention(self) -> Float[Tensor, "b n"]:
         """(b, n): the attention that the class token gives to each grid token, mean over heads; zero for tokens that
         take no part.
 
@@ -109,16 +110,16 @@ class Projections:
         logits = torch.einsum("bhd,bnhd->bhn", q[:, 0], k).float() / k.shape[-1] ** 0.5
         return logits.masked_fill(~part[:, None], float("-inf")).softmax(-1).mean(1)[:, tokens.num_prefix :]
 
-    def keys(self) -> Tensor:
+    def keys(self) -> Float[Tensor, "b n d"]:
         """(b, n, d): the keys of the grid tokens, mean over heads, without rotary positions."""
         return self.key()[:, self.tokens.num_prefix :].mean(2)
 
-    def value_norms(self) -> Tensor:
+    def value_norms(self) -> Float[Tensor, "b n"]:
         """(b, n): the Euclidean norm of the value of each grid token, over all heads."""
         return self.value()[:, self.tokens.num_prefix :].float().flatten(2).norm(dim=2)
 
 
-def placed(packing: Packing, part: Tensor) -> Rows:
+def placed(packing: Packing, part: Shaped[Tensor, "b t"]) -> Rows:
     """The rows of packed tokens (t, ...) on the canvas of `part` (b, p+n)."""
 
     def place(rows: Tensor) -> Tensor:
