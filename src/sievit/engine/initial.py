@@ -9,8 +9,9 @@ from sievit.config import ConfigError
 from sievit.convert.keys import load_strictly
 from sievit.convert.pth import read_checkpoint
 from sievit.convert.timm import from_timm, timm_state
+from sievit.hub.file import of_policy
 from sievit.models.base import Model
-from sievit.models.build import POLICY_PREFIXES, load, model_file, read
+from sievit.models.build import load, model_file, read
 from sievit.policies import Policy
 from sievit.vit import ViT, ViTConfig
 
@@ -38,16 +39,15 @@ def start_from(model: Model, path: Path) -> tuple[str, ...]:
     file = model_file(path)
     config, tensors = read(file)
     own = model.state_dict()
-    optional = [part for part in model.optional if not any(name.startswith(part) for name in own)]
-    left = (*POLICY_PREFIXES, *optional)
-    tensors = {k: v for k, v in tensors.items() if k in own or not k.startswith(left)}
+    left = tuple(part for part in model.optional if not any(name.startswith(part) for name in own))
+    tensors = {k: v for k, v in tensors.items() if k in own or not (of_policy(k) or k.startswith(left))}
     counts = len(config.classes), len(model.config.classes)
     other = {k for k in own.keys() & tensors.keys() if _rows_of_classes(tensors[k].shape, own[k].shape, counts)}
     tensors = {k: v for k, v in tensors.items() if k not in other}
     wrong = sorted(
         name
         for name in own.keys() | tensors.keys()
-        if (name not in tensors and name not in other and not name.startswith(POLICY_PREFIXES))
+        if (name not in tensors and name not in other and not of_policy(name))
         or name not in own
         or (name in tensors and tensors[name].shape != own[name].shape)
     )

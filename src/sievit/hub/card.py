@@ -1,4 +1,4 @@
-"""Model cards: what a model is, what it was asked to leave out, and what a person says of it."""
+"""Model cards: what a model is, the settings of its policy, its figures and its licence."""
 
 import json
 import re
@@ -12,20 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from sievit.config import ConfigError, kind_of
 from sievit.models.inputs import ModelConfig
 
-TASKS = {"detector": "object-detection", "segmenter": "image-segmentation"}
-"""What the hub calls them."""
-ACCURACIES = {
-    "detector": {
-        "box_ap": "box AP",
-        "box_ap50": "box AP50",
-        "box_ap75": "box AP75",
-        "mask_ap": "mask AP",
-        "mask_ap50": "mask AP50",
-        "mask_ap75": "mask AP75",
-    },
-    "segmenter": {"miou": "mean IoU", "pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy"},
-}
-"""The figures of `sievit eval` that go into the header, 0..1."""
+TAGS = ("sievit", "vision-transformer", "token-selection")
 _KNOWN = """
 apache-2.0 mit openrail openrail++ bigscience-openrail-m creativeml-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd
 bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0
@@ -100,11 +87,11 @@ def model_card(config: ModelConfig, card: Card, *, parameters: int, repo_id: str
         ConfigError: figures of another kind of model, or of another policy.
     """
     kind = kind_of(config) or ""
-    _check_figures(config, kind, card.figures)
+    _check_figures(config, card.figures)
     default = repo_id.rpartition("/")[2] if repo_id else f"{_backbone(config)} {kind} ({kind_of(config.policy)})"
     name = card.name or default
     known = card.license in LICENSES
-    results = _results(kind, card)
+    results = _results(config, card)
     data = ModelCardData(
         library_name="sievit",
         license=card.license if known else "other",
@@ -112,8 +99,8 @@ def model_card(config: ModelConfig, card: Card, *, parameters: int, repo_id: str
         license_link=card.license_link,
         datasets=[name for name in card.datasets if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)] or None,
         base_model=card.base_model,
-        pipeline_tag=TASKS[kind],
-        tags=_tags(config, kind),
+        pipeline_tag=config.hub_task,
+        tags=[*TAGS, kind_of(config.policy) or "", *config.hub_tags],
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -121,13 +108,12 @@ def model_card(config: ModelConfig, card: Card, *, parameters: int, repo_id: str
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
-def _check_figures(config: ModelConfig, kind: str, figures: Mapping[str, Any]) -> None:
+def _check_figures(config: ModelConfig, figures: Mapping[str, Any]) -> None:
     if not figures:
         return
-    if not any(name in figures for name in ACCURACIES[kind]):
-        wanted = ", ".join(ACCURACIES[kind])
+    if not any(name in figures for name in config.figures):
         raise ConfigError(
-            f"figures: none of a {kind} ({wanted}); give the JSON that `sievit eval` printed of this model"
+            f"figures: none of a {kind_of(config)} ({', '.join(config.figures)}); give the JSON that `sievit eval` printed of this model"
         )
     own = kind_of(config.policy)
     if figures.get("policy", own) != own:
@@ -136,34 +122,25 @@ def _check_figures(config: ModelConfig, kind: str, figures: Mapping[str, Any]) -
         )
 
 
-def _results(kind: str, card: Card) -> list[EvalResult]:
+def _results(config: ModelConfig, card: Card) -> list[EvalResult]:
     data = card.evaluated_on or "unnamed data"
     return [
         EvalResult(
-            task_type=TASKS[kind],
+            task_type=config.hub_task,
             dataset_type=re.sub(r"[^\w./-]+", "-", data),
             dataset_name=data,
             metric_type=key,
             metric_name=name,
             metric_value=card.figures[key],
         )
-        for key, name in ACCURACIES[kind].items()
+        for key, name in config.figures.items()
         if key in card.figures
     ]
-
-
-def _tags(config: ModelConfig, kind: str) -> list[str]:
-    head = getattr(config, "head", None)
-    own = ["sievit", "vision-transformer", "token-selection", kind_of(config.policy) or ""]
-    if kind == "segmenter":
-        return [*own, "semantic-segmentation"]
-    return [*own, "instance-segmentation"] if getattr(head, "with_masks", False) else own
 
 
 def _text(config: ModelConfig, card: Card, kind: str, parameters: int, repo_id: str | None) -> list[str]:
     """The sections below the title."""
     where = f"hf:{repo_id}" if repo_id else "FOLDER"
-    answers = "boxes, labels, scores, masks" if kind == "detector" else "a class for every pixel"
     count = "one class" if len(config.classes) == 1 else f"{len(config.classes)} classes"
     first = f"A {kind} for {count} on a plain vision transformer that computes, in each block, "
     parts = [
@@ -172,7 +149,7 @@ def _text(config: ModelConfig, card: Card, kind: str, parameters: int, repo_id: 
         "```python\n"
         "import sievit\n\n"
         f'model = sievit.load("{where}")\n'
-        f'answers = model.predict(["image.jpg"])  # {answers}\n'
+        f'answers = model.predict(["image.jpg"])  # {config.result}\n'
         "```",
         f'`sievit.load("{where}", policy="keep_all")` computes all tokens.',
         "## Model",
@@ -181,9 +158,9 @@ def _text(config: ModelConfig, card: Card, kind: str, parameters: int, repo_id: 
         "## Policy",
         *_policy(config),
         "## Data",
-        "Trained on " + ", ".join(card.datasets) + "." if card.datasets else "Nobody said what it was trained on.",
+        "Trained on " + ", ".join(card.datasets) + "." if card.datasets else "Unknown.",
         "## Figures",
-        *_figures(card, kind),
+        *_figures(config, card),
         "## Licence",
         _licence(card),
     ]
@@ -211,21 +188,21 @@ def _backbone(config: ModelConfig) -> str:
 
 
 def _policy(config: ModelConfig) -> list[str]:
-    """What chooses the tokens, and everything that it was told."""
+    """What chooses the tokens, and all of its settings."""
     policy = config.policy
     about = (type(policy).__doc__ or "").strip().partition("\n")[0].partition(";")[0].rstrip(".")
     lines = [f"`{kind_of(policy)}`: {about}."]
     if is_dataclass(policy) and fields(policy):
-        lines.append("What it was asked for:")
+        lines.append("Its settings:")
         lines.append(_rows([(f"`{f.name}`", _shown(getattr(policy, f.name))) for f in fields(policy)]))
     return lines
 
 
-def _figures(card: Card, kind: str) -> list[str]:
+def _figures(config: ModelConfig, card: Card) -> list[str]:
     figures = card.figures
     if not figures:
         return ["None are given."]
-    rows = [(name, f"{100 * figures[key]:.2f} %") for key, name in ACCURACIES[kind].items() if key in figures]
+    rows = [(name, f"{100 * figures[key]:.2f} %") for key, name in config.figures.items() if key in figures]
     if "gflops" in figures:
         spread = f" (± {figures['gflops_std']:.2f} over images)" if "gflops_std" in figures else ""
         rows.append(("GFLOPs per image", f"{figures['gflops']:.2f}{spread}, multiply-adds"))
@@ -238,7 +215,7 @@ def _figures(card: Card, kind: str) -> list[str]:
             rows.append((name, " ".join(f"{share:.2f}" for share in figures[key])))
     if "images" in figures:
         rows.append(("images", str(figures["images"])))
-    text = [f"By `sievit eval` on {card.evaluated_on or 'data that nobody named'}.", _rows(rows)]
+    text = [f"By `sievit eval` on {card.evaluated_on or 'unnamed data'}.", _rows(rows)]
     if figures.get("failures"):
         text.append(f"{len(figures['failures'])} images could not be used and are not counted.")
     return text
@@ -246,7 +223,7 @@ def _figures(card: Card, kind: str) -> list[str]:
 
 def _licence(card: Card) -> str:
     if card.license == "unknown":
-        return "Unknown: nobody said under which terms these weights may be used."
+        return "Unknown: the terms under which these weights may be used are not stated."
     return card.license if card.license_link is None else f"[{card.license}]({card.license_link})"
 
 

@@ -26,8 +26,11 @@ M = TypeVar("M", bound=nn.Module)
 FORMAT = "sievit"
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 """What a published folder holds, beside its README.md."""
-POLICY_PREFIXES = ("backbone.policy.", "net.policy.")
-"""How the names of a policy's own parameters begin."""
+
+
+def of_policy(name: str) -> bool:
+    """Whether the weights of this name are a policy's: that of the network, the attribute of a model that holds one."""
+    return name.partition(".")[2].startswith("policy.")
 
 
 def write(model: nn.Module, config: ModelConfig, path: Path, *, half: bool = False, int8: bool = False) -> None:
@@ -49,7 +52,7 @@ def write(model: nn.Module, config: ModelConfig, path: Path, *, half: bool = Fal
         reduced = (half or int8) and name in parameters
         if reduced and not tensor.half().isfinite().all():
             raise ConfigError(f"{name} does not fit float16; save the model without half and int8")
-        if reduced and int8 and pays(tensor) and not name.startswith(POLICY_PREFIXES):
+        if reduced and int8 and pays(tensor) and not of_policy(name):
             tensor, tensors[name + SCALE] = quantized(tensor)
         elif reduced:
             tensor = tensor.half()
@@ -141,9 +144,9 @@ def restored(
     model = build(config)
     expected = model.state_dict()
     if policy is not None:
-        dropped = {name for name in tensors if name.startswith(POLICY_PREFIXES) and name not in expected}
+        dropped = {name for name in tensors if of_policy(name) and name not in expected}
         tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
-        untrained = [n for n in expected if n.startswith(POLICY_PREFIXES) and n not in tensors]
+        untrained = [n for n in expected if of_policy(n) and n not in tensors]
         if untrained:
             raise ConfigError(
                 f"{path}: has no weights for the policy {kind_of(config.policy)!r} (such as {untrained[0]}); "

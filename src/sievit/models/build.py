@@ -6,14 +6,14 @@ from typing import overload
 import torch
 
 from sievit.hub.fetch import model_file
-from sievit.hub.file import FORMAT, POLICY_PREFIXES, read, restored, write
+from sievit.hub.file import FORMAT, read, restored, write
 from sievit.models.base import Model, model_class
 from sievit.models.detector import Detector, DetectorConfig
 from sievit.models.inputs import ModelConfig
 from sievit.models.segmenter import Segmenter, SegmenterConfig
 from sievit.policies import PolicyConfig, PolicyOptions
 
-__all__ = ["FORMAT", "POLICY_PREFIXES", "Model", "build", "load", "model_file", "read", "save"]
+__all__ = ["FORMAT", "Model", "build", "load", "model_file", "read", "save"]
 
 
 @overload

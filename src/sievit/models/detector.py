@@ -41,9 +41,15 @@ class DetectorConfig(ModelConfig):
     category_ids: tuple[int, ...]
     padding: Literal["hidden", "seen"] = "hidden"
 
+    result: ClassVar[str] = "boxes, labels, scores, masks"
+    hub_task: ClassVar[str] = "object-detection"
     figures: ClassVar[Mapping[str, str]] = {
         f"{kind}_ap{level}": f"{kind} AP{level}" for kind in ("box", "mask") for level in ("", "50", "75")
     }
+
+    @property
+    def hub_tags(self) -> tuple[str, ...]:
+        return ("instance-segmentation",) if self.head.with_masks else ()
 
     def __post_init__(self) -> None:
         if len(self.classes) != self.head.num_classes or len(self.category_ids) != self.head.num_classes:

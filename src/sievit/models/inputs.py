@@ -64,6 +64,15 @@ class ModelConfig:
 
     figures: ClassVar[Mapping[str, str]] = {}
     """What the figures of accuracy of such models are called, by their names in `sievit eval`."""
+    result: ClassVar[str] = ""
+    """What the result for an image is, in a few words."""
+    hub_task: ClassVar[str] = ""
+    """What the Hugging Face Hub calls the task."""
+
+    @property
+    def hub_tags(self) -> tuple[str, ...]:
+        """Tags of the hub that say more than the task."""
+        return ()
 
     @property
     def default_size(self) -> Size:

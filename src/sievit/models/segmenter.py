@@ -48,11 +48,17 @@ class SegmenterConfig(ModelConfig):
     ignore_index: int = 255
     palette: tuple[tuple[int, int, int], ...] = ()
 
+    result: ClassVar[str] = "a class for every pixel"
+    hub_task: ClassVar[str] = "image-segmentation"
     figures: ClassVar[Mapping[str, str]] = {
         "miou": "mean IoU",
         "pixel_accuracy": "pixel accuracy",
         "mean_accuracy": "mean accuracy",
     }
+
+    @property
+    def hub_tags(self) -> tuple[str, ...]:
+        return ("semantic-segmentation",)
 
     def __post_init__(self) -> None:
         places, depth = self.out_indices, self.vit.depth

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sievit.config import ConfigError
 from sievit.convert import mmdet_heads, svit_backbone, vit_adapter_backbone
@@ -65,8 +65,7 @@ def assemble(
     _refuse(checkpoint)
     levels = state.get("backbone.level_embed")
     width = 0 if levels is None or not levels.ndim else levels.shape[-1]
-    base = recipe(RECIPES.get(width, RECIPES[384]).format("svit")).model
-    assert isinstance(base, DetectorConfig)
+    base = cast(DetectorConfig, recipe(RECIPES.get(width, RECIPES[384]).format("svit")).model)
     attention: dict[str, Any] = {
         "num_heads": options.num_heads,
         "deform_num_heads": options.deform_num_heads,

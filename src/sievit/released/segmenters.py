@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from sievit.config import ConfigError
 from sievit.convert import dtop_segmenter, segvit_segmenter
@@ -139,8 +140,7 @@ def _base(checkpoint: Checkpoint, options: SegViTOptions, stages: int) -> Segmen
     """
     num_classes, vit = _shapes(checkpoint, options)
     name = RECIPES.get((num_classes, vit.embed_dim, vit.grid[0] * vit.patch_size))
-    known = None if name is None else recipe(name).model
-    assert known is None or isinstance(known, SegmenterConfig)
+    known = None if name is None else cast(SegmenterConfig, recipe(name).model)
     classes, palette = _classes(num_classes, checkpoint, options)
     crop = options.crop or vit.grid[0] * vit.patch_size
     stride, head_heads, pixels = options.stride, options.head_num_heads, None
