@@ -20,6 +20,7 @@ from sievit.engine.evaluate import evaluate
 from sievit.files import write_atomically
 from sievit.hub.file import require_free
 from sievit.measure.modes import DENSE
+from sievit.models.base import Model
 from sievit.models.build import load, model_file, read, save
 from sievit.policies import PolicyConfig, PolicyOptions
 from sievit.tasks import task_of
@@ -50,12 +51,10 @@ def tune(
 ) -> dict[str, Any]:
     """Make a trained model fast on this device: never slower than dense, at the size and batch given.
 
-    Ranges of blocks that are slower with tokens left out compute all tokens; the policy is turned to the target by its
-    dial; then all modes compete with the dense model, with --compile compiled too. The winner has to be faster than the
-    dense model in all its modes, by the lower quartile of paired ratios, and once more against those alone; where none
-    is, the written model computes every token. The model stores how it was run; beside it a report is written as .json,
-    which is the last line of the output too. The exit status is 1 where the target was missed, or images could not be
-    read.
+    Ranges of blocks that are slower with tokens left out compute all tokens, a dial of the policy is turned to the
+    target, and all modes compete with the dense model in all of its modes, twice. Where none is faster, by the lower
+    quartile of paired ratios, the written model computes every token. It stores how it was run; the report beside it
+    (docs/speed.md lists its fields) is the last line of the output too. The exit status is 1 where the target was missed, or images could not be read.
 
     Args:
         model: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
@@ -68,54 +67,62 @@ def tune(
         clock: takes times; to be replaced in tests.
         progress: where progress goes, and a sign that a table is printed; None for neither.
 
-    Returns:
-        The report; docs/speed.md lists its fields.
-
     Raises:
-        ConfigError: options that do not go together, a policy without anything to tune, no readable image, or a target
-            that no setting reaches; nothing is written then.
+        ConfigError: options that contradict each other, nothing to tune, no readable image, or an unreachable target.
     """
-    for file in (out, out.with_suffix(".json")):
-        require_free(file, force=force)
-    _check(model, out, goal, truth, tuning)
+    report = out.with_suffix(".json")
+    _check(model, (out, report), goal, truth, tuning, force=force)
     own = load(model, policy=policy, device=pick_device(device))
-    execution = Execution(precision=tuning.precision)
-    dataset = task_of(own.config).open(images, truth) if truth.given else None
-    accuracy = _Accuracy(Workload(own, [], execution=execution), dataset, tuning.eval_limit, progress)
+    accuracy = _Accuracy(own, task_of(own.config).open(images, truth) if truth.given else None, tuning, progress)
     tensors, failures = _read(images, tuning)
     fitting = own if tuning.size is None else own.as_given()
-    workload = Workload(fitting, _batches(tensors, tuning.batch_size), clock, progress, execution)
+    batches, execution = _batches(tensors, tuning.batch_size), Execution(precision=tuning.precision)
+    workload = Workload(fitting, batches, clock, progress, execution)
     say = (lambda text: None) if progress is None else lambda text: progress.print(text, style="dim", highlight=False)
     say(f"{len(tensors)} images, counting")
     outcome = _compare(workload, goal, tuning, accuracy, say)
     figures = {
         "out": str(out),
-        "report": str(out.with_suffix(".json")),
+        "report": str(report),
         "model": str(model),
         "images": len(tensors),
-        **{name: getattr(tuning, name) for name in ("batch_size", "repeats", "precision")},
-        "size": None if tuning.size is None else list(tuning.size),
-        "device": device_name(own.device),
-        "torch": torch.__version__,
-        "load": [round(value, 2) for value in os.getloadavg()],
+        **_conditions(tuning, own.device),
         **figures_of(workload, goal, outcome, accuracy.known(outcome)),
         **({"failures": failures} if failures else {}),
     }
-    half = any(tensor.dtype == torch.float16 for tensor in read(model_file(model))[1].values())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save(workload.model_with(outcome.setup, own), out, half=half)
-    write_atomically(out.with_suffix(".json"), (json.dumps(figures, indent=1) + "\n").encode())
+    _save_like(model, workload.model_with(outcome.setup, own), out)
+    write_atomically(report, (json.dumps(figures, indent=1) + "\n").encode())
     if progress is not None:
         show(figures)
     return figures
 
 
-def _check(model: Path, out: Path, goal: Goal, truth: Truth, tuning: Tuning) -> None:
-    """Raise a ConfigError for options that do not go together."""
+def _save_like(original: Path, model: Model, out: Path) -> None:
+    """Write a model with parameters of the type that they have in the original."""
+    half = any(tensor.dtype == torch.float16 for tensor in read(model_file(original))[1].values())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save(model, out, half=half)
+
+
+def _conditions(tuning: Tuning, device: torch.device) -> dict[str, Any]:
+    """How it was measured."""
+    return {
+        **{name: getattr(tuning, name) for name in ("batch_size", "repeats", "precision")},
+        "size": None if tuning.size is None else list(tuning.size),
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "load": [round(value, 2) for value in os.getloadavg()],
+    }
+
+
+def _check(model: Path, written: Sequence[Path], goal: Goal, truth: Truth, tuning: Tuning, *, force: bool) -> None:
+    """Raise a ConfigError for options that contradict each other, or files that are there."""
+    for file in written:
+        if file.resolve() == model_file(model).resolve():
+            raise ConfigError(f"{file}: is the model that is tuned, which would be lost; give another --out")
+        require_free(file, force=force)
     if goal.max_drop is not None and not truth.given:
         raise ConfigError("--max-drop needs annotated images: give --annotations (detector) or --labels (segmenter)")
-    if out.resolve() == model_file(model).resolve():
-        raise ConfigError(f"{out}: is the model that is tuned, which would be lost; give another --out")
     if tuning.compile and goal.target_ms is not None:
         raise ConfigError("--target-ms with --compile: each step of the dial would be compiled; give --target-gflops")
 
@@ -166,26 +173,21 @@ def _batches(images: Sequence[Tensor], batch_size: int) -> list[list[Tensor]]:
 class _Accuracy:
     """Points (0..100) of policies on annotated images, if there are any, as `sievit eval` finds them."""
 
-    def __init__(
-        self,
-        workload: Workload,
-        dataset: ImageDataset | None,
-        limit: int | None,
-        console: Console | None,
-    ) -> None:
-        self.workload, self.dataset, self.limit, self.console = workload, dataset, limit, console
+    def __init__(self, model: Model, data: ImageDataset | None, tuning: Tuning, progress: Console | None) -> None:
+        self.workload = Workload(model, [], execution=Execution(precision=tuning.precision))
+        self.data, self.limit, self.progress = data, tuning.eval_limit, progress
         self.measure = ""
         self.points: dict[PolicyConfig, float] = {}
 
     def __call__(self, config: PolicyConfig) -> float:
-        assert self.dataset is not None
+        assert self.data is not None
         if config not in self.points:
             figures = evaluate(
                 self.workload.model_with(self.workload.setup(config)),
-                self.dataset,
+                self.data,
                 limit=self.limit,
                 skip_failures=True,
-                console=self.console,
+                console=self.progress,
                 title="evaluating",
             )
             self.measure = task_of(self.workload.model.config).headline(figures)
@@ -194,7 +196,7 @@ class _Accuracy:
 
     def known(self, outcome: Outcome) -> Callable[[PolicyConfig], dict[str, float]]:
         """The accuracy of a policy by its name, after that of the dense model and of the chosen policy is measured."""
-        if self.dataset is not None:
+        if self.data is not None:
             for config in (DENSE, outcome.setup.policy):
                 self(config)
         return lambda config: {self.measure: round(self.points[config], 3)} if config in self.points else {}
