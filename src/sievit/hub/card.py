@@ -113,7 +113,8 @@ def _check_figures(config: ModelConfig, figures: Mapping[str, Any]) -> None:
         return
     if not any(name in figures for name in config.figures):
         raise ConfigError(
-            f"figures: none of a {kind_of(config)} ({', '.join(config.figures)}); give the JSON that `sievit eval` printed of this model"
+            f"figures: none of a {kind_of(config)} ({', '.join(config.figures)}); give the JSON that `sievit eval` "
+            "printed of this model"
         )
     own = kind_of(config.policy)
     if figures.get("policy", own) != own:
