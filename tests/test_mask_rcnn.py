@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.models.detection import roi_heads as tv_roi_heads
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -22,7 +23,6 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 from sievit.config import ConfigError, from_json, to_json
 from sievit.convert.mmdet_heads import mmdet_heads
 from sievit.heads import MaskRCNN, MaskRCNNConfig, torchvision_config
-from sievit.heads import boxes as box_ops
 from sievit.heads.config import AnchorConfig, BoxConfig, MaskConfig, RoIConfig, RPNConfig
 from sievit.heads.masks import crop_masks, paste_masks
 from sievit.heads.pooling import box_levels, pool_by_bags, pool_by_kernel
@@ -160,7 +160,7 @@ def test_the_released_head(golden, released, name) -> None:
         logits = released.roi_heads.mask_branch(maps[:4], [detected["boxes"]], padded)
         masks = paste_masks(detected["masks"], detected["boxes"] / 1.5, (80, 120), released.config)
     torch.testing.assert_close(proposals[0], want["proposals"][:, :4], atol=1e-2, rtol=0)
-    assert torch.equal(box_levels(proposals[0], released.config, 4), want["proposal_levels"])
+    assert torch.equal(box_levels(proposals[0], released.config.roi, 4), want["proposal_levels"])
     torch.testing.assert_close(detected["boxes"], want["det_bboxes_netscale"][:, :4], atol=1e-2, rtol=0)
     torch.testing.assert_close(detected["scores"], want["det_bboxes_netscale"][:, 4], atol=1e-4, rtol=0)
     assert torch.equal(labels - 1, want["det_labels_netscale"])
@@ -186,12 +186,11 @@ def test_a_damaged_released_head_is_refused(golden) -> None:
 
 def test_box_coder_against_the_release(golden) -> None:
     want = load_file(golden / "det_units.safetensors")
-    encoded = box_ops.encode(want["encode/gt"], want["encode/proposals"], (10.0, 10.0, 5.0, 5.0))
+    coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
+    encoded = coder.encode_single(want["encode/gt"], want["encode/proposals"])
     torch.testing.assert_close(encoded, want["encode/out"], atol=1e-4, rtol=1e-5)
-    decoded = box_ops.decode(
-        want["decode/rcnn_deltas"].unflatten(1, (5, 4)), want["decode/boxes"][:, None], (10.0, 10.0, 5.0, 5.0)
-    )
-    torch.testing.assert_close(decoded.flatten(1), want["decode/rcnn_noclip_out"], atol=1e-3, rtol=1e-5)
+    decoded = coder.decode_single(want["decode/rcnn_deltas"], want["decode/boxes"])
+    torch.testing.assert_close(decoded, want["decode/rcnn_noclip_out"], atol=1e-3, rtol=1e-5)
 
 
 def test_mask_pasting_against_the_release(golden) -> None:
@@ -211,10 +210,11 @@ def test_pasting_needs_no_detections() -> None:
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
 def test_pooling_by_bags_equals_the_kernel(random_rois, aligned, sampling_ratio) -> None:
-    maps, boxes, images, levels = random_rois
+    maps, rois, levels = random_rois
+    config = RoIConfig(sampling_ratio=sampling_ratio, aligned=aligned)
     pooled, gradients = [], []
     for pool in (pool_by_bags, pool_by_kernel):
-        out = pool(maps, boxes, images, levels, SCALES, 7, sampling_ratio=sampling_ratio, aligned=aligned)
+        out = pool(maps, rois, levels, SCALES, 7, config)
         pooled.append(out)
         gradients.append(torch.autograd.grad((out * torch.linspace(-1, 1, 49).view(7, 7)).sum(), maps))
     torch.testing.assert_close(pooled[0], pooled[1], atol=1e-5, rtol=1e-5)
@@ -223,12 +223,13 @@ def test_pooling_by_bags_equals_the_kernel(random_rois, aligned, sampling_ratio)
 
 
 @pytest.fixture
-def random_rois() -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+def random_rois() -> tuple[list[Tensor], Tensor, Tensor]:
     maps = list(random_features().values())
     corners = torch.rand(60, 2) * 140 - 10  # some boxes stick out, some lie outside
     boxes = torch.cat([corners, corners + torch.rand(60, 2) ** 3 * 150], dim=1)
     boxes[0, 2:] = boxes[0, :2]
-    return maps, boxes, torch.arange(60) % 2, torch.arange(60) % 4
+    images = torch.arange(60)[:, None] % 2
+    return maps, torch.cat([images, boxes], dim=1), torch.arange(60) % 4
 
 
 @pytest.mark.parametrize("aligned", [True, False])

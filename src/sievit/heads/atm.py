@@ -39,20 +39,15 @@ class ATMConfig(SemanticHeadConfig):
 
 
 class Memory:
-    """The tokens that queries look at, by image; keys and values go in as they are packed and come out padded.
-
-    Args:
-        packing: None: all tokens of a canvas (b, n, c).
-    """
+    """Pads the keys and values of packed tokens by image; without a `packing` they are whole canvases (b, n, c)."""
 
     def __init__(self, packing: Packing | None) -> None:
         self.packing = packing
         self.mask: Bool[Tensor, "b longest"] | None = None
         if packing is not None and len(set(packing.lengths)) > 1:
             visible = padding_mask(packing)
-            self.mask = visible | ~visible.any(
-                1, keepdim=True
-            )  # an image without tokens sees zeros; its result is not used
+            # an image without tokens attends to zeros; its result is not used
+            self.mask = visible | ~visible.any(1, keepdim=True)
 
     def by_image(self, x: Float[Tensor, "*rows c"]) -> Float[Tensor, "b longest c"]:
         """(t, c) or (b, n, c) to (b, longest, c)."""
@@ -60,7 +55,7 @@ class Memory:
 
 
 class CrossAttention(nn.Module):
-    """Queries (b, k, d) look at tokens; also returns the mean over heads of the scaled logits, (b, k, longest)."""
+    """Attention of queries (b, k, d) to tokens, and the mean over heads of the scaled logits, (b, k, longest)."""
 
     def __init__(self, dim: int, *, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -112,8 +107,8 @@ class DecoderLayer(nn.Module):
         self, queries: Float[Tensor, "b k d"], x: Float[Tensor, "*rows d"], memory: Memory, *, with_maps: bool
     ) -> tuple[Float[Tensor, "b k d"], Float[Tensor, "b k longest"] | None]:
         queries = self.norm1(queries + self.drop(self.self_attn(queries)))
-        seen, maps = self.cross_attn(queries, x, memory, with_maps=with_maps)
-        queries = self.norm2(queries + self.drop(seen))
+        attended, maps = self.cross_attn(queries, x, memory, with_maps=with_maps)
+        queries = self.norm2(queries + self.drop(attended))
         hidden = self.drop(F.relu(self.fc1(queries)))
         return self.norm3(queries + self.drop(self.fc2(hidden))), maps
 
@@ -122,7 +117,7 @@ class DecoderLayer(nn.Module):
 class ATM(SemanticHead):
     """A decoder of class queries; the maps are the last layer's attention logits, before the softmax.
 
-    With a `part`, only its tokens are projected and seen, packed; the maps of the others stay those of `previous`.
+    With a `part`, only its tokens are projected, packed; the maps of the others stay those of `previous`.
     """
 
     def __init__(self, config: ATMConfig, *, embed_dim: int, num_classes: int) -> None:

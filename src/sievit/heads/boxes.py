@@ -1,4 +1,4 @@
-"""Boxes as functions of tensors: encoding, matching, sampling, and the normalisers of their losses.
+"""Boxes as functions of tensors: matching, sampling, losses and their normaliser. torchvision's `BoxCoder` encodes.
 
 Letters: n boxes or anchors, k classes, g objects of an image. Boxes are xyxy pixels.
 """
@@ -8,65 +8,44 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.ops import box_iou
 
 from sievit.distributed import global_sum, world_size
-from sievit.heads.config import BoxLoss, Weights
+from sievit.heads.config import BoxLoss, StageConfig
 
-MAX_LOG_SCALE = math.log(1000 / 16)  # a regressor may not make a box more than 62.5 times as wide or high
 ANCHORS_PER_RUN = 2048
 
 
-def encode(boxes: Tensor, anchors: Tensor, weights: Weights) -> Tensor:
-    """The offsets (n, 4) that turn `anchors` (n, 4) into `boxes` (n, 4)."""
-    sizes = anchors[:, 2:] - anchors[:, :2]
-    centers = anchors[:, :2] + sizes / 2
-    target_sizes = boxes[:, 2:] - boxes[:, :2]
-    target_centers = boxes[:, :2] + target_sizes / 2
-    offsets = torch.cat([(target_centers - centers) / sizes, (target_sizes / sizes).log()], dim=1)
-    return offsets * offsets.new_tensor(weights)
-
-
-def decode(offsets: Tensor, anchors: Tensor, weights: Weights) -> Tensor:
-    """The boxes (..., 4) that `offsets` (..., 4) make of `anchors` (..., 4)."""
-    sizes = anchors[..., 2:] - anchors[..., :2]
-    centers = anchors[..., :2] + sizes / 2
-    offsets = offsets / offsets.new_tensor(weights)
-    new_centers = centers + offsets[..., :2] * sizes
-    half = offsets[..., 2:].clamp(max=MAX_LOG_SCALE).exp() * sizes / 2
-    return torch.cat([new_centers - half, new_centers + half], dim=-1)
-
-
 def match(
-    boxes: Tensor, anchors: Tensor, *, fg_iou: float, bg_iou: float, low_quality_iou: float | None
+    boxes: Tensor, anchors: Tensor, config: StageConfig, *, low_quality_iou: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Which object each anchor should find.
+    """Which of the objects `boxes` (g, 4) each of the `anchors` (n, 4) is to predict.
 
     Args:
-        boxes: (g, 4) the objects.
-        anchors: (n, 4).
         low_quality_iou: the best anchors of an object are positive from this overlap on; None: only from `fg_iou`.
 
     Returns:
         (n,) int: the object, 0 where there is none; (n,) int: 1 positive, 0 negative, -1 neither.
     """
     if len(boxes) == 0 or len(anchors) == 0:
-        nothing = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
-        return nothing, nothing.clone()
+        zeros = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
+        return zeros, zeros.clone()
     overlaps = _overlaps(boxes, anchors)
     best_of_object = boxes.new_zeros(len(boxes))
-    matched, kind = [], []
+    matched, labels = [], []
     for objects, iou in overlaps:
         best, index = iou.max(dim=0)
         matched.append(objects[index])
-        kind.append(torch.where(best >= fg_iou, 1, torch.where(best < bg_iou, 0, -1)))
+        labels.append(torch.where(best >= config.fg_iou, 1, torch.where(best < config.bg_iou, 0, -1)))
         best_of_object[objects] = best_of_object[objects].maximum(iou.amax(dim=1))
     if low_quality_iou is not None:
-        wanted = torch.where(best_of_object >= low_quality_iou, best_of_object, math.inf)
-        wanted[best_of_object == 0] = math.inf  # an object that no anchor touches matches none
-        for (objects, iou), part in zip(overlaps, kind, strict=True):
-            part[(iou == wanted[objects, None]).any(dim=0)] = 1
-    return torch.cat(matched), torch.cat(kind)
+        # an object that no anchor touches matches none
+        low_quality = (best_of_object >= low_quality_iou) & (best_of_object > 0)
+        best_of_object = torch.where(low_quality, best_of_object, math.inf)
+        for (objects, iou), part in zip(overlaps, labels, strict=True):
+            part[(iou == best_of_object[objects, None]).any(dim=0)] = 1
+    return torch.cat(matched), torch.cat(labels)
 
 
 def _overlaps(boxes: Tensor, anchors: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -97,21 +76,15 @@ def _iou(boxes: Tensor, others: Tensor) -> Tensor:
     return inter.div_(union)
 
 
-def sample(kind: Tensor, *, batch_size: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
-    """A random choice of indices, positives and negatives, of `kind` (n,): > 0 positive, 0 negative, -1 neither."""
-    positive, negative = torch.where(kind > 0)[0], torch.where(kind == 0)[0]
-    num_positive = min(len(positive), int(batch_size * positive_fraction))
-    num_negative = min(len(negative), batch_size - num_positive)
-    positive = positive[torch.randperm(len(positive), device=kind.device)[:num_positive]]
-    negative = negative[torch.randperm(len(negative), device=kind.device)[:num_negative]]
-    return positive, negative
+def sample(labels: Tensor, config: StageConfig) -> tuple[Tensor, Tensor]:
+    """Masks (n,) of a random choice of positives and of negatives, by the labels (n,) that `match` gives."""
+    positive, negative = BalancedPositiveNegativeSampler(config.batch_size, config.positive_fraction)([labels])
+    return positive[0].bool(), negative[0].bool()
 
 
 def box_loss(predicted: Tensor, target: Tensor, kind: BoxLoss, beta: float) -> Tensor:
-    """The summed loss of box offsets."""
-    if kind == "l1":
-        return F.l1_loss(predicted, target, reduction="sum")
-    return F.smooth_l1_loss(predicted, target, beta=beta, reduction="sum")
+    """The summed loss of box offsets; smooth L1 with a beta of zero is L1."""
+    return F.smooth_l1_loss(predicted, target, beta=beta if kind == "smooth_l1" else 0.0, reduction="sum")
 
 
 def normaliser(count: int, like: Tensor) -> Tensor:

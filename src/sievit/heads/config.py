@@ -19,8 +19,7 @@ class AnchorConfig:
     Attributes:
         sizes: square root of their areas, per level (four maps and their pooled fifth).
         ratios: height / width.
-        strides: per level; None takes the padded image's size over the map's, as torchvision does, which is not a power
-            of two on the last level of some sizes.
+        strides: per level; None: the padded image's size over the map's, as in torchvision.
         rounded: round their corners to whole pixels (torchvision does).
     """
 
@@ -40,7 +39,7 @@ class AnchorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What the two stages share that score boxes and refine them.
+    """The fields that the proposals and the box branch share: both score and refine boxes.
 
     Attributes:
         fg_iou, bg_iou: overlap with an object from which a box is positive, and below which it is negative.

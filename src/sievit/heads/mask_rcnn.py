@@ -21,9 +21,7 @@ class MaskRCNN(nn.Module):
     def __init__(self, config: MaskRCNNConfig, *, in_channels: int) -> None:
         super().__init__()
         self.config = config
-        self.fpn = FeaturePyramidNetwork(
-            [in_channels] * len(FEATURES), config.fpn_channels, extra_blocks=LastLevelMaxPool()
-        )
+        self.fpn = FeaturePyramidNetwork([in_channels] * 4, config.fpn_channels, extra_blocks=LastLevelMaxPool())
         self.rpn = RegionProposals(config)
         self.roi_heads = RoIHeads(config)
 

@@ -12,7 +12,7 @@ from sievit.heads.config import MaskRCNNConfig
 
 
 def crop_masks(masks: Tensor, matched: Tensor, boxes: Tensor, size: int, *, aligned: bool) -> Tensor:
-    """The part of the object's mask that each box sees, as (n, m, m) mean coverage.
+    """The part of the object's mask inside each box, as (n, m, m) mean coverage.
 
     The same numbers as `roi_align` of the whole masks, but only the surroundings of the boxes are made float: an image
     with hundreds of objects would else need gigabytes.
@@ -46,9 +46,7 @@ def paste_masks(probs: Tensor, boxes: Tensor, size: tuple[int, int], config: Mas
         probs: (n, 1, m, m) probabilities inside `boxes` (n, 4), in pixels of the image.
         size: (h, w).
     """
-    if config.mask.paste == "torchvision":
-        if len(boxes) == 0:
-            return torch.zeros(0, 1, *size, dtype=torch.bool, device=boxes.device)
+    if config.mask.paste == "torchvision" and len(boxes):
         return paste_masks_in_image(probs, boxes, size) >= config.mask.threshold
     out = torch.zeros(len(boxes), 1, *size, dtype=torch.bool, device=boxes.device)
     with torch.autocast(boxes.device.type, enabled=False):
@@ -61,11 +59,11 @@ def paste_masks(probs: Tensor, boxes: Tensor, size: tuple[int, int], config: Mas
 
 
 def _lookup(low: float, high: float, cells: int, limit: int, like: Tensor) -> tuple[Tensor, int]:
-    """The weights (pixels, cells) of bilinear interpolation at the pixels that see a box, and the first pixel."""
+    """The weights (pixels, cells) of bilinear interpolation at the pixels around a box, and the first pixel."""
     cell = max(high - low, 1e-6) / cells
     first = min(max(int(low - cell), 0), limit)
     last = max(min(int(high + cell) + 1, limit), first)
     pixels = torch.arange(first, last, device=like.device, dtype=torch.float32)
-    places = (pixels + 0.5 - low) / cell - 0.5
+    positions = (pixels + 0.5 - low) / cell - 0.5
     grid = torch.arange(cells, device=like.device, dtype=torch.float32)
-    return (1 - (places[:, None] - grid).abs()).clamp(min=0), first
+    return (1 - (positions[:, None] - grid).abs()).clamp(min=0), first

@@ -14,83 +14,62 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from sievit.heads.config import MaskRCNNConfig
+from sievit.heads.config import RoIConfig
 
 
-def box_levels(boxes: Tensor, config: MaskRCNNConfig, num_levels: int) -> Tensor:
+def box_levels(boxes: Tensor, config: RoIConfig, num_levels: int) -> Tensor:
     """(r,) int: the map that each box (r, 4) is pooled from, larger boxes from coarser maps."""
     size = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
-    relative = size / config.roi.finest_size
-    level = (relative + 1e-6).log2() if config.roi.level_rule == "inside" else relative.log2() + 1e-6
+    relative = size / config.finest_size
+    level = (relative + 1e-6).log2() if config.level_rule == "inside" else relative.log2() + 1e-6
     return level.floor().clamp(0, num_levels - 1).long()
 
 
 def pool_boxes(
-    features: list[Tensor], boxes: list[Tensor], image_size: tuple[int, int], size: int, config: MaskRCNNConfig
+    features: list[Tensor], boxes: list[Tensor], image_size: tuple[int, int], size: int, config: RoIConfig
 ) -> Tensor:
-    """RoIAlign of each box on the map of its level, in float32.
+    """RoIAlign of each box on the map of its level, in float32: (r, c, size, size), channels_last on CPU.
 
     Args:
         features: per level (b, c, h, w); strides follow from `image_size` (height, width).
         boxes: per image (n, 4).
-        size: cells per side.
-
-    Returns:
-        (r, c, size, size), in the order of the boxes; channels_last on CPU.
     """
     flat = torch.cat(boxes)
-    images = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
-    levels = box_levels(flat, config, len(features))
+    images = torch.cat([torch.full_like(box[:, :1], i) for i, box in enumerate(boxes)])
     scales = [feature.shape[-2] / image_size[0] for feature in features]
     pool = pool_by_bags if flat.device.type == "cpu" else pool_by_kernel
-    ratio, aligned = config.roi.sampling_ratio, config.roi.aligned
-    return pool(features, flat, images, levels, scales, size, sampling_ratio=ratio, aligned=aligned)
+    rois = torch.cat([images, flat], dim=1)
+    return pool(features, rois, box_levels(flat, config, len(features)), scales, size, config)
 
 
 def pool_by_kernel(
-    features: list[Tensor],
-    boxes: Tensor,
-    images: Tensor,
-    levels: Tensor,
-    scales: list[float],
-    size: int,
-    *,
-    sampling_ratio: int,
-    aligned: bool,
+    features: list[Tensor], rois: Tensor, levels: Tensor, scales: list[float], size: int, config: RoIConfig
 ) -> Tensor:
-    """`pool_boxes` with torchvision's kernel, level by level: boxes (r, 4) with their image and level (r,)."""
-    rois = torch.cat([images[:, None].to(boxes.dtype), boxes], dim=1)
+    """`pool_boxes` with torchvision's kernel, per level: `rois` (r, 5) are image and box, `levels` (r,) their maps."""
     order = levels.argsort(stable=True)
     groups = order.split(torch.bincount(levels, minlength=len(features)).tolist())
     pooled = [
-        roi_align(feature.float(), rois[index], size, scale, sampling_ratio, aligned=aligned)
+        roi_align(feature.float(), rois[index], size, scale, config.sampling_ratio, aligned=config.aligned)
         for feature, scale, index in zip(features, scales, groups, strict=True)
     ]
     return torch.cat(pooled)[order.argsort()]
 
 
 def pool_by_bags(
-    features: list[Tensor],
-    boxes: Tensor,
-    images: Tensor,
-    levels: Tensor,
-    scales: list[float],
-    size: int,
-    *,
-    sampling_ratio: int,
-    aligned: bool,
+    features: list[Tensor], rois: Tensor, levels: Tensor, scales: list[float], size: int, config: RoIConfig
 ) -> Tensor:
-    """`pool_boxes` as one weighted gather: boxes (r, 4) with their image and level (r,)."""
+    """`pool_boxes` as one weighted gather; arguments as of `pool_by_kernel`."""
+    images, boxes = rois[:, 0].long(), rois[:, 1:]
     channels = features[0].shape[1]
     pixels = torch.cat([feature.permute(0, 2, 3, 1).reshape(-1, channels) for feature in features]).float()
     heights, widths = (torch.tensor([f.shape[axis] for f in features])[levels] for axis in (2, 3))
     firsts = torch.tensor([0, *(f.shape[0] * f.shape[2] * f.shape[3] for f in features[:-1])]).cumsum(0)[levels]
-    corners = boxes * torch.tensor(scales)[levels][:, None] - (0.5 if aligned else 0.0)
+    corners = boxes * torch.tensor(scales)[levels][:, None] - (0.5 if config.aligned else 0.0)
     extents = corners[:, 2:] - corners[:, :2]
-    if not aligned:
+    if not config.aligned:
         extents = extents.clamp(min=1)
-    rows = _interpolate(corners[:, 1], extents[:, 1], heights, size, sampling_ratio)
-    columns = _interpolate(corners[:, 0], extents[:, 0], widths, size, sampling_ratio)
+    rows = _interpolate(corners[:, 1], extents[:, 1], heights, size, config.sampling_ratio)
+    columns = _interpolate(corners[:, 0], extents[:, 0], widths, size, config.sampling_ratio)
     index, weight, offsets = _outer(rows, columns, firsts + images * heights * widths, widths, size)
     bags = F.embedding_bag(index, pixels, offsets, mode="sum", per_sample_weights=weight)
     return bags.view(-1, size, size, channels).permute(0, 3, 1, 2)
@@ -124,13 +103,13 @@ def _interpolate(start: Tensor, extent: Tensor, limit: Tensor, size: int, sampli
     low_cell, cell, count, limit = low_cell.flatten(), *(x.repeat_interleave(size) for x in (cell, count, limit))
     run = torch.arange(len(count)).repeat_interleave(count)  # (points,): the run that each point belongs to
     nth = torch.arange(len(run)) - (count.cumsum(0) - count)[run]
-    place = low_cell[run] + (nth + 0.5) * (cell / count)[run]
+    position = low_cell[run] + (nth + 0.5) * (cell / count)[run]
     last = limit[run] - 1
-    inside = (place >= -1) & (place <= last + 1)
-    place = place.clamp(min=0)
-    low = place.long().minimum(last)
+    inside = (position >= -1) & (position <= last + 1)
+    position = position.clamp(min=0)
+    low = position.long().minimum(last)
     high = (low + 1).minimum(last)
-    upper = torch.where(low == last, 0.0, place - low)
+    upper = torch.where(low == last, 0.0, position - low)
     share = inside / count[run]
 
     none = torch.zeros_like(count)

@@ -1,4 +1,4 @@
-"""What becomes of proposals: pooled features, classes, refined boxes and masks; torchvision's layers and names.
+"""From proposals to classes, refined boxes and masks, with torchvision's layers and names.
 
 Letters: b images, r boxes of the whole batch, c channels, k classes with the background at 0. Boxes are xyxy pixels.
 """
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
@@ -72,13 +73,13 @@ class RoIHeads(nn.Module):
         self, features: list[Tensor], boxes: list[Tensor], image_size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """Class logits (r, k) and box offsets (r, k, 4) of boxes given per image, float32."""
-        pooled = pool_boxes(features, boxes, image_size, self.config.box.pool, self.config)
+        pooled = pool_boxes(features, boxes, image_size, self.config.box.pool, self.config.roi)
         logits, offsets = self.box_predictor(self.box_head(pooled))
         return logits.float(), offsets.float().unflatten(1, (-1, 4))
 
     def mask_branch(self, features: list[Tensor], boxes: list[Tensor], image_size: tuple[int, int]) -> Tensor:
         """Mask logits (r, k, m, m) of boxes given per image, float32."""
-        pooled = pool_boxes(features, boxes, image_size, self.config.mask.pool, self.config)
+        pooled = pool_boxes(features, boxes, image_size, self.config.mask.pool, self.config.roi)
         pooled = pooled.contiguous(memory_format=torch.channels_last)
         return self.mask_predictor(self.mask_head(pooled)).float()
 
@@ -88,13 +89,14 @@ class RoIHeads(nn.Module):
     ) -> list[dict[str, Tensor]]:
         """Per image `boxes` (d, 4), `labels` (d,), `scores` (d,): clipped, NMS within each class, best first."""
         config, counts = self.config.box, [len(p) for p in proposals]
+        coder = BoxCoder(config.weights)
         batch = zip(logits.softmax(1).split(counts), offsets.split(counts), proposals, sizes, strict=True)
         detections = []
         for probs, offset, proposal, size in batch:
             row, label = torch.where(probs[:, 1:] > config.min_score)
             label = label + 1
             scores = probs[row, label]
-            boxes = box_ops.decode(offset[row, label], proposal[row], config.weights)
+            boxes = coder.decode_single(offset[row, label], proposal[row])
             boxes = clip_boxes_to_image(boxes, size)
             keep = remove_small_boxes(boxes, config.min_size)
             boxes, label, scores = boxes[keep], label[keep], scores[keep]
@@ -131,16 +133,14 @@ class RoIHeads(nn.Module):
         """Choose among the proposals (n, 4) and the objects of one image."""
         config, objects = self.config.box, target["boxes"].float().view(-1, 4)
         boxes = torch.cat([proposals, objects])
-        matched, kind = box_ops.match(objects, boxes, fg_iou=config.fg_iou, bg_iou=config.bg_iou, low_quality_iou=None)
-        positive, negative = box_ops.sample(
-            kind, batch_size=config.batch_size, positive_fraction=config.positive_fraction
-        )
-        chosen = torch.cat([positive, negative]).sort().values
-        boxes, matched, kind = boxes[chosen], matched[chosen], kind[chosen]
+        matched, labels = box_ops.match(objects, boxes, config)
+        positive, negative = box_ops.sample(labels, config)
+        sampled = positive | negative
+        boxes, matched, labels = boxes[sampled], matched[sampled], labels[sampled]
         if len(objects) == 0:
-            return Sampled(boxes=boxes, labels=kind, matched=matched, offsets=torch.zeros_like(boxes))
-        labels = torch.where(kind > 0, target["labels"][matched], 0)
-        offsets = box_ops.encode(objects[matched], boxes, config.weights)
+            return Sampled(boxes=boxes, labels=labels, matched=matched, offsets=torch.zeros_like(boxes))
+        labels = torch.where(labels > 0, target["labels"][matched], 0)
+        offsets = BoxCoder(config.weights).encode_single(objects[matched], boxes)
         return Sampled(boxes=boxes, labels=labels, matched=matched, offsets=offsets)
 
     def mask_loss(

@@ -1,11 +1,12 @@
 """The region proposal network: torchvision's head and anchors, with every constant an argument.
 
-Letters: b images, n anchors of all levels, a anchors per place. Boxes are xyxy pixels of the network's input.
+Letters: b images, n anchors of all levels, a anchors per pixel. Boxes are xyxy pixels of the network's input.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
@@ -16,10 +17,8 @@ from sievit.heads.config import MaskRCNNConfig
 def base_anchors(sizes: tuple[float, ...], ratios: tuple[float, ...], *, rounded: bool) -> Tensor:
     """(a, 4): the anchors around the origin, ratios outside, sizes inside; ratio = height / width."""
     size = torch.tensor(sizes, dtype=torch.float32)
-    root = torch.tensor(ratios, dtype=torch.float32).sqrt()
-    widths = (1 / root)[:, None] * size[None, :]
-    heights = root[:, None] * size[None, :]
-    half = torch.stack([widths.flatten(), heights.flatten()], dim=1) / 2
+    root = torch.tensor(ratios, dtype=torch.float32).sqrt()[:, None]
+    half = torch.stack([(1 / root * size).flatten(), (root * size).flatten()], dim=1) / 2
     anchors = torch.cat([-half, half], dim=1)
     return anchors.round() if rounded else anchors
 
@@ -40,16 +39,10 @@ class RegionProposals(nn.Module):
         sizes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None,
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Propose boxes.
+        """Proposals (<= post_nms, 4) float32 per image, best first, without gradient; with `targets` losses by name.
 
         Args:
-            features: per level (b, c, h, w).
-            image_size: (height, width) of the padded batch.
-            sizes: (height, width) of each image's content; proposals are clipped to it.
-            targets: dicts with `boxes` (g, 4); the losses are computed when given.
-
-        Returns:
-            Proposals (<= post_nms, 4) float32 per image, best first, without gradient; the losses by name.
+            features: per level (b, c, h, w); the rest as of `MaskRCNN.forward`.
         """
         logits, offsets = self.head(features)
         logits = [x.permute(0, 2, 3, 1).flatten(1).float() for x in logits]  # (b, h*w*a)
@@ -61,7 +54,7 @@ class RegionProposals(nn.Module):
         return proposals, self.losses(torch.cat(logits, 1), torch.cat(offsets, 1), torch.cat(anchors), targets)
 
     def anchors(self, grids: list[tuple[int, int]], image_size: tuple[int, int], device: torch.device) -> list[Tensor]:
-        """Per level (h*w*a, 4) float32: row-major over the places, then the base anchors."""
+        """Per level (h*w*a, 4) float32: row-major over the pixels, then the base anchors."""
         config, anchors = self.config, []
         for level, (height, width) in enumerate(grids):
             base = base_anchors(config.anchors.sizes[level], config.anchors.ratios, rounded=config.anchors.rounded)
@@ -87,14 +80,15 @@ class RegionProposals(nn.Module):
         training: bool,
     ) -> list[Tensor]:
         """The best boxes of each image after NMS within each level; arguments per level, as `forward` makes them."""
-        config = self.config.rpn
+        config, coder = self.config.rpn, BoxCoder(self.config.rpn.weights)
         pre_nms = config.pre_nms_train if training else config.pre_nms_test
         post_nms = config.post_nms_train if training else config.post_nms_test
         boxes, scores, levels = [], [], []
         for level, (logit, offset, anchor) in enumerate(zip(logits, offsets, anchors, strict=True)):
             logit, index = logit.topk(min(pre_nms, logit.shape[1]), dim=1)  # (b, m)
             offset = offset.gather(1, index[..., None].expand(-1, -1, 4))
-            boxes.append(box_ops.decode(offset, anchor[index], config.weights))
+            decoded = coder.decode_single(offset.flatten(0, 1), anchor[index.flatten()])
+            boxes.append(decoded.view_as(offset))
             scores.append(logit.sigmoid())
             levels.append(torch.full_like(index, level))
         batch = zip(torch.cat(boxes, 1), torch.cat(scores, 1), torch.cat(levels, 1), sizes, strict=True)
@@ -111,33 +105,19 @@ class RegionProposals(nn.Module):
         self, logits: Tensor, offsets: Tensor, anchors: Tensor, targets: list[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         """Objectness and box losses: logits (b, n), offsets (b, n, 4), anchors (n, 4)."""
-        config = self.config.rpn
-        matches = [self.assign(target["boxes"], anchors) for target in targets]
-        positives, negatives, goals = [], [], []
-        for i, (matched, kind) in enumerate(matches):
-            positive, negative = box_ops.sample(
-                kind, batch_size=config.batch_size, positive_fraction=config.positive_fraction
-            )
-            boxes = targets[i]["boxes"].float().view(-1, 4)
-            goals.append(box_ops.encode(boxes[matched[positive]], anchors[positive], config.weights))
-            positives.append(positive + i * len(anchors))
-            negatives.append(negative + i * len(anchors))
-        positive, negative = torch.cat(positives), torch.cat(negatives)
-        chosen = logits.flatten()[torch.cat([positive, negative])]
-        wanted = (torch.arange(len(chosen), device=chosen.device) < len(positive)).to(chosen.dtype)
-        count = box_ops.normaliser(len(chosen), like=chosen)
-        objectness = F.binary_cross_entropy_with_logits(chosen, wanted, reduction="sum")
+        config, coder = self.config.rpn, BoxCoder(self.config.rpn.weights)
+        positives, samples, goals = [], [], []
+        for target in targets:
+            objects = target["boxes"].float().view(-1, 4)
+            matched, labels = box_ops.match(objects, anchors, config, low_quality_iou=config.low_quality_iou)
+            positive, negative = box_ops.sample(labels, config)
+            goals.append(coder.encode_single(objects[matched[positive]], anchors[positive]))
+            positives.append(positive)
+            samples.append(positive | negative)
+        positive, sampled = torch.cat(positives), torch.cat(samples)
+        scores = logits.flatten()[sampled]
+        count = box_ops.normaliser(len(scores), like=scores)
+        objectness = F.binary_cross_entropy_with_logits(scores, positive[sampled].to(scores.dtype), reduction="sum")
         predicted = offsets.reshape(-1, 4)[positive]
         regression = box_ops.box_loss(predicted, torch.cat(goals), config.loss, self.config.smooth_l1_beta)
         return {"loss_objectness": objectness / count, "loss_rpn_box_reg": regression / count}
-
-    def assign(self, boxes: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-        """Which object (n,) each anchor should find, and whether it is positive 1, negative 0 or neither -1."""
-        config = self.config.rpn
-        return box_ops.match(
-            boxes.float(),
-            anchors,
-            fg_iou=config.fg_iou,
-            bg_iou=config.bg_iou,
-            low_quality_iou=config.low_quality_iou,
-        )

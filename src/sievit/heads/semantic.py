@@ -1,4 +1,4 @@
-"""What heads of semantic segmentation have in common: they judge tokens, all of an image or those that are left.
+"""The base of heads of semantic segmentation: they classify tokens, all of an image or those that are left.
 
 Letters: b images, n = h*w grid tokens, t packed tokens, c channels, k classes.
 """
@@ -32,7 +32,7 @@ class SemanticHead(nn.Module):
     def forward(
         self, tokens: Tokens, part: Bool[Tensor, "b n"] | None = None, previous: Prediction | None = None
     ) -> Prediction:
-        """Judge the tokens of `part` (b, n); None: all of them. Elsewhere the maps of `previous` stand, or zeros."""
+        """Predictions for the tokens of `part`, None: for all; elsewhere the maps of `previous`, or zeros."""
         raise NotImplementedError
 
     def losses(
@@ -43,7 +43,7 @@ class SemanticHead(nn.Module):
         return {"pixel": pixel_loss(fine, labels, ignore_index=ignore_index)}
 
     def macs(self, tokens: Num[Tensor, " b"], grid: tuple[int, int]) -> Float[Tensor, " b"]:
-        """Multiply-adds for (b,) tokens judged of a canvas of `grid`."""
+        """Multiply-adds for (b,) tokens of a canvas of `grid`."""
         raise NotImplementedError
 
 
@@ -109,18 +109,16 @@ def resize(maps: Float[Tensor, "b k h w"], size: tuple[int, int]) -> Float[Tenso
 
 
 def extents(valid: Bool[Tensor, "b n"], grid: tuple[int, int]) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
-    """(b,) and (b,) int: rows and columns of each image's own tokens, `valid` (b, n), on a canvas of `grid`."""
-    own = valid.unflatten(1, grid)
-    return own[:, :, 0].sum(1), own[:, 0].sum(1)
+    """Rows and columns of each image's tokens on a canvas of `grid`."""
+    inside = valid.unflatten(1, grid)
+    return inside[:, :, 0].sum(1), inside[:, 0].sum(1)
 
 
 def repeat_edges(
     maps: Float[Tensor, "b k h w"], rows: Int[Tensor, " b"], columns: Int[Tensor, " b"]
 ) -> Float[Tensor, "b k h w"]:
-    """(b, k, h, w) with the last of each image's `rows` and `columns` (b,) repeated over the padding behind them.
-
-    So that resizing mixes nothing into an image, which alone ends there.
-    """
+    """The maps with the last of each image's `rows` and `columns` repeated over the padding behind them, so that
+    resizing an image gives the same with and without padding."""
     b, k, h, w = maps.shape
     y = torch.arange(h, device=maps.device).minimum(rows[:, None] - 1)  # (b, h)
     x = torch.arange(w, device=maps.device).minimum(columns[:, None] - 1)

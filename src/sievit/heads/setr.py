@@ -138,7 +138,7 @@ class SETRPUPConfig(SemanticHeadConfig):
 
 @register_head(SETRPUPConfig)
 class SETRPUP(SemanticHead):
-    """SETR-PUP on the whole canvas: tokens that left take part with the features they had then, and keep their maps."""
+    """SETR-PUP on the whole canvas: tokens that left enter with the features they had then, and keep their maps."""
 
     def __init__(self, config: SETRPUPConfig, *, embed_dim: int, num_classes: int) -> None:
         super().__init__()
@@ -154,33 +154,30 @@ class SETRPUP(SemanticHead):
         self, tokens: Tokens, part: Bool[Tensor, "b n"] | None = None, previous: Prediction | None = None
     ) -> Prediction:
         x = self.norm(tokens.patches).transpose(1, 2).unflatten(2, tokens.grid)
-        own = None if tokens.valid is None else extents(tokens.valid, tokens.grid)
-        inside = None if tokens.valid is None else tokens.valid.unflatten(1, tokens.grid)[:, None]
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            if own is None or inside is None:
+            if tokens.valid is None:
                 x = F.relu(norm(conv(x)))
-            else:  # every image ends where it ends alone: zeros behind it for the convolution, its edge for the rest
-                x = F.relu(norm(conv(x * _enlarged(inside, 2**i))))
-                x = repeat_edges(x, own[0] * 2**i, own[1] * 2**i)
+            else:  # padding is zero for the convolution and repeats the edge of the image for the up-sampling
+                x = F.relu(norm(conv(x * _enlarged(tokens.valid, tokens.grid, 2**i))))
+                rows, columns = extents(tokens.valid, tokens.grid)
+                x = repeat_edges(x, rows * 2**i, columns * 2**i)
             x = resize(x, (2 * x.shape[2], 2 * x.shape[3]))
         fine = self.classifier(self.drop(x))
         if part is not None and previous is not None:
             earlier = previous.fine
             if earlier is None:
                 earlier = resize(previous.maps.unflatten(2, tokens.grid), (fine.shape[2], fine.shape[3]))
-            fine = torch.where(_enlarged(part.unflatten(1, tokens.grid)[:, None], self.scale), fine, earlier)
+            fine = torch.where(_enlarged(part, tokens.grid, self.scale), fine, earlier)
         return Prediction(F.avg_pool2d(fine, self.scale).flatten(2), fine=fine)
 
     def macs(self, tokens: Num[Tensor, " b"], grid: tuple[int, int]) -> Float[Tensor, " b"]:
-        cells, total = grid[0] * grid[1], 0.0
+        per_cell = self.scale**2 * self.classifier.weight.numel()
         for i, conv in enumerate(self.convs):
             assert isinstance(conv, nn.Conv2d)
-            total += cells * 4**i * conv.weight.numel()
-            total += cells * 4 ** (i + 1) * conv.out_channels * 4  # up-sampling
-        total += cells * self.scale**2 * self.classifier.weight.numel()
-        return torch.full(tokens.shape, total, dtype=torch.float64, device=tokens.device)
+            per_cell += 4**i * (conv.weight.numel() + 16 * conv.out_channels)  # and up-sampling to four pixels
+        return torch.full(tokens.shape, grid[0] * grid[1] * per_cell, dtype=torch.float64, device=tokens.device)
 
 
-def _enlarged(mask: Bool[Tensor, "b 1 h w"], scale: int) -> Bool[Tensor, "b 1 {scale}*h {scale}*w"]:
-    """(b, 1, h, w) to (b, 1, scale h, scale w)."""
-    return mask.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+def _enlarged(mask: Bool[Tensor, "b n"], grid: tuple[int, int], scale: int) -> Bool[Tensor, "b 1 y x"]:
+    """(b, h*w) of a grid (h, w) to (b, 1, scale h, scale w)."""
+    return mask.unflatten(1, grid)[:, None].repeat_interleave(scale, 2).repeat_interleave(scale, 3)

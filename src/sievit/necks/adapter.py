@@ -1,8 +1,8 @@
 """ViT-Adapter (ICLR 2023, arXiv 2205.08534) around a plain ViT whose blocks may skip tokens.
 
 A convolutional branch gives features at strides 8, 16 and 32; before each group of blocks an injector adds them to the
-tokens, after it an extractor lets them look at the tokens. Tokens that blocks skip are on the canvas all the same, so
-the branch sees the whole image.
+tokens, after it an extractor has them attend to the tokens. Tokens that blocks skip are on the canvas all the same, so
+the branch uses the whole image.
 
 Letters: b images, n = h*w tokens at stride 16, m = 4n + n + n/4 branch features, c channels.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import stochastic_depth
 
 from sievit.config import ConfigError, variant
 from sievit.necks import NeckConfig
@@ -86,19 +87,16 @@ class SpatialPrior(nn.Module):
         self.conv2 = nn.Sequential(*_conv_bn(inplane, 2 * inplane, 2))
         self.conv3 = nn.Sequential(*_conv_bn(2 * inplane, 4 * inplane, 2))
         self.conv4 = nn.Sequential(*_conv_bn(4 * inplane, 4 * inplane, 2))
-        self.fc1 = nn.Conv2d(inplane, embed_dim, 1)
-        self.fc2 = nn.Conv2d(2 * inplane, embed_dim, 1)
-        self.fc3 = nn.Conv2d(4 * inplane, embed_dim, 1)
-        self.fc4 = nn.Conv2d(4 * inplane, embed_dim, 1)
+        self.fc1, self.fc2, self.fc3, self.fc4 = (nn.Conv2d(r * inplane, embed_dim, 1) for r in (1, 2, 4, 4))
 
     def forward(self, images: Tensor, masks: Masks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = images.contiguous(memory_format=torch.channels_last)
         for first in (0, 3, 6):
-            x = masks.apply(_conv_norm_relu(self.stem[first : first + 3], x), 2)
+            x = masks.apply(conv_norm_relu(self.stem[first : first + 3], x), 2)
         c1 = F.max_pool2d(x, 3, stride=2, padding=1)  # all values are >= 0, so zero padding is neutral
-        c2 = masks.apply(_conv_norm_relu(self.conv2, masks.apply(c1, 4)), 8)
-        c3 = masks.apply(_conv_norm_relu(self.conv3, c2), 16)
-        c4 = masks.apply(_conv_norm_relu(self.conv4, c3), 32)
+        c2 = masks.apply(conv_norm_relu(self.conv2, masks.apply(c1, 4)), 8)
+        c3 = masks.apply(conv_norm_relu(self.conv3, c2), 16)
+        c4 = masks.apply(conv_norm_relu(self.conv4, c3), 32)
         pairs = ((self.fc1, c1), (self.fc2, c2), (self.fc3, c3), (self.fc4, c4))
         f1, f2, f3, f4 = (_pixelwise(conv, x) for conv, x in pairs)
         return f1, f2, f3, f4
@@ -119,7 +117,7 @@ class Injector(nn.Module):
 
 
 class Extractor(nn.Module):
-    """Lets branch features look at the tokens, then mixes each with its neighbours."""
+    """Adds attention to the tokens to the branch features, then mixes each with its neighbours."""
 
     def __init__(self, config: AdapterConfig, *, dim: int) -> None:
         super().__init__()
@@ -133,10 +131,7 @@ class Extractor(nn.Module):
     def forward(self, c: Tensor, x: Tensor, points: Tensor, shapes: Shapes, masks: Masks) -> Tensor:
         c = c + self.attn(self.query_norm(c), points, self.feat_norm(x), shapes[1:2], masks.rows((16,)))
         y = self.ffn(self.ffn_norm(c), shapes, masks.rows((8, 16, 32)))
-        if self.training and self.drop_path > 0.0:
-            survives = torch.rand(len(y), 1, 1, device=y.device) >= self.drop_path
-            y = y * (survives.to(y.dtype) / (1.0 - self.drop_path))
-        return c + y
+        return c + stochastic_depth(y, self.drop_path, "row", self.training)
 
 
 class ConvFfn(nn.Module):
@@ -191,15 +186,12 @@ class ViTAdapter(nn.Module):
         policy: Policy | None = None,
         execution: Execution = Execution(),
     ) -> tuple[dict[str, Tensor], Trace]:
-        """Features.
+        """Maps "0" to "3" at strides 4, 8, 16, 32, each (b, c, H/s, W/s), and the trace of the blocks.
 
         Args:
             images: (b, 3, H, W), normalised; H and W multiples of 32.
             sizes: (height, width) of each image inside the padded batch; None when the images fill it.
-            policy: used instead of the backbone's own.
-
-        Returns:
-            Maps "0" to "3" at strides 4, 8, 16, 32, each (b, c, H/s, W/s), and the trace of the blocks.
+            policy: in place of the backbone's.
         """
         canvas = (images.shape[2], images.shape[3])
         if canvas[0] % 32 or canvas[1] % 32:
@@ -211,17 +203,17 @@ class ViTAdapter(nn.Module):
         c = torch.cat([_to_tokens(x) + embed for x, embed in zip(levels, self.level_embed, strict=True)], dim=1)
         tokens = self.vit.embed(images, sizes)
         trace = Trace.start(tokens)
-        own_points = reference_points(shapes[1:2], images.device)
+        token_points = reference_points(shapes[1:2], images.device)
         branch_points = reference_points(shapes, images.device)
         group = len(self.vit.blocks) // self.config.num_interactions
         for i, injector in enumerate(self.injectors):
-            x = injector(tokens.patches, c, own_points, shapes, masks.rows((8, 16, 32)))
+            x = injector(tokens.patches, c, token_points, shapes, masks.rows((8, 16, 32)))
             tokens = tokens.replace_patches(x)
             tokens, trace = self.vit.run_blocks(
                 tokens, policy, trace, start=i * group, stop=(i + 1) * group, execution=execution
             )
-            last = i + 1 == len(self.injectors)
-            for extractor in self.extractors[i:] if last else self.extractors[i : i + 1]:
+            stop = None if i + 1 == len(self.injectors) else i + 1  # the further extractors follow the last one
+            for extractor in self.extractors[i:stop]:
                 c = extractor(c, tokens.patches, branch_points, shapes, masks)
         return self._maps(c1, c, tokens, shapes, masks), trace
 
@@ -234,7 +226,7 @@ class ViTAdapter(nn.Module):
         return (injected + extracted) * channels
 
     def timed_parts(self) -> list[tuple[object, str, str]]:
-        """Owner and name of the methods to time, and what each part of the neck is called."""
+        """Object and name of the methods to time, and the name of each part of the neck in the report."""
         parts: list[tuple[object, str, str]] = [(self.spm, "forward", "neck: spatial prior")]
         parts += [(injector, "forward", "neck: injectors") for injector in self.injectors]
         parts += [(extractor, "forward", "neck: extractors") for extractor in self.extractors]
@@ -276,21 +268,14 @@ def _conv_bn(in_channels: int, out_channels: int, stride: int) -> tuple[nn.Modul
     return conv, BatchNorm2d(out_channels), nn.ReLU()
 
 
-def _conv_norm_relu(layers: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(layers, nn.Sequential)
-    conv, norm = layers[0], layers[1]
-    assert isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNorm2d)
-    return conv_norm_relu(conv, norm, x)
-
-
 def _pixelwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution of one pixel, as a product that leaves the channels last."""
     return F.linear(x.permute(0, 2, 3, 1), conv.weight[:, :, 0, 0], conv.bias).permute(0, 3, 1, 2)
 
 
 def _sum(a: Tensor, b: Tensor) -> Tensor:
-    """a + b; in inference in a's memory, which is not used again: fresh memory costs more than the sum, and adding
-    float32 to bfloat16 thirty times as much as turning it into bfloat16 first."""
+    """a + b, in inference in a's memory, which is not used again. The cast matters: adding float32 to bfloat16 costs
+    thirty times as much as casting it first."""
     return a + b if torch.is_grad_enabled() else a.add_(b.to(a.dtype))
 
 

@@ -4,18 +4,16 @@ Letters: b images, q queries, s values over all levels, h heads, d channels per 
 """
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Shapes = list[tuple[int, int]]
-Method = Literal["auto", "bag", "grid_sample"]
 
 
 class DeformAttn(nn.Module):
-    """Each query looks at a few points around its own place in every level of a feature pyramid.
+    """Each query attends to a few points around its position in every level of a feature pyramid.
 
     Args:
         value_ratio: width of the values, relative to `dim`.
@@ -51,66 +49,50 @@ class DeformAttn(nn.Module):
     def forward(
         self, queries: Tensor, points: Tensor, features: Tensor, shapes: Shapes, valid: Tensor | None = None
     ) -> Tensor:
-        """Attend.
+        """The queries (b, q, c) after attention, in the same shape.
 
         Args:
-            queries: (b, q, c).
-            points: (q, 2), places of the queries as x, y in 0..1 of the canvas.
+            points: (q, 2), positions of the queries as x, y in 0..1 of the canvas.
             features: (b, s, c), the levels one after the other, row-major.
             shapes: (h, w) of each level.
             valid: (b, s) bool, features that stand on the image; others count as zero, as outside the map.
-
-        Returns:
-            (b, q, c).
         """
         values = self.value_proj(features)
         if valid is not None:
             values = values * valid[..., None].to(values.dtype)
-        offsets, logits = self._asked(queries)
+        # offsets and logits as one product: each of them is a narrow one
+        projections = (self.sampling_offsets, self.attention_weights)
+        weight, bias = (torch.cat([getattr(each, name) for each in projections]) for name in ("weight", "bias"))
+        sizes = [each.out_features for each in projections]
+        offsets, logits = F.linear(queries, weight, bias).float().split(sizes, dim=-1)
         offsets = offsets.unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
         weights = logits.unflatten(-1, (self.num_heads, -1)).softmax(-1)
         weights = weights.unflatten(-1, (self.num_levels, self.num_points))
         x, y = points.unbind(-1)
         centres = torch.stack([torch.stack([x * w, y * h], -1) for h, w in shapes], 1) - 0.5  # (q, l, 2) in pixels
-        places = offsets + centres[:, None, :, None]  # (b, q, h, l, p, 2)
-        out = deform_sample(values.unflatten(-1, (self.num_heads, -1)), shapes, places, weights)
+        positions = offsets + centres[:, None, :, None]  # (b, q, h, l, p, 2)
+        out = deform_sample(values.unflatten(-1, (self.num_heads, -1)), shapes, positions, weights)
         return self.output_proj(out.to(queries.dtype))
 
-    def _asked(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Offsets and logits of the weights, float32, as one product: alone each of them is a narrow one."""
-        first, second = self.sampling_offsets, self.attention_weights
-        weight, bias = torch.cat([first.weight, second.weight]), torch.cat([first.bias, second.bias])
-        offsets, logits = F.linear(queries, weight, bias).float().split([len(first.bias), len(second.bias)], dim=-1)
-        return offsets, logits
 
-
-def deform_sample(values: Tensor, shapes: Shapes, places: Tensor, weights: Tensor, method: Method = "auto") -> Tensor:
-    """Weighted sums of bilinearly interpolated values; zero outside a level.
+def deform_sample(values: Tensor, shapes: Shapes, positions: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of bilinearly interpolated values, (b, q, h * d); zero outside a level. One embedding-bag gathers
+    and sums rows, which is faster than `grid_sample` on each level.
 
     Args:
         values: (b, s, h, d).
-        places: (b, q, h, l, p, 2) float32, x and y in pixels of the level; 0 is the centre of the first pixel.
+        positions: (b, q, h, l, p, 2) float32, x and y in pixels of the level; 0 is the centre of the first pixel.
         weights: (b, q, h, l, p).
-        method: `bag` gathers and sums rows in one embedding-bag, the quick way; `grid_sample` is its slow twin.
-
-    Returns:
-        (b, q, h * d).
     """
-    if method == "grid_sample":
-        return _by_grid_sample(values, shapes, places, weights)
-    return _by_bag(values, shapes, places, weights)
-
-
-def _by_bag(values: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> Tensor:
     b, _, h, d = values.shape
-    q = places.shape[1]
+    q = positions.shape[1]
     table = _bordered(values.flatten(2), shapes)  # (b, s', h * d)
     # of an image's rows of the table the first, by head, in rows of d
     origin = torch.arange(b, dtype=torch.int32, device=values.device)[:, None] * (table.shape[1] * h)
     origin = (origin + torch.arange(h, dtype=torch.int32, device=values.device))[:, None, :, None]  # (b, 1, h, 1)
     bags, shares, start = [], [], 0
     for level, (rows, columns) in enumerate(shapes):
-        x, y = places[:, :, :, level].unbind(-1)  # (b, q, h, p)
+        x, y = positions[:, :, :, level].unbind(-1)  # (b, q, h, p)
         x, y = x.clamp(-1, columns), y.clamp(-1, rows)  # from there outwards everything is zero
         x0, y0 = x.floor().nan_to_num(), y.floor().nan_to_num()  # what is not a number comes out as such, by its shares
         stride = columns + 1
@@ -127,28 +109,11 @@ def _by_bag(values: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> 
 
 
 def _bordered(values: Tensor, shapes: Shapes) -> Tensor:
-    """(b, s, c) with zeros around each level, so that a corner outside needs no question: a row above, two below, and a
+    """(b, s, c) with zeros around each level, so that corners outside need no test: a row above, two below, and a
     column before, which also stands behind the row before it; two more at the end, for the last corner's neighbours."""
     levels = values.split([rows * columns for rows, columns in shapes], dim=1)
     padded = [F.pad(x.unflatten(1, shape), (0, 0, 1, 0, 1, 2)) for x, shape in zip(levels, shapes, strict=True)]
     return torch.cat([*(x.flatten(1, 2) for x in padded), values.new_zeros(len(values), 2, values.shape[2])], 1)
-
-
-def _by_grid_sample(values: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> Tensor:
-    b, _, h, d = values.shape
-    q = places.shape[1]
-    sampled = []
-    for level, (value, (rows, columns)) in enumerate(
-        zip(values.split([r * c for r, c in shapes], dim=1), shapes, strict=True)
-    ):
-        planes = value.permute(0, 2, 3, 1).reshape(b * h, d, rows, columns)
-        extent = torch.tensor([columns, rows], dtype=places.dtype, device=places.device)
-        grid = (2 * places[:, :, :, level] + 1) / extent - 1  # (b, q, h, p, 2)
-        grid = grid.transpose(1, 2).flatten(0, 1)  # (b*h, q, p, 2)
-        sampled.append(F.grid_sample(planes.float(), grid, align_corners=False))  # (b*h, d, q, p)
-    share = weights.transpose(1, 2).reshape(b * h, 1, q, -1)  # (b*h, 1, q, l*p)
-    out = (torch.cat(sampled, -1) * share).sum(-1)  # (b*h, d, q)
-    return out.view(b, h * d, q).transpose(1, 2).to(values.dtype)
 
 
 def reference_points(shapes: Shapes, device: torch.device) -> Tensor:

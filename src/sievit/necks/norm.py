@@ -30,20 +30,15 @@ class BatchNorm2d(nn.BatchNorm2d):
         return (x * scale[:, None, None] + shift[:, None, None]).to(input.dtype)
 
 
-def conv_norm_relu(conv: nn.Conv2d, norm: BatchNorm2d, x: Tensor) -> Tensor:
-    """relu(norm(conv(x))); in inference as one convolution, the norm being an affine map of what comes out."""
+def conv_norm_relu(layers: nn.Module, x: Tensor) -> Tensor:
+    """A convolution, a batch norm and a ReLU; in inference as one convolution, for the norm is an affine map then."""
+    assert isinstance(layers, nn.Sequential)
+    conv, norm = layers[0], layers[1]
+    assert isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNorm2d)
     if norm.training or torch.is_grad_enabled():
-        return F.relu(norm(conv(x)))
+        return layers(x)
     assert norm.running_mean is not None and norm.running_var is not None and conv.bias is None
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     weight = (conv.weight * scale[:, None, None, None]).contiguous(memory_format=torch.channels_last)
     shift = norm.bias - norm.running_mean * scale
     return F.relu_(F.conv2d(x, weight, shift, conv.stride, conv.padding))
-
-
-class LayerNorm2d(nn.LayerNorm):
-    """Layer norm over the channels of a map (b, c, h, w)."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        x = F.layer_norm(input.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)

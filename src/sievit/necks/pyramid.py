@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torchvision.models.convnext import LayerNorm2d
 
 from sievit.config import variant
 from sievit.necks import NeckConfig
-from sievit.necks.norm import LayerNorm2d
 
 
 @variant("pyramid")
