@@ -53,8 +53,8 @@ def tune(
 
     Ranges of blocks that are slower with tokens left out compute all tokens, a dial of the policy is turned to the
     target, and all modes compete with the dense model in all of its modes, twice. Where none is faster, by the lower
-    quartile of paired ratios, the written model computes every token. It stores how it was run; the report beside it
-    (docs/speed.md lists its fields) is the last line of the output too. The exit status is 1 where the target was missed, or images could not be read.
+    quartile of paired ratios, the written model computes every token. It stores how it was run; the last line of the
+    output is its report (docs/speed.md). The exit status is 1 where the target was missed, or images could not be read.
 
     Args:
         model: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
