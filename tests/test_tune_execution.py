@@ -297,7 +297,7 @@ def test_a_compiled_model_says_the_same(model: Path, monkeypatch: pytest.MonkeyP
 def test_what_a_graph_returns_is_copied():
     x = torch.ones(2, 3)
     trace = Trace(grid=(1, 3), valid=x > 0, keep=(x > 0,), aux=({"logits": x},))
-    said, (other, copy) = copied(({"0": x}, (Prediction(maps=x), trace)))
+    said, (other, copy) = copied(({"0": x}, (Prediction(maps=x[:, None]), trace)))
     x.zero_()
     trace.valid.zero_(), trace.keep[0].zero_()
     assert said["0"].all() and other.maps.all() and other.classes is None
