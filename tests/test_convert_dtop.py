@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sievit.config import ConfigError
-from sievit.convert import dtop_segmenter
+from sievit.convert import segvit_segmenter
 from sievit.heads import ATM
 from sievit.models.segmenter import SegmentationNet
 from sievit.policies import DToPConfig
 from sievit.policies.dtop import DToP
 
-MODEL: dict[str, Any] = {"num_heads": 4, "head_num_heads": 2, "out_indices": (1, 3, 5), "thresholds": 0.9}
+MODEL: dict[str, Any] = {"num_heads": 4, "head_num_heads": 2, "out_indices": (1, 3, 5)}
 RELEASED = {
     "prune_segvit_ade20k": (12, 6, (5, 7, 11), 12, (32, 32)),
     "prune_segvit_ade20k_large": (16, 8, (7, 15, 23), 24, (40, 40)),
@@ -37,8 +37,8 @@ def weights(golden: Path) -> dict[str, Tensor]:
 
 
 def convert(state: dict[str, Tensor], **changes: Any) -> SegmentationNet:
-    options: dict[str, Any] = {**MODEL, **changes}
-    return dtop_segmenter(state, **options)
+    options: dict[str, Any] = {**MODEL, "policy": DToPConfig(thresholds=(0.9,)), **changes}
+    return segvit_segmenter(state, **options)
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -51,12 +51,12 @@ def test_released_models(golden: Path, name: str) -> None:
     with torch.device("meta"):
         state = {key: torch.empty(shape) for key, shape in manifest["keys"].items()}
         assert len(state) == manifest["n_keys"]
-        net = dtop_segmenter(
+        net = segvit_segmenter(
             state,
             num_heads=heads,
             head_num_heads=decoder_heads,
             out_indices=places,
-            thresholds=settings["thresholds_by_stage"],
+            policy=DToPConfig(thresholds=tuple(settings["thresholds_by_stage"])),
         )
     config = net.vit.config
     assert (config.depth, config.grid, config.embed_dim) == (depth, grid, manifest["keys"]["backbone.cls_token"][2])
@@ -69,7 +69,7 @@ def test_released_models(golden: Path, name: str) -> None:
 
 
 def test_what_is_read_from_shapes(weights) -> None:
-    net = convert(weights, thresholds=[0.5, 0.6], k=2)
+    net = convert(weights, policy=DToPConfig(thresholds=(0.5, 0.6), keep_per_class=2))
     head, policy = net.heads[0], net.policy
     assert isinstance(head, ATM)
     assert isinstance(policy, DToP)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sievit.config import ConfigError
-from sievit.convert import dtop_segmenter
+from sievit.convert import segvit_segmenter
 from sievit.convert.dtop import ATM_RULES, VIT_RULES, numbered_heads
 from sievit.convert.keys import rename
 from sievit.heads import ATM, SemanticHead
@@ -19,7 +19,7 @@ from sievit.heads.atm import CrossAttention, SelfAttention
 from sievit.losses import ATMLossConfig, atm_loss
 from sievit.models.inputs import InputConfig
 from sievit.models.segmenter import SegmentationNet, Segmenter, SegmenterConfig
-from sievit.policies import KeepAllConfig
+from sievit.policies import DToPConfig, KeepAllConfig
 from sievit.policies.dtop import DToP
 from sievit.tokens import Trace
 from sievit.vit import Execution
@@ -89,7 +89,7 @@ def check_tokens(net: SegmentationNet, images: Tensor, case: dict[str, Tensor]) 
 def test_evaluation_equals_the_release(golden: Path, weights, name: str, batch: str, mode: Mode) -> None:
     case, thresholds = recorded(golden / f"eval_A_{name}_{batch}.safetensors")
     images = load_file(golden / "eval_A_input.safetensors")["input"][: int(batch[1])]
-    net = dtop_segmenter(weights, **MODEL, thresholds=thresholds)
+    net = segvit_segmenter(weights, **MODEL, policy=DToPConfig(thresholds=thresholds))
     with torch.inference_mode():
         logits, trace = net(images, execution=Execution(mode=mode))
     tokens = trace.predictions[-1].scores().unflatten(2, trace.grid)
@@ -116,7 +116,7 @@ def test_the_recorded_cases_let_tokens_leave(golden: Path) -> None:
 
 def test_threshold_one_is_the_dense_model(golden: Path, weights) -> None:
     images = load_file(golden / "eval_A_input.safetensors")["input"]
-    net = dtop_segmenter(weights, **MODEL, thresholds=1.0)
+    net = segvit_segmenter(weights, **MODEL, policy=DToPConfig(thresholds=(1.0,)))
     with torch.inference_mode():
         pruned, trace = net(images)
         dense, _ = net(images, policy=net.build_policy(KeepAllConfig()))
@@ -126,7 +126,7 @@ def test_threshold_one_is_the_dense_model(golden: Path, weights) -> None:
 
 def test_batch_equals_image_by_image(golden: Path, weights) -> None:
     images = load_file(golden / "eval_A_input.safetensors")["input"]
-    net = dtop_segmenter(weights, **MODEL, thresholds=(0.513895, 0.513895))
+    net = segvit_segmenter(weights, **MODEL, policy=DToPConfig(thresholds=(0.513895, 0.513895)))
     with torch.inference_mode():
         together, trace = net(images)
         for i in range(len(images)):
@@ -139,7 +139,7 @@ def test_batch_equals_image_by_image(golden: Path, weights) -> None:
 @pytest.mark.parametrize("name", ["128", "64", "90pad", "64x144"])
 def test_other_sizes_equal_the_release(golden: Path, weights, name: str, kind: str) -> None:
     case, thresholds = recorded(golden / f"evalsize_A_{name}_{kind}.safetensors")
-    net = dtop_segmenter(weights, **MODEL, thresholds=thresholds)
+    net = segvit_segmenter(weights, **MODEL, policy=DToPConfig(thresholds=thresholds))
     images = case["input"]
     height, width = images.shape[2:]
     if name == "64x144":
@@ -172,7 +172,7 @@ def _whole(height: int, width: int) -> tuple[int, int]:
 @pytest.mark.parametrize("name", ["96x128", "128x64", "80x80", "64x144"])
 def test_rectangles_equal_the_release_up_to_its_picture(golden: Path, weights, name: str, kind: str) -> None:
     case, thresholds = recorded(golden / f"evaltokens_A_{name}_{kind}.safetensors")
-    net = dtop_segmenter(weights, **MODEL, thresholds=thresholds)
+    net = segvit_segmenter(weights, **MODEL, policy=DToPConfig(thresholds=thresholds))
     if name == "64x144":
         keep_stored_positions(net)
     with torch.inference_mode():
@@ -207,7 +207,7 @@ def test_sliding_windows_equal_the_release(golden: Path, weights, name: str, kin
     case, thresholds = recorded(path)
     with safe_open(path, framework="pt") as file:
         crop, stride = (int(file.metadata()[key]) for key in ("crop", "stride"))
-    net = dtop_segmenter(weights, **MODEL, thresholds=thresholds)
+    net = segvit_segmenter(weights, **MODEL, policy=DToPConfig(thresholds=thresholds))
     model = segmenter(net, crop=(crop, crop), stride=(stride, stride), windows_at_once=windows_at_once)
     with torch.inference_mode():
         scores = model.scores(list(case["input"]))
@@ -277,7 +277,9 @@ def stage_losses(net: SegmentationNet, images: Tensor, labels: Tensor) -> tuple[
 @pytest.mark.parametrize("name", ["dense", "pruned", "pruned_mixed", "pruned_b1"])
 def test_training_equals_the_release(golden: Path, weights, name: str) -> None:
     case, thresholds = recorded(golden / f"train_A_{name}.safetensors")
-    net = without_dropout(dtop_segmenter(weights, **MODEL, thresholds=thresholds, released_loss=True))
+    net = without_dropout(
+        segvit_segmenter(weights, **MODEL, policy=DToPConfig(thresholds=thresholds), released_loss=True)
+    )
     images = case["input"].clone().requires_grad_()
     losses, trace = stage_losses(net, images, case["label"])
     for stage, (prediction, exited) in enumerate(zip(trace.predictions, trace.exited, strict=True)):
@@ -317,7 +319,9 @@ def test_training_equals_the_release(golden: Path, weights, name: str) -> None:
 
 def test_the_segmenter_adds_up_the_same_losses(golden: Path, weights) -> None:
     case, thresholds = recorded(golden / "train_A_pruned.safetensors")
-    net = without_dropout(dtop_segmenter(weights, **MODEL, thresholds=thresholds, released_loss=True))
+    net = without_dropout(
+        segvit_segmenter(weights, **MODEL, policy=DToPConfig(thresholds=thresholds), released_loss=True)
+    )
     model = segmenter(net)
     without_dropout(net)
     output = model(list(case["input"]), [{"labels": labels} for labels in case["label"]])
@@ -333,7 +337,9 @@ def test_three_steps_of_adamw_equal_the_release(golden: Path, weights) -> None:
     case, thresholds = recorded(golden / "train_A_pruned.safetensors")
     after = {k.removeprefix("step3."): v for k, v in load_file(golden / "train_A_adamw3.safetensors").items()}
     totals = json.loads((golden / "optim_index.json").read_text())["losses_total_per_step"]
-    net = without_dropout(dtop_segmenter(weights, **MODEL, thresholds=thresholds, released_loss=True))
+    net = without_dropout(
+        segvit_segmenter(weights, **MODEL, policy=DToPConfig(thresholds=thresholds), released_loss=True)
+    )
     heads = [p for n, p in net.named_parameters() if n.startswith("heads.")]
     rest = [p for n, p in net.named_parameters() if not n.startswith("heads.")]
     groups = [{"params": rest, "lr": 2e-5}, {"params": heads, "lr": 2e-4}]
@@ -362,7 +368,7 @@ def test_three_steps_of_adamw_equal_the_release(golden: Path, weights) -> None:
 
 def test_the_released_loss_has_to_be_asked_for(golden: Path, weights) -> None:
     case = load_file(golden / "atmloss_ignore.safetensors")
-    net = dtop_segmenter(weights, **MODEL, thresholds=1.0)
+    net = segvit_segmenter(weights, **MODEL, policy=DToPConfig(thresholds=(1.0,)))
     head = net.heads[0]
     assert isinstance(head, ATM)
     assert head.config.loss.ignored == "excluded"
@@ -373,4 +379,4 @@ def test_the_released_loss_has_to_be_asked_for(golden: Path, weights) -> None:
 
 def test_a_wrong_number_of_thresholds_is_an_error(weights) -> None:
     with pytest.raises(ConfigError, match="4 thresholds for 2 auxiliary heads"):
-        dtop_segmenter(weights, **MODEL, thresholds=(0.5,) * 4)
+        segvit_segmenter(weights, **MODEL, policy=DToPConfig(thresholds=(0.5,) * 4))

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sievit.convert import dtop_segmenter
+from sievit.convert import segvit_segmenter
 from sievit.heads import ATMConfig
 from sievit.measure.published import published_macs
 from sievit.models.build import build
 from sievit.models.inputs import InputConfig
 from sievit.models.segmenter import SegmenterConfig
-from sievit.policies import KeepAllConfig
+from sievit.policies import DToPConfig, KeepAllConfig
 from sievit.vit import ViTConfig
 
 CASES = ("dense", "common_lo", "common_mid", "common_hi", "perstage", "perstage_dec", "stage1_only", "mixed")
@@ -41,7 +41,8 @@ def test_pruned_passes_of_the_small_model(case: str, batch: int, golden_root: Pa
     said = published(golden_root)["small_cases"][f"small_A_{case}_b{batch}"]
     state = load_file(folder / "small_A_state.safetensors")
     images = load_file(folder / "eval_A_input.safetensors")["input"][:batch]
-    net = dtop_segmenter(state, num_heads=4, head_num_heads=2, out_indices=(1, 3, 5), thresholds=said["thresh"])
+    policy = DToPConfig(thresholds=tuple(said["thresh"]))
+    net = segvit_segmenter(state, num_heads=4, head_num_heads=2, out_indices=(1, 3, 5), policy=policy)
     with torch.no_grad():
         _, trace = net(images)
     head = ATMConfig(channels=32, num_heads=2)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sievit.convert import svit_backbone
+from sievit.convert import adapter_backbone
 from sievit.convert.keys import rename
 from sievit.convert.svit import ADAPTER_RULES, SPARSE_RULES, _number_extra_extractors
 from sievit.necks.adapter import ViTAdapter
@@ -33,7 +33,7 @@ def weights(golden: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def backbone(weights: dict[str, Tensor]) -> ViTAdapter:
-    return svit_backbone(weights, **HEADS)
+    return adapter_backbone(weights, **HEADS)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_batch_equals_image_by_image(backbone, cases) -> None:
 
 
 def test_sampled_gates_equal_the_release(weights, cases, monkeypatch: pytest.MonkeyPatch) -> None:
-    sampling = svit_backbone(weights, **HEADS)
+    sampling = adapter_backbone(weights, **HEADS)
     assert isinstance(sampling.policy, svit.SViT)
     sampling.policy.config = dataclasses.replace(sampling.policy.config, sample=True)
     noise = iter([cases["d"][f"noise_{k}"] for k in range(9)])
@@ -108,12 +108,12 @@ def test_edge_cases_equal_the_release(weights, cases, name: str, shifts: dict[in
         else:
             edited[f"{prefix}.bias"][0] += shift
     images = cases["c" if name.endswith("batch2") else "a"]["input"]
-    check(svit_backbone(edited, **HEADS), images, cases[name], "packed")
+    check(adapter_backbone(edited, **HEADS), images, cases[name], "packed")
 
 
 def test_training_equals_the_release(weights, golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_file(golden / "backbone_small_train.safetensors")
-    backbone = svit_backbone(weights, **HEADS).train()
+    backbone = adapter_backbone(weights, **HEADS).train()
     noise = iter([data[f"noise_{k}"] for k in range(9)])
     monkeypatch.setattr(svit, "gumbel_noise", lambda like: next(noise))
     images = data["input"].clone().requires_grad_()
@@ -171,7 +171,7 @@ def released_names(weights: dict[str, Tensor]) -> dict[str, str]:
 def test_prefix_and_manifests(weights, golden: Path) -> None:
     prefixed = {f"backbone.{key}": value for key, value in weights.items()}
     prefixed["neck.lateral_convs.0.conv.weight"] = torch.zeros(1)
-    svit_backbone(prefixed, **HEADS)
+    adapter_backbone(prefixed, **HEADS)
     for size, heads in (("t", 3), ("s", 6)):
         manifest = json.loads((golden / f"manifest_svit_adapter_{size}.json").read_text())
         with torch.device("meta"):
@@ -179,18 +179,18 @@ def test_prefix_and_manifests(weights, golden: Path) -> None:
                 key: torch.empty(entry["shape"] if isinstance(entry, dict) else entry[0])
                 for key, entry in manifest["state_dict"].items()
             }
-            backbone = svit_backbone(state, num_heads=heads, deform_num_heads=6)
+            backbone = adapter_backbone(state, num_heads=heads, deform_num_heads=6)
         unused = backbone.vit.config.embed_dim  # the class token's position
         assert sum(p.numel() for p in backbone.parameters()) + unused == manifest["n_params_backbone"]
 
 
 def test_a_wrong_state_dict_is_named(weights) -> None:
     with pytest.raises(ValueError, match="blob"):
-        svit_backbone({**weights, "blob": torch.zeros(1)}, **HEADS)
+        adapter_backbone({**weights, "blob": torch.zeros(1)}, **HEADS)
     with pytest.raises(ValueError, match=r"vit\.blocks\.3\.norm1\.weight"):
-        svit_backbone(
+        adapter_backbone(
             {k: v for k, v in weights.items() if "blocks.3.TransformerEncoderLayer.norm1.weight" not in k}, **HEADS
         )
     wrong = {**weights, "up.bias": torch.zeros(3)}
     with pytest.raises(ValueError, match=r"up\.bias \(3,\) instead of \(64,\)"):
-        svit_backbone(wrong, **HEADS)
+        adapter_backbone(wrong, **HEADS)

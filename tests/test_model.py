@@ -186,7 +186,7 @@ def test_three_lines(model, tmp_path) -> None:
         assert getattr(sievit, name) is not None
     with pytest.raises(AttributeError, match="'lod'"):
         sievit.lod  # noqa: B018
-    assert sievit.convert.svit_backbone.__module__ == "sievit.convert.svit", "parts are found when they are used"
+    assert sievit.convert.adapter_backbone.__module__ == "sievit.convert.svit", "parts are found when they are used"
 
 
 def test_half_precision_halves_the_file(model, tmp_path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sievit import cli
 from sievit.config import ConfigError
-from sievit.convert import vit_adapter_backbone
+from sievit.convert import adapter_backbone
 from sievit.convert.family import FAMILIES, family
 from sievit.convert.pth import Checkpoint
 from sievit.data.scenes import generate
@@ -193,7 +193,7 @@ def test_pascal_context_with_its_background(golden_root: Path):
 def test_the_dense_backbone_equals_the_release(golden_root: Path):
     weights = load_file(golden_root / "svit" / "dense_small.weights_fp16.safetensors")
     cases = load_file(golden_root / "svit" / "dense_small_eval.safetensors")
-    backbone = vit_adapter_backbone(weights, num_heads=4)
+    backbone = adapter_backbone(weights, num_heads=4)
     assert backbone.config.deform_num_heads == 4
     recorded = load_file(golden_root / "svit" / "backbone_small_eval.safetensors")
     for case in ("a", "b", "c"):

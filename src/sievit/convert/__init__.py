@@ -1,20 +1,18 @@
 """Weights of other projects, through key tables in which every key is used or dropped on purpose."""
 
-from sievit.convert.dtop import dtop_segmenter, segvit_segmenter
+from sievit.convert.dtop import segvit_segmenter
 from sievit.convert.mmdet_heads import mmdet_heads
 from sievit.convert.pth import read_checkpoint
-from sievit.convert.svit import svit_backbone, vit_adapter_backbone
+from sievit.convert.svit import adapter_backbone
 from sievit.convert.timm import from_timm, timm_config
 from sievit.convert.transformers import from_transformers
 
 __all__ = [
-    "dtop_segmenter",
+    "adapter_backbone",
     "from_timm",
     "from_transformers",
     "mmdet_heads",
     "read_checkpoint",
     "segvit_segmenter",
-    "svit_backbone",
     "timm_config",
-    "vit_adapter_backbone",
 ]

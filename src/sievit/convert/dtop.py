@@ -1,16 +1,15 @@
 """The released SegViT and DToP: a ViT with attention-to-mask heads behind some of its blocks."""
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from sievit.config import ConfigError
-from sievit.convert.keys import Drop, Rules, heads_of, load_strictly, need, rename
+from sievit.convert.keys import Drop, Rules, load_strictly, need, numbers, released_vit, rename
 from sievit.heads import ATMConfig
 from sievit.losses import ATMLossConfig
 from sievit.models.segmenter import SegmentationNet, build_net
-from sievit.policies import DToPConfig, KeepAllConfig, PolicyConfig
+from sievit.policies import KeepAllConfig, PolicyConfig
 from sievit.vit import ViTConfig
 
 VIT_RULES: Rules = (
@@ -39,24 +38,26 @@ ATM_RULES: Rules = (
 """The heads, numbered by stage."""
 
 
-def dtop_segmenter(
+SOURCE = "a released SegViT or DToP segmenter"
+
+
+def segvit_segmenter(
     state_dict: dict[str, Tensor],
     *,
     num_heads: int | None = None,
     head_num_heads: int,
     out_indices: Sequence[int],
-    thresholds: float | Sequence[float],
-    k: int = 5,
+    policy: PolicyConfig | None = None,
     released_loss: bool = False,
     drop_path_rate: float = 0.0,
 ) -> SegmentationNet:
-    """The network that a state dict in the released DToP naming describes; sizes are read from the shapes.
+    """The network that a state dict in the naming of the released SegViT and DToP describes; sizes are read from the
+    shapes.
 
     Args:
         num_heads: of the blocks; no shape tells it. None: 64 channels each. head_num_heads: of the heads' decoders.
         out_indices: 0-based blocks behind which the heads stand, the last one's included.
-        thresholds: one for all auxiliary heads, or one each, or one each and the last head's; 1 prunes nothing.
-        k: tokens per class that stay as context.
+        policy: DToP's, with thresholds for its auxiliary heads; None: every token is computed.
         released_loss: ignored pixels are background in the heads' losses, as in the released code.
         drop_path_rate: of the blocks, for further training.
 
@@ -68,69 +69,42 @@ def dtop_segmenter(
     Raises:
         ConfigError: keys are missing, unknown, or of a shape that does not fit the others.
     """
-    given = (thresholds,) if isinstance(thresholds, int | float) else thresholds
-    policy = DToPConfig(thresholds=tuple(float(t) for t in given), keep_per_class=k)
-    loss = ATMLossConfig(ignored="background") if released_loss else ATMLossConfig()
-    source = "a released DToP segmenter"
-    return _net(state_dict, policy, num_heads, head_num_heads, tuple(out_indices), loss, drop_path_rate, source)
-
-
-def segvit_segmenter(
-    state_dict: dict[str, Tensor],
-    *,
-    num_heads: int | None = None,
-    head_num_heads: int,
-    out_indices: Sequence[int],
-    released_loss: bool = False,
-    drop_path_rate: float = 0.0,
-) -> SegmentationNet:
-    """The dense network of the same naming, with auxiliary heads or without; else as `dtop_segmenter`."""
-    loss = ATMLossConfig(ignored="background") if released_loss else ATMLossConfig()
-    source = "a released SegViT segmenter"
-    places = tuple(out_indices)
-    return _net(state_dict, KeepAllConfig(), num_heads, head_num_heads, places, loss, drop_path_rate, source)
-
-
-def _net(
-    state_dict: dict[str, Tensor],
-    policy: PolicyConfig,
-    num_heads: int | None,
-    head_num_heads: int,
-    out_indices: tuple[int, ...],
-    loss: ATMLossConfig,
-    drop_path_rate: float,
-    source: str,
-) -> SegmentationNet:
-    state = rename(numbered_heads(state_dict), (*VIT_RULES, *ATM_RULES), source=source)
-    state = {key: value.float() for key, value in state.items()}
-    positions = need(state, "vit.pos_embed", source=source, ndim=3)[:, 1:]  # the class token's row is not used
-    state["vit.pos_embed"] = positions
+    state, vit = read_network(state_dict, num_heads=num_heads, drop_path_rate=drop_path_rate)
     found = num_stages(state_dict)
     if found != len(out_indices):
-        raise ConfigError(f"not {source} with heads behind the blocks {out_indices}: it has {found} heads")
-    vit = _vit_config(state, num_heads=num_heads, drop_path_rate=drop_path_rate, source=source)
-    queries = need(state, "heads.0.queries", source=source, ndim=2)
-    hidden = need(state, "heads.0.layers.0.fc1.weight", source=source, ndim=2).shape[0]
+        raise ConfigError(f"not {SOURCE} with heads behind the blocks {out_indices}: it has {found} heads")
+    queries = need(state, "heads.0.queries", source=SOURCE, ndim=2)
+    hidden = need(state, "heads.0.layers.0.fc1.weight", source=SOURCE, ndim=2).shape[0]
     head = ATMConfig(
         channels=queries.shape[1],
         num_heads=head_num_heads,
-        num_layers=1 + max(int(key.split(".")[3]) for key in state if key.startswith("heads.0.layers.")),
+        num_layers=1 + max(numbers(state, "heads.0.layers.")),
         mlp_ratio=hidden / queries.shape[1],
-        loss=loss,
+        loss=ATMLossConfig(ignored="background") if released_loss else ATMLossConfig(),
     )
-    net = build_net(vit, policy, head, out_indices, len(queries))
-    load_strictly(net, state, source=source)
+    net = build_net(vit, KeepAllConfig() if policy is None else policy, head, tuple(out_indices), len(queries))
+    load_strictly(net, state, source=SOURCE)
     return net.eval()
+
+
+def read_network(
+    state_dict: dict[str, Tensor], *, num_heads: int | None, drop_path_rate: float = 0.0
+) -> tuple[dict[str, Tensor], ViTConfig]:
+    """The state dict under our names, in float32, and the ViT that it describes; else as `segvit_segmenter`."""
+    state = rename(numbered_heads(state_dict), (*VIT_RULES, *ATM_RULES), source=SOURCE)
+    state = {key: value.float() for key, value in state.items()}
+    vit = released_vit(state, num_heads=num_heads, norm_eps=1e-6, drop_path_rate=drop_path_rate, source=SOURCE)
+    return state, vit
 
 
 def num_stages(state_dict: dict[str, Tensor]) -> int:
     """How many heads a state dict in the released naming has, the last one's included."""
-    return len({key.split(".")[1] for key in numbered_heads(state_dict) if key.startswith("heads.")})
+    return len(numbers(numbered_heads(state_dict), "heads."))
 
 
 def numbered_heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The heads under `heads.0`, `heads.1`, ...: the auxiliary ones, and the decode head behind them."""
-    auxiliary = {key.split(".")[1] for key in state if key.startswith("auxiliary_head.")}
+    auxiliary = numbers(state, "auxiliary_head.")
     numbered = {}
     for key, value in state.items():
         if key.startswith("auxiliary_head."):
@@ -139,21 +113,3 @@ def numbered_heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
             key = key.replace("decode_head.", f"heads.{len(auxiliary)}.", 1)
         numbered[key] = value
     return numbered
-
-
-def _vit_config(state: dict[str, Tensor], *, num_heads: int | None, drop_path_rate: float, source: str) -> ViTConfig:
-    patches, positions = need(state, "vit.patch_embed.proj.weight", source=source, ndim=4), state["vit.pos_embed"]
-    embed_dim, side = patches.shape[0], math.isqrt(positions.shape[1])  # the release stores a square of positions
-    if side**2 != positions.shape[1]:
-        raise ConfigError(f"not {source}: {positions.shape[1]} positions are no square grid")
-    return ViTConfig(
-        grid=(side, side),
-        patch_size=patches.shape[2],
-        embed_dim=embed_dim,
-        depth=1 + max((int(key.split(".")[2]) for key in state if key.startswith("vit.blocks.")), default=0),
-        num_heads=heads_of(embed_dim) if num_heads is None else num_heads,
-        mlp_ratio=need(state, "vit.blocks.0.mlp.fc1.weight", source=source, ndim=2).shape[0] / embed_dim,
-        norm_eps=1e-6,
-        drop_path_rate=drop_path_rate,
-        pos_antialias=False,
-    )

@@ -1,12 +1,15 @@
 """Renaming state dicts strictly: a key that no rule knows, or that is missing, is an error that lists it."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from sievit.config import ConfigError
+from sievit.vit import ViTConfig
 
 
 @dataclass(frozen=True)
@@ -91,15 +94,53 @@ def need(state: dict[str, Tensor], key: str, *, source: str, ndim: int | None = 
     return state[key]
 
 
-def heads_of(width: int) -> int:
-    """How many heads share `width` channels where each has 64, as in every released model.
+def numbers(state: Iterable[str], prefix: str) -> set[int]:
+    """The numbers behind `prefix` in the keys: of blocks, heads, ..."""
+    return {int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix)}
+
+
+def released_vit(
+    state: dict[str, Tensor], *, num_heads: int | None, norm_eps: float, drop_path_rate: float, source: str
+) -> ViTConfig:
+    """The ViT of a state dict under our names, behind `vit.`, with the positions as the releases store them: a row for
+    the class token, which nothing uses and which is removed from `state`, and a square.
 
     Raises:
-        ConfigError: they do not divide.
+        ConfigError: tensors that sizes are read from are missing, or do not fit each other.
     """
-    if width % 64:
-        raise ConfigError(f"{width} channels are no multiple of 64; give the number of heads, which no shape tells")
-    return width // 64
+    patches = need(state, "vit.patch_embed.proj.weight", source=source, ndim=4)
+    state["vit.pos_embed"] = need(state, "vit.pos_embed", source=source, ndim=3)[:, 1:]
+    embed_dim, count = patches.shape[0], state["vit.pos_embed"].shape[1]
+    side = math.isqrt(count)
+    if side**2 != count:
+        raise ConfigError(f"not {source}: {count} positions are no square grid")
+    if num_heads is None and embed_dim % 64:  # each has 64 channels in every released model
+        raise ConfigError(f"{embed_dim} channels are no multiple of 64; give the number of heads, which no shape tells")
+    return ViTConfig(
+        grid=(side, side),
+        patch_size=patches.shape[2],
+        embed_dim=embed_dim,
+        depth=1 + max(numbers(state, "vit.blocks."), default=0),
+        num_heads=embed_dim // 64 if num_heads is None else num_heads,
+        mlp_ratio=need(state, "vit.blocks.0.mlp.fc1.weight", source=source, ndim=2).shape[0] / embed_dim,
+        norm_eps=norm_eps,
+        drop_path_rate=drop_path_rate,
+        pos_antialias=False,
+    )
+
+
+def join(state: dict[str, Tensor], name: str, parts: Sequence[str], *, biased: bool | None = None) -> None:
+    """Put the layers `parts` of the state dict into one, `name`: their outputs one after the other.
+
+    Args:
+        biased: whether it has biases, zeros for the parts that have none; None: if a part has some.
+    """
+    weights = [state.pop(f"{part}.weight") for part in parts]
+    biases = [state.pop(f"{part}.bias", None) for part in parts]
+    state[f"{name}.weight"] = torch.cat(weights)
+    if biased or (biased is None and any(bias is not None for bias in biases)):
+        filled = (w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True))
+        state[f"{name}.bias"] = torch.cat(list(filled))
 
 
 def _listed(keys: Sequence[str] | set[str], limit: int = 12) -> str:

@@ -1,12 +1,9 @@
 """The released backbones: ViT-Adapter, and SViT, whose blocks are gated."""
 
-import math
-import re
-
 from torch import Tensor
 
 from sievit.config import ConfigError
-from sievit.convert.keys import Rules, heads_of, load_strictly, need, rename
+from sievit.convert.keys import Rules, load_strictly, need, numbers, released_vit, rename
 from sievit.models.backbone import build_backbone
 from sievit.necks.adapter import AdapterConfig, ViTAdapter
 from sievit.policies import KeepAllConfig, PolicyConfig, SViTConfig
@@ -46,7 +43,7 @@ POINTS = 4
 """Of deformable attention, per head and level, in everything that was released."""
 
 
-def svit_backbone(
+def adapter_backbone(
     state_dict: dict[str, Tensor],
     *,
     num_heads: int | None = None,
@@ -55,15 +52,16 @@ def svit_backbone(
     sample: bool = False,
     drop_path_rate: float = 0.0,
 ) -> ViTAdapter:
-    """The backbone that a state dict in the released SViT naming describes; sizes are read from the shapes.
+    """The backbone that a state dict in the naming of the released SViT describes, or of the dense ViT-Adapter that it
+    starts from, whose layer norms are of another eps; sizes are read from the shapes.
 
     Args:
         state_dict: with or without the prefix `backbone.`; keys of the detector beside it (`neck.`, `rpn_head.`,
             `roi_head.`) are left out when there is a prefix.
         num_heads: of the blocks; no shape tells it. None: 64 channels each.
         deform_num_heads: of the deformable attention; None: as many as have four points each.
-        targets: share of tokens to keep, spread over the gated blocks; None: the paper's.
-        sample: gates draw at inference, as the released test scripts do, instead of taking the arg-max.
+        targets: of SViT, share of tokens to keep, spread over the gated blocks; None: the paper's.
+        sample: gates of SViT draw at inference, as the released test scripts do, instead of taking the arg-max.
         drop_path_rate: of blocks and adapter, for further training.
 
     Returns:
@@ -73,53 +71,24 @@ def svit_backbone(
     Raises:
         ConfigError: keys are missing, unknown, or of a shape that does not fit the others.
     """
-    source = "a released SViT backbone"
-    state = _renamed(state_dict, SPARSE_RULES, source)
-    vit = _vit_config(state, num_heads=num_heads, norm_eps=1e-5, drop_path_rate=drop_path_rate, source=source)
-    num_gates = len({key.split(".")[2] for key in state if key.startswith("policy.gates.")})
-    hidden = need(state, "policy.gates.0.fc1.weight", source=source, ndim=2).shape[0]
-    policy = SViTConfig(
-        first_block=vit.depth - num_gates,
-        targets=PAPER_SCHEDULE if targets is None else targets,
-        hidden_ratio=hidden / vit.embed_dim,
-        sample=sample,
-    )
-    return _backbone(state, vit, policy, deform_num_heads, source)
-
-
-def vit_adapter_backbone(
-    state_dict: dict[str, Tensor],
-    *,
-    num_heads: int | None = None,
-    deform_num_heads: int | None = None,
-    drop_path_rate: float = 0.0,
-) -> ViTAdapter:
-    """The backbone that a state dict in the naming of the dense ViT-Adapter describes.
-
-    Its layer norms are of another eps than those of the sparse model that is made from it. Arguments, result and errors
-    as of `svit_backbone`.
-    """
-    source = "a released dense ViT-Adapter backbone"
-    state = _renamed(state_dict, DENSE_RULES, source)
-    vit = _vit_config(state, num_heads=num_heads, norm_eps=1e-6, drop_path_rate=drop_path_rate, source=source)
-    return _backbone(state, vit, KeepAllConfig(), deform_num_heads, source)
-
-
-def _renamed(state_dict: dict[str, Tensor], blocks: Rules, source: str) -> dict[str, Tensor]:
-    """The backbone's part under our names."""
     if any(key.startswith("backbone.") for key in state_dict):
         state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
     state_dict = {k: v.float() if v.is_floating_point() else v for k, v in state_dict.items()}
-    state = rename(_number_extra_extractors(state_dict), (*blocks, *ADAPTER_RULES), source=source)
-    state["vit.pos_embed"] = need(state, "vit.pos_embed", source=source, ndim=3)[
-        :, 1:
-    ]  # the class token's row is not used
-    return state
-
-
-def _backbone(
-    state: dict[str, Tensor], vit: ViTConfig, policy: PolicyConfig, deform_num_heads: int | None, source: str
-) -> ViTAdapter:
+    sparse = any(".TransformerEncoderLayer." in k or k.startswith("selective_modules.") for k in state_dict)
+    source = f"a released {'SViT' if sparse else 'dense ViT-Adapter'} backbone"
+    rules = (*(SPARSE_RULES if sparse else DENSE_RULES), *ADAPTER_RULES)
+    state = rename(_number_extra_extractors(state_dict), rules, source=source)
+    norm_eps = 1e-5 if sparse else 1e-6
+    vit = released_vit(state, num_heads=num_heads, norm_eps=norm_eps, drop_path_rate=drop_path_rate, source=source)
+    policy: PolicyConfig = KeepAllConfig()
+    if sparse:
+        hidden = need(state, "policy.gates.0.fc1.weight", source=source, ndim=2).shape[0]
+        policy = SViTConfig(
+            first_block=vit.depth - len(numbers(state, "policy.gates.")),
+            targets=PAPER_SCHEDULE if targets is None else targets,
+            hidden_ratio=hidden / vit.embed_dim,
+            sample=sample,
+        )
     adapter = _adapter_config(state, vit=vit, num_heads=deform_num_heads, source=source)
     backbone = build_backbone(adapter, vit, policy)
     assert isinstance(backbone, ViTAdapter)
@@ -129,8 +98,7 @@ def _backbone(
 
 def _number_extra_extractors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Extra extractors of the last interaction as extractors behind the interactions' own."""
-    groups = [re.match(r"interactions\.(\d+)\.", key) for key in state]
-    last = max((int(group[1]) for group in groups if group), default=0)
+    last = max(numbers(state, "interactions."), default=0)
     numbered = {}
     for key, value in state.items():
         prefix = f"interactions.{last}.extra_extractors."
@@ -141,30 +109,8 @@ def _number_extra_extractors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return numbered
 
 
-def _vit_config(
-    state: dict[str, Tensor], *, num_heads: int | None, norm_eps: float, drop_path_rate: float, source: str
-) -> ViTConfig:
-    patches = need(state, "vit.patch_embed.proj.weight", source=source, ndim=4)
-    embed_dim = patches.shape[0]
-    side = math.isqrt(state["vit.pos_embed"].shape[1])  # the release stores a square of positions
-    if side**2 != state["vit.pos_embed"].shape[1]:
-        raise ConfigError(f"not {source}: {state['vit.pos_embed'].shape[1]} positions are no square grid")
-    return ViTConfig(
-        grid=(side, side),
-        patch_size=patches.shape[2],
-        embed_dim=embed_dim,
-        depth=1 + max((int(key.split(".")[2]) for key in state if key.startswith("vit.blocks.")), default=0),
-        num_heads=heads_of(embed_dim) if num_heads is None else num_heads,
-        mlp_ratio=need(state, "vit.blocks.0.mlp.fc1.weight", source=source, ndim=2).shape[0] / embed_dim,
-        norm_eps=norm_eps,
-        drop_path_rate=drop_path_rate,
-        pos_antialias=False,
-    )
-
-
 def _adapter_config(state: dict[str, Tensor], *, vit: ViTConfig, num_heads: int | None, source: str) -> AdapterConfig:
-    interactions = len({key.split(".")[1] for key in state if key.startswith("injectors.")})
-    extractors = len({key.split(".")[1] for key in state if key.startswith("extractors.")})
+    interactions, extractors = len(numbers(state, "injectors.")), len(numbers(state, "extractors."))
     points = need(state, "extractors.0.attn.attention_weights.weight", source=source, ndim=2).shape[0]  # of all heads
     num_heads = max(points // POINTS, 1) if num_heads is None else num_heads
     if num_heads < 1 or points % num_heads:

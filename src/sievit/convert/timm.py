@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sievit.config import ConfigError
-from sievit.convert.keys import Rules, load_strictly, need, rename
+from sievit.convert.keys import Rules, join, load_strictly, need, rename
 from sievit.vit import RopeConfig, ViT, ViTConfig
 from sievit.vit.config import Activation
 from sievit.vit.model import resized_positions
@@ -146,15 +146,10 @@ def _joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
             q, v = joined.pop(key), joined.pop(f"{block}.attn.v_bias")
             joined[f"{block}.attn.qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
         elif rest == "q_proj.weight":
-            weights = [joined.pop(f"{block}.attn.{x}_proj.weight") for x in "qkv"]
-            biases = [joined.pop(f"{block}.attn.{x}_proj.bias", None) for x in "qkv"]
-            joined[f"{block}.attn.qkv.weight"] = torch.cat(weights)
-            if any(bias is not None for bias in biases):
-                none = torch.zeros(len(weights[0]), dtype=weights[0].dtype, device=weights[0].device)
-                joined[f"{block}.attn.qkv.bias"] = torch.cat([none if bias is None else bias for bias in biases])
-        elif ".mlp.fc1_g." in key:
-            other = key.replace(".fc1_g.", ".fc1_x.")
-            joined[key.replace(".fc1_g.", ".fc1.")] = torch.cat([joined.pop(key), joined.pop(other)])
+            join(joined, f"{block}.attn.qkv", [f"{block}.attn.{x}_proj" for x in "qkv"])
+        elif key.endswith(".mlp.fc1_g.weight"):
+            layer = key.removesuffix("_g.weight")
+            join(joined, layer, [f"{layer}_g", f"{layer}_x"])
     return joined
 
 

@@ -7,11 +7,10 @@ name, as is anything that its configuration asks for and this ViT cannot compute
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sievit.config import ConfigError
-from sievit.convert.keys import Rules, load_strictly, need, rename
+from sievit.convert.keys import Rules, join, load_strictly, need, rename
 from sievit.vit import RopeConfig, ViT, ViTConfig
 from sievit.vit.config import Activation
 
@@ -198,12 +197,6 @@ def _joined(state: dict[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
             ("mlp.fc2", ("mlp.fc2",), config.proj_bias),
         ):
             names = [f"blocks.{i}.{part}" for part in parts if f"blocks.{i}.{part}.weight" in state]
-            weights = [state.pop(f"{name}.weight") for name in names]
-            biases = [state.pop(f"{name}.bias", None) for name in names]
-            if weights:
-                state[f"blocks.{i}.{layer}.weight"] = torch.cat(weights)
-            if weights and biased:
-                zeros = (weight.new_zeros(len(weight)) for weight in weights)
-                filled = [zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)]
-                state[f"blocks.{i}.{layer}.bias"] = torch.cat(filled)
+            if names:
+                join(state, f"blocks.{i}.{layer}", names, biased=biased)
     return state

@@ -3,17 +3,17 @@
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from sievit.config import ConfigError
-from sievit.convert import mmdet_heads, svit_backbone, vit_adapter_backbone
+from sievit.convert import adapter_backbone, mmdet_heads
 from sievit.convert.mmdet_heads import HEAD_PREFIXES
 from sievit.convert.pth import Checkpoint
 from sievit.data.coco_json import CocoFile
 from sievit.heads.config import MaskRCNNConfig
 from sievit.models.detector import Detector, DetectorConfig
 from sievit.necks.adapter import ViTAdapter
-from sievit.policies import KeepAllConfig, SViT, SViTConfig
+from sievit.policies import SViTConfig
 from sievit.recipes import recipe
 from sievit.recipes.detectors import CATEGORY_IDS, CLASSES
 from sievit.released.common import Converted, ReleasedOptions, described, lines
@@ -66,21 +66,19 @@ def assemble(
     levels = state.get("backbone.level_embed")
     width = 0 if levels is None or not levels.ndim else levels.shape[-1]
     base = cast(DetectorConfig, recipe(RECIPES.get(width, RECIPES[384]).format("svit")).model)
-    attention: dict[str, Any] = {
-        "num_heads": options.num_heads,
-        "deform_num_heads": options.deform_num_heads,
-        "drop_path_rate": base.vit.drop_path_rate if width in RECIPES else 0.0,
-    }
-    if isinstance(options, SViTOptions):
-        backbone = svit_backbone(state, sample=options.sample, **attention)
-    else:
-        backbone = vit_adapter_backbone(state, **attention)
+    backbone = adapter_backbone(
+        state,
+        num_heads=options.num_heads,
+        deform_num_heads=options.deform_num_heads,
+        sample=isinstance(options, SViTOptions) and options.sample,
+        drop_path_rate=base.vit.drop_path_rate if width in RECIPES else 0.0,
+    )
     head = mmdet_heads(state, constants=release_limits(base.head) if constants is None else constants)
     classes, ids = _classes(head.config.num_classes, checkpoint, options)
     config = replace(
         base,
         vit=backbone.vit.config,
-        policy=backbone.policy.config if isinstance(backbone.policy, SViT) else KeepAllConfig(),
+        policy=backbone.policy.config,
         neck=backbone.config,
         head=head.config,
         classes=classes,

@@ -1,14 +1,20 @@
 """The released SegViT and DToP segmenters."""
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from sievit.config import ConfigError
-from sievit.convert import dtop_segmenter, segvit_segmenter
-from sievit.convert.dtop import ATM_RULES, VIT_RULES, num_stages, numbered_heads
-from sievit.convert.keys import dropped, heads_of, need
+from sievit.convert.dtop import (
+    ATM_RULES,
+    SOURCE,
+    VIT_RULES,
+    num_stages,
+    numbered_heads,
+    read_network,
+    segvit_segmenter,
+)
+from sievit.convert.keys import dropped, need
 from sievit.convert.pth import Checkpoint
 from sievit.data.label_files import read_palette
 from sievit.data.presets import preset
@@ -18,7 +24,6 @@ from sievit.models.segmenter import Segmenter, SegmenterConfig
 from sievit.policies import DToPConfig, KeepAllConfig
 from sievit.recipes import recipe
 from sievit.released.common import Converted, ReleasedOptions, described, lines
-from sievit.vit import ViTConfig
 
 Triple = tuple[float, float, float]
 
@@ -94,25 +99,14 @@ def assemble(checkpoint: Checkpoint, options: SegViTOptions) -> Converted:
     elif not isinstance(base.policy, DToPConfig):
         raise ConfigError("is none of the released models; also give --thresholds, such as 0.95")
     assert isinstance(base.head, ATMConfig)
-    heads, head_heads = base.vit.num_heads, base.head.num_heads
-    drop_path_rate = base.vit.drop_path_rate
-    if isinstance(base.policy, DToPConfig):
-        net = dtop_segmenter(
-            state,
-            num_heads=heads,
-            head_num_heads=head_heads,
-            out_indices=base.out_indices,
-            thresholds=base.policy.thresholds,
-            drop_path_rate=drop_path_rate,
-        )
-    else:
-        net = segvit_segmenter(
-            state,
-            num_heads=heads,
-            head_num_heads=head_heads,
-            out_indices=base.out_indices,
-            drop_path_rate=drop_path_rate,
-        )
+    net = segvit_segmenter(
+        state,
+        num_heads=base.vit.num_heads,
+        head_num_heads=base.head.num_heads,
+        out_indices=base.out_indices,
+        policy=base.policy,
+        drop_path_rate=base.vit.drop_path_rate,
+    )
     head = net.heads[-1]
     assert isinstance(head, ATM)
     config = replace(base, vit=net.vit.config, head=head.config)
@@ -138,7 +132,8 @@ def _base(checkpoint: Checkpoint, options: SegViTOptions, stages: int) -> Segmen
     Raises:
         ConfigError: neither has some of it; the message lists what.
     """
-    num_classes, vit = _shapes(checkpoint, options)
+    state, vit = read_network(checkpoint.state, num_heads=options.num_heads)
+    num_classes = len(need(state, "heads.0.queries", source=SOURCE, ndim=2))
     name = RECIPES.get((num_classes, vit.embed_dim, vit.grid[0] * vit.patch_size))
     known = None if name is None else cast(SegmenterConfig, recipe(name).model)
     classes, palette = _classes(num_classes, checkpoint, options)
@@ -185,24 +180,6 @@ def _base(checkpoint: Checkpoint, options: SegViTOptions, stages: int) -> Segmen
         stride=(stride, stride),
         palette=palette,
     )
-
-
-def _shapes(checkpoint: Checkpoint, options: SegViTOptions) -> tuple[int, ViTConfig]:
-    """The number of classes, and what is needed of the ViT."""
-    state, source = checkpoint.state, "a released SegViT or DToP segmenter"
-    queries = need(state, "decode_head.q.weight", source=source, ndim=2)
-    positions = need(state, "backbone.pos_embed", source=source, ndim=3)
-    patches = need(state, "backbone.patch_embed.projection.weight", source=source, ndim=4)
-    edge = round((positions.shape[1] - 1) ** 0.5)  # a class token and a square
-    blocks = [int(number[1]) for number in (re.match(r"backbone\.layers\.(\d+)\.", key) for key in state) if number]
-    vit = ViTConfig(
-        grid=(edge, edge),
-        patch_size=patches.shape[-1],
-        embed_dim=positions.shape[2],
-        depth=1 + max(blocks, default=0),
-        num_heads=options.num_heads or heads_of(positions.shape[2]),
-    )
-    return queries.shape[0], vit
 
 
 def _classes(
