@@ -74,7 +74,9 @@ class ImageDataset(Dataset[tuple[Tensor, Target]]):
             return self.transform(image, target, sample_generator(self.seed, epoch, index))
         plain = {name: value.dense() if isinstance(value, Masks) else value for name, value in target.items()}
         plain |= {name: value.clone() for name, value in plain.items() if isinstance(value, Tensor)}
-        return image.float().div_(255), {**plain, "labels": plain["labels"].to(torch.int64)}
+        if "labels" in plain:
+            plain["labels"] = plain["labels"].to(torch.int64)
+        return image.float().div_(255), plain
 
     def _decoded(self, index: int) -> tuple[Tensor, Target]:
         if index in self._cache:

@@ -17,15 +17,13 @@ from torch import Tensor, nn
 
 from sievit.config import ConfigError
 from sievit.hub import Pretrained
-from sievit.models.inputs import ModelConfig, Size, in_batches
+from sievit.models.inputs import ModelConfig, Size, Window, in_batches
 from sievit.policies import Policy, PolicyConfig
 from sievit.tokens import Tokens, Trace
-from sievit.vit import ViT
+from sievit.vit import ViT, ViTConfig
 from sievit.vit.execution import Execution
 
 R = TypeVar("R")
-Window = tuple[int, int, int, int]
-"""y, x, height, width in pixels."""
 TimedPart = tuple[object, str, str]
 """Owner and name of a method, and what the part of the model that it computes is called."""
 
@@ -282,8 +280,9 @@ def model_class(config: ModelConfig) -> type[Model]:
     return _MODELS[type(config)]
 
 
-def dense_trace(policy: Policy, grid: tuple[int, int], *, num_prefix: int, depth: int) -> Trace:
+def dense_trace(policy: Policy, grid: tuple[int, int], vit: ViTConfig) -> Trace:
     """The trace of one image of which every token takes part in every block."""
+    num_prefix, depth = vit.num_prefix, vit.depth
     tokens = num_prefix + grid[0] * grid[1]
     canvas = Tokens(torch.zeros(1, 1, 1).expand(1, tokens, 1), grid, num_prefix)
     notes, valid = tuple(policy.dense_notes(index, canvas) for index in range(depth + 1)), canvas.valid_or_all()

@@ -178,7 +178,7 @@ class Detector(Model[dict[str, Tensor]]):
     def dense_answer(self, size: Size) -> Output:
         padded, vit = padded_size(size, self.backbone.size_divisor), self.vit.config
         grid = (padded[0] // vit.stride, padded[1] // vit.stride)
-        trace = dense_trace(self.policy, grid, num_prefix=vit.num_prefix, depth=vit.depth)
+        trace = dense_trace(self.policy, grid, vit)
         found = {"boxes": torch.zeros(self.config.head.box.max_detections, 4)}
         return Output.whole(trace, [size], size, results=[found])
 

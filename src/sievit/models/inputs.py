@@ -18,6 +18,9 @@ from sievit.vit import ViTConfig
 from sievit.vit.execution import Execution
 
 Size = tuple[int, int]
+"""Height, width in pixels."""
+Window = tuple[int, int, int, int]
+"""y, x, height, width in pixels."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,17 @@ def normalised(image: Tensor, size: Size, config: InputConfig, device: torch.dev
     if image.shape[-2:] != size:
         image = F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=config.antialias)[0]
     return (image - mean) / std
+
+
+def windows_over(size: Size, crop: Size | None, stride: Size | None) -> Iterator[Window]:
+    """Windows of the size `crop` over an image of `size`, `stride` apart, the last ones moved inside; None: all."""
+    if crop is None or stride is None:
+        yield 0, 0, *size
+        return
+    h, w = (min(pair) for pair in zip(size, crop, strict=True))
+    for y in range(0, size[0] - h + stride[0], stride[0]):
+        for x in range(0, size[1] - w + stride[1], stride[1]):
+            yield min(y, size[0] - h), min(x, size[1] - w), h, w
 
 
 def in_batches(images: Sequence[Any], batch_size: int) -> Iterator[list[Tensor]]:

@@ -3,7 +3,7 @@
 Letters: b images or windows, (h, w) pixels of one, n grid tokens, k classes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -15,8 +15,8 @@ from sievit.config import ConfigError, variant
 from sievit.heads.semantic import SemanticHead, SemanticHeadConfig, build_head, extents, repeat_edges, resize
 from sievit.measure.flops import traced_macs
 from sievit.measure.published import judged_tokens, published_macs
-from sievit.models.base import Answer, Model, TimedPart, Window, dense_trace, register_model
-from sievit.models.inputs import ModelConfig, Size, batched, normalised
+from sievit.models.base import Answer, Model, TimedPart, dense_trace, register_model
+from sievit.models.inputs import ModelConfig, Size, batched, normalised, windows_over
 from sievit.policies import Policy, PolicyConfig
 from sievit.policies.base import Head
 from sievit.tokens import Prediction, Tokens, Trace
@@ -290,7 +290,9 @@ class Segmenter(Model[Tensor]):
         config = self.config
         resized = [config.input.test_size((image.shape[-2], image.shape[-1])) for image in images]
         pictures = [normalised(i, size, config.input, self.device) for i, size in zip(images, resized, strict=True)]
-        placed = [(i, window) for i, size in enumerate(resized) for window in self._windows(size)]
+        placed = [
+            (i, window) for i, size in enumerate(resized) for window in windows_over(size, config.crop, config.stride)
+        ]
         stride = config.vit.stride
         size = tuple(-(-max(window[axis] for _, window in placed) // stride) * stride for axis in (2, 3))
         sums = [torch.zeros(len(config.classes), *own, device=self.device) for own in resized]
@@ -319,20 +321,6 @@ class Segmenter(Model[Tensor]):
             sizes=resized,
             image_size=(size[0], size[1]),
         )
-
-    def _windows(self, size: Size) -> Iterator[Window]:
-        """The windows over an image of `size`; the last ones are moved inside."""
-        if self.config.crop is None or self.config.stride is None:
-            yield 0, 0, *size
-            return
-        starts, sides = [], []
-        for edge, crop, stride in zip(size, self.config.crop, self.config.stride, strict=True):
-            side = min(edge, crop)
-            starts.append([min(i * stride, edge - side) for i in range(-(-(edge - side) // stride) + 1)])
-            sides.append(side)
-        for y in starts[0]:
-            for x in starts[1]:
-                yield y, x, sides[0], sides[1]
 
     def count(self, answer: Answer[Tensor]) -> dict[str, Tensor]:
         """See `Model.count`; further parts are `heads.0`, ... and `upsampling`: bilinear resizing of what the last head
@@ -378,7 +366,7 @@ class Segmenter(Model[Tensor]):
     def dense_answer(self, size: Size) -> Segmentation:
         vit = self.vit.config
         grid = (-(-size[0] // vit.stride), -(-size[1] // vit.stride))
-        trace = dense_trace(self.policy, grid, num_prefix=vit.num_prefix, depth=vit.depth)
+        trace = dense_trace(self.policy, grid, vit)
         return Segmentation.whole(trace, [size], (grid[0] * vit.stride, grid[1] * vit.stride))
 
     def timed_parts(self) -> list[TimedPart]:
