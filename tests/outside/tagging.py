@@ -129,8 +129,8 @@ class TagsData(DataConfig):
 
 
 class TaggedImages(ImageDataset):
-    def __init__(self, images: Path, tags: Path, classes: tuple[str, ...], **options: Any) -> None:
-        super().__init__(**{"transform": None, "seed": 0, "cache_bytes": 0, **options})
+    def __init__(self, images: Path, tags: Path, classes: tuple[str, ...]) -> None:
+        super().__init__(transform=None, seed=0, cache_bytes=0)
         self.root, self.source, self.classes = images, str(tags), classes
         self.tags = sorted(json.loads(tags.read_text()).items())
 
