@@ -18,7 +18,7 @@ from torch import Tensor
 import sievit
 import sievit.vit.loop
 from sievit.config import ConfigError
-from sievit.models.build import build, load, save
+from sievit.models.build import Model, build, load, save
 from sievit.models.detector import Detector, DetectorConfig
 from sievit.models.inputs import InputConfig
 from sievit.necks.adapter import AdapterConfig
@@ -26,7 +26,7 @@ from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import KeepAllConfig, RandomConfig, SViTConfig, build_policy
 from sievit.vit.execution import Execution
 from sievit.vit.executor import execute_run
-from tiny import random_images, tiny_detector, tiny_head, tiny_vit
+from tiny import random_images, random_pixels, tiny_detector, tiny_head, tiny_segmenter, tiny_vit, write_image
 
 ADAPTER = AdapterConfig(conv_inplane=8, deform_num_heads=2)
 
@@ -49,16 +49,21 @@ def model() -> Detector:
     return build(tiny_config()).eval()
 
 
+@pytest.fixture(params=["detector", "segmenter"])
+def any_model(request) -> Model:
+    if request.param == "detector":
+        return build(tiny_config()).eval()
+    return build(tiny_segmenter(input=InputConfig(min_size=96, max_size=160))).eval()
+
+
 def random_target(height: int, width: int) -> dict[str, Tensor]:
     boxes = torch.tensor([[4.0, 5.0, 40.0, 30.0], [20.0, 10.0, 50.0, 60.0]])
     return {"boxes": boxes, "labels": torch.tensor([1, 3]), "masks": torch.ones(2, height, width, dtype=torch.uint8)}
 
 
-def assert_same(a: list[dict[str, Tensor]], b: list[dict[str, Tensor]]) -> None:
-    for one, other in zip(a, b, strict=True):
-        assert one.keys() == other.keys()
-        for name in one:
-            torch.testing.assert_close(one[name], other[name], atol=1e-3, rtol=1e-4)
+def assert_same(a: Any, b: Any) -> None:
+    """Results of either kind, on tensors."""
+    torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("neck", [PyramidConfig(out_channels=16), ADAPTER])
@@ -115,39 +120,37 @@ def test_test_size_is_the_papers(given, seen) -> None:
     assert InputConfig().test_size(given) == seen
 
 
-def test_predict_takes_every_kind_of_image(model, tmp_path) -> None:
-    array = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
-    Image.fromarray(array).save(tmp_path / "a.png")
+def test_predict_takes_every_kind_of_image(any_model, tmp_path) -> None:
+    array = random_pixels(0, 50, 70, 3)
+    path = write_image(tmp_path / "a.png", array)
     tensor = torch.from_numpy(array).permute(2, 0, 1)
-    same = [tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(array), array, tensor, tensor.float() / 255]
-    found = model.predict(same)
+    any_model.train()
+    found = any_model.predict([path, str(path), Image.fromarray(array), array, tensor, tensor.float() / 255])
+    assert any_model.training and any_model.policy.training
     for other in found[1:]:
-        assert_same([found[0]], [other])
-    grey = model.predict([array[..., 0], Image.fromarray(array[..., 0])])
+        assert_same(found[0], other)
+    assert (found[0]["masks"] if isinstance(found[0], dict) else found[0]).shape[-2:] == (50, 70)
+    grey = any_model.predict([array[..., 0], Image.fromarray(array[..., 0])])
     assert_same(grey[:1], grey[1:])
-    assert model.predict([]) == []
+    assert any_model.predict([]) == []
 
 
-def test_predict_says_what_it_cannot_take(model, tmp_path) -> None:
+def test_predict_says_what_it_cannot_take(any_model) -> None:
     for image, message in [
         ("missing.png", "missing.png"),
         (np.zeros((4, 4, 3)), "must be uint8, not float64"),
         (np.zeros((4, 4, 2), dtype=np.uint8), r"\(h, w, 3\) or \(h, w\)"),
         (torch.zeros(1, 4, 4), r"\(3, h, w\)"),
+        (torch.zeros(4, 4), "tensor must be"),
+        (torch.zeros(3, 0, 4), "tensor must be"),
         (torch.zeros(3, 4, 4, dtype=torch.int64), "not torch.int64"),
         (None, "NoneType"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            model.predict([image])
+            any_model.predict([image])
     for images in ("a.png", torch.zeros(3, 40, 40)):
         with pytest.raises(ConfigError, match="takes a list of images"):
-            model.predict(images)
-
-
-def test_predict_leaves_the_mode(model) -> None:
-    model.train()
-    assert not model.predict(random_images((50, 50)))[0]["boxes"].requires_grad
-    assert model.training
+            any_model.predict(images)
 
 
 def test_a_policy_for_one_call() -> None:
@@ -178,7 +181,7 @@ def test_round_trip(model, tmp_path) -> None:
 
 
 def test_three_lines(model, tmp_path) -> None:
-    Image.new("RGB", (50, 40)).save(tmp_path / "a.jpg")
+    write_image(tmp_path / "a.jpg", random_pixels(0, 40, 50, 3))
     sievit.save(model, tmp_path / "m.safetensors")
     assert len(sievit.load(str(tmp_path / "m.safetensors")).predict([str(tmp_path / "a.jpg")])) == 1
     assert set(sievit.__all__) <= set(dir(sievit))
@@ -189,7 +192,7 @@ def test_three_lines(model, tmp_path) -> None:
     assert sievit.convert.adapter_backbone.__module__ == "sievit.convert.svit", "parts are found when they are used"
 
 
-def test_half_precision_halves_the_file(model, tmp_path) -> None:
+def test_half_precision_halves_the_file(tmp_path) -> None:
     model = build(tiny_config(neck=ADAPTER)).eval()
     save(model, tmp_path / "full.safetensors")
     save(model, tmp_path / "half.safetensors", half=True)
@@ -242,9 +245,6 @@ def test_another_policy(model, tmp_path) -> None:
     assert load(path, policy="keep_all").config.policy == KeepAllConfig()
     with pytest.raises(ConfigError, match="'sviit'; did you mean 'svit'"):
         load(path, policy="sviit")
-
-
-def test_a_policy_that_was_not_trained(tmp_path) -> None:
     save(build(tiny_config(policy=KeepAllConfig())), tmp_path / "dense.safetensors")
     with pytest.raises(ConfigError, match="no weights for the policy 'svit'"):
         load(tmp_path / "dense.safetensors", policy=SViTConfig(first_block=1, targets=(0.5,)))
@@ -260,18 +260,10 @@ def test_a_run_folder(model, tmp_path) -> None:
     assert torch.equal(load(tmp_path).vit.get_parameter("pos_embed"), best.vit.get_parameter("pos_embed"))
 
 
-def stored(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(path, framework="pt") as file:
-        return load_file(path), dict(file.metadata())
-
-
 def test_answers_are_found_as_the_configuration_says(tmp_path, monkeypatch) -> None:
     """Losses are not."""
     own = Execution(mode="bucketed", attention="batched", precision="bfloat16")
-    save(
-        build(tiny_config(neck=ADAPTER, execution=own)),
-        tmp_path / "m.safetensors",
-    )
+    save(build(tiny_config(neck=ADAPTER, execution=own)), tmp_path / "m.safetensors")
     seen = set()
 
     def spy(run, tokens, execution, **options):
@@ -308,7 +300,9 @@ def test_files_that_are_no_model(model, tmp_path) -> None:
 def test_weights_that_do_not_fit(model, tmp_path) -> None:
     path, bad = tmp_path / "m.safetensors", tmp_path / "bad.safetensors"
     save(model, path)
-    tensors, metadata = stored(path)
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
     save_file({k: v for k, v in tensors.items() if k != "backbone.vit.pos_embed"}, bad, metadata)
     with pytest.raises(ConfigError, match=r"of another model: it lacks backbone\.vit\.pos_embed$"):
         load(bad)
