@@ -201,7 +201,7 @@ def test_from_the_hub_s_cache(detector, segmenter, tmp_path, monkeypatch) -> Non
     assert not list(Detector.from_pretrained("user/balls", policy="keep_all", **here).policy.parameters())
     with pytest.raises(ConfigError, match="holds a detector"):
         Segmenter.from_pretrained("user/balls", **here)
-    with pytest.raises(ConfigError, match="hf:user/balls@v2: not in the local cache, and nothing is to be fetched"):
+    with pytest.raises(ConfigError, match="hf:user/balls@v2: not in the local cache, and local_files_only is set"):
         Detector.from_pretrained("user/balls", revision="v2", **here)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,50 @@ other
 """
 LICENSES = frozenset(_KNOWN.split())
 """Names that the hub knows; any other is given to it as "other" with a name."""
+
+UNKNOWN_LICENCE = "Unknown: the terms under which these weights may be used are not stated."
+TEXT = """---
+{header}
+---
+
+# {name}
+
+A {kind} for {count} on a plain vision transformer that computes, in each block, only the tokens that its policy
+chooses. Made with sievit.
+
+## Use
+
+```python
+import sievit
+
+model = sievit.load("{where}")
+answers = model.predict(["image.jpg"])  # {result}
+```
+
+`sievit.load("{where}", policy="keep_all")` computes all tokens.
+
+## Model
+
+{architecture}
+
+Classes: {classes}
+
+## Policy
+
+{policy}
+
+## Data
+
+{data}
+
+## Figures
+
+{figures}
+
+## Licence
+
+{licence}
+{notes}"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,22 +148,33 @@ def model_card(config: ModelConfig, card: Card, *, parameters: int, repo_id: str
         model_name=name if results else None,
         eval_results=results or None,
     )
-    parts = [f"# {name}", *_text(config, card, kind, parameters, repo_id)]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    licence = card.license if card.license_link is None else f"[{card.license}]({card.license_link})"
+    text = TEXT.format(
+        header=data.to_yaml(),
+        name=name,
+        kind=kind,
+        count="one class" if len(config.classes) == 1 else f"{len(config.classes)} classes",
+        where=f"hf:{repo_id}" if repo_id else "FOLDER",
+        result=config.result,
+        architecture=_rows(_architecture(config, parameters)),
+        classes=", ".join(config.classes),
+        policy=_policy(config),
+        data=f"Trained on {', '.join(card.datasets)}." if card.datasets else "Unknown.",
+        figures=_figures(config, card),
+        licence=UNKNOWN_LICENCE if card.license == "unknown" else licence,
+        notes=f"\n## Notes\n\n{card.notes.strip()}\n" if card.notes.strip() else "",
+    )
+    return ModelCard(text)
 
 
 def _check_figures(config: ModelConfig, figures: Mapping[str, Any]) -> None:
-    if not figures:
-        return
-    if not any(name in figures for name in config.figures):
+    policy = kind_of(config.policy)
+    if figures and not any(name in figures for name in config.figures):
+        expected = f"{kind_of(config)} ({', '.join(config.figures)})"
+        raise ConfigError(f"figures: none of a {expected}; give the JSON that `sievit eval` printed of this model")
+    if figures.get("policy", policy) != policy:
         raise ConfigError(
-            f"figures: none of a {kind_of(config)} ({', '.join(config.figures)}); give the JSON that `sievit eval` "
-            "printed of this model"
-        )
-    own = kind_of(config.policy)
-    if figures.get("policy", own) != own:
-        raise ConfigError(
-            f"figures: they are of the policy {figures['policy']!r}, and the model's is {own!r}; evaluate it as it is"
+            f"figures: of the policy {figures['policy']!r}, and the model's is {policy!r}; evaluate the model as it is"
         )
 
 
@@ -139,48 +194,17 @@ def _results(config: ModelConfig, card: Card) -> list[EvalResult]:
     ]
 
 
-def _text(config: ModelConfig, card: Card, kind: str, parameters: int, repo_id: str | None) -> list[str]:
-    """The sections below the title."""
-    where = f"hf:{repo_id}" if repo_id else "FOLDER"
-    count = "one class" if len(config.classes) == 1 else f"{len(config.classes)} classes"
-    first = f"A {kind} for {count} on a plain vision transformer that computes, in each block, "
-    parts = [
-        f"{first}only the tokens that its policy chooses. Made with sievit.",
-        "## Use",
-        "```python\n"
-        "import sievit\n\n"
-        f'model = sievit.load("{where}")\n'
-        f'answers = model.predict(["image.jpg"])  # {config.result}\n'
-        "```",
-        f'`sievit.load("{where}", policy="keep_all")` computes all tokens.',
-        "## Model",
-        _rows(_architecture(config, parameters)),
-        "Classes: " + ", ".join(config.classes),
-        "## Policy",
-        *_policy(config),
-        "## Data",
-        "Trained on " + ", ".join(card.datasets) + "." if card.datasets else "Unknown.",
-        "## Figures",
-        *_figures(config, card),
-        "## Licence",
-        _licence(card),
-    ]
-    return [*parts, "## Notes", card.notes.strip()] if card.notes.strip() else parts
-
-
 def _architecture(config: ModelConfig, parameters: int) -> list[tuple[str, str]]:
     vit = config.vit
-    rows = [
+    parts = {name: getattr(config, name) for name in ("neck", "head") if getattr(config, name, None) is not None}
+    resized = f"short edge {config.input.min_size}, long edge at most {config.input.max_size} pixels"
+    return [
         ("backbone", f"{_backbone(config)}: {vit.depth} blocks, {vit.embed_dim} channels, {vit.num_heads} heads"),
         ("trained on a grid of", f"{vit.grid[0]} x {vit.grid[1]} tokens"),
+        *((name, kind_of(part) or type(part).__name__.removesuffix("Config")) for name, part in parts.items()),
+        ("images", "as they are" if config.input.min_size is None else resized),
+        ("parameters", f"{parameters / 1e6:.2f} M"),
     ]
-    for name in ("neck", "head"):
-        part = getattr(config, name, None)
-        if part is not None:
-            rows.append((name, kind_of(part) or type(part).__name__.removesuffix("Config")))
-    resized = f"short edge {config.input.min_size}, long edge at most {config.input.max_size} pixels"
-    rows.append(("images", "as they are" if config.input.min_size is None else resized))
-    return [*rows, ("parameters", f"{parameters / 1e6:.2f} M")]
 
 
 def _backbone(config: ModelConfig) -> str:
@@ -188,21 +212,21 @@ def _backbone(config: ModelConfig) -> str:
     return f"{sizes.get(config.vit.embed_dim, 'ViT')}/{config.vit.patch_size}"
 
 
-def _policy(config: ModelConfig) -> list[str]:
+def _policy(config: ModelConfig) -> str:
     """What chooses the tokens, and all of its settings."""
     policy = config.policy
     about = (type(policy).__doc__ or "").strip().partition("\n")[0].partition(";")[0].rstrip(".")
-    lines = [f"`{kind_of(policy)}`: {about}."]
+    text = f"`{kind_of(policy)}`: {about}."
     if is_dataclass(policy) and fields(policy):
-        lines.append("Its settings:")
-        lines.append(_rows([(f"`{f.name}`", _shown(getattr(policy, f.name))) for f in fields(policy)]))
-    return lines
+        rows = _rows((f"`{each.name}`", getattr(policy, each.name)) for each in fields(policy))
+        text += f"\n\nIts settings:\n\n{rows}"
+    return text
 
 
-def _figures(config: ModelConfig, card: Card) -> list[str]:
+def _figures(config: ModelConfig, card: Card) -> str:
     figures = card.figures
     if not figures:
-        return ["None are given."]
+        return "None are given."
     rows = [(name, f"{100 * figures[key]:.2f} %") for key, name in config.figures.items() if key in figures]
     if "gflops" in figures:
         spread = f" (± {figures['gflops_std']:.2f} over images)" if "gflops_std" in figures else ""
@@ -216,22 +240,16 @@ def _figures(config: ModelConfig, card: Card) -> list[str]:
             rows.append((name, " ".join(f"{share:.2f}" for share in figures[key])))
     if "images" in figures:
         rows.append(("images", str(figures["images"])))
-    text = [f"By `sievit eval` on {card.evaluated_on or 'unnamed data'}.", _rows(rows)]
+    text = f"By `sievit eval` on {card.evaluated_on or 'unnamed data'}.\n\n{_rows(rows)}"
     if figures.get("failures"):
-        text.append(f"{len(figures['failures'])} images could not be used and are not counted.")
+        text += f"\n\n{len(figures['failures'])} images could not be used and are not counted."
     return text
 
 
-def _licence(card: Card) -> str:
-    if card.license == "unknown":
-        return "Unknown: the terms under which these weights may be used are not stated."
-    return card.license if card.license_link is None else f"[{card.license}]({card.license_link})"
-
-
-def _shown(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-
-
-def _rows(rows: Sequence[tuple[str, str]]) -> str:
+def _rows(rows: Iterable[tuple[str, Any]]) -> str:
     """A table of two columns."""
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_listed(value)} |" for name, value in rows)])
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)

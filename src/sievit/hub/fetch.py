@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -11,8 +12,6 @@ from sievit.hub.file import CONFIG_FILE, MODEL_FILE
 
 HUB = "hf:"
 """How the name of a model on the hub begins where a path could stand: hf:user/name, or hf:user/name@revision."""
-
-
 REPOSITORY = Path(__file__).parents[3]
 """The root of the repository, where the package runs from a checkout."""
 
@@ -58,50 +57,39 @@ def model_file(path: Path | str) -> Path:
     )
 
 
-def fetched(
-    repo_id: str,
-    *,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-) -> Path:
-    """The model file of a repository on the hub, in the local cache.
+class HubOptions(TypedDict, total=False):
+    """Arguments of huggingface_hub's `snapshot_download`."""
 
-    Args:
-        repo_id: user/name, hf:user/name or hf:user/name@revision.
-        revision, cache_dir, force_download, local_files_only, token: as huggingface_hub's.
+    revision: str | None
+    cache_dir: str | Path | None
+    force_download: bool
+    local_files_only: bool
+    token: str | bool | None
+
+
+def fetched(repo_id: str, **options: Unpack[HubOptions]) -> Path:
+    """The model file of a repository on the hub (user/name, hf:user/name or hf:user/name@revision), in the local cache.
 
     Raises:
         ConfigError: no such repository or revision, no access, no connection, or no model of sievit in it.
     """
+    revision = options.get("revision")
     if repo_id.startswith(HUB):
         repo_id, _, named = repo_id.removeprefix(HUB).partition("@")
         revision = revision or named or None
+    name = f"{HUB}{repo_id}" if revision is None else f"{HUB}{repo_id}@{revision}"
+    options["revision"] = revision
     try:
-        folder = snapshot_download(
-            repo_id,
-            revision=revision,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            token=token,
-            library_name="sievit",
-            allow_patterns=[MODEL_FILE, CONFIG_FILE],
-        )
+        files = [MODEL_FILE, CONFIG_FILE]
+        folder = snapshot_download(repo_id, library_name="sievit", allow_patterns=files, **options)
     except HFValidationError as error:
         raise ConfigError(f"{repo_id!r} is neither a folder here nor the id of a model on the hub: {error}") from error
     except LocalEntryNotFoundError as error:
-        reason = "nothing is to be fetched" if local_files_only else "the hub cannot be reached"
-        raise ConfigError(f"{_called(repo_id, revision)}: not in the local cache, and {reason} ({error})") from error
+        reason = "local_files_only is set" if options.get("local_files_only") else "the hub cannot be reached"
+        raise ConfigError(f"{name}: not in the local cache, and {reason} ({error})") from error
     except HfHubHTTPError as error:
-        raise ConfigError(f"{_called(repo_id, revision)}: cannot be had from the hub ({error})") from error
+        raise ConfigError(f"{name}: cannot be fetched from the hub ({error})") from error
     path = Path(folder) / MODEL_FILE
     if not path.is_file():
-        raise ConfigError(f"{_called(repo_id, revision)}: has no {MODEL_FILE}; is it a model of sievit?")
+        raise ConfigError(f"{name}: has no {MODEL_FILE}; is it a model of sievit?")
     return path
-
-
-def _called(repo_id: str, revision: str | None) -> str:
-    return f"{HUB}{repo_id}" if revision is None else f"{HUB}{repo_id}@{revision}"

@@ -1,7 +1,7 @@
 """The one file that holds a model: safetensors, whose metadata holds the configuration.
 
 In a published folder a config.json stands beside it, for people and the hub to read. The file is what counts; a
-config.json that says something else is an error, so that an edit of it is never lost silently.
+config.json that differs is an error, so that an edit of it is never lost silently.
 """
 
 import json
@@ -97,7 +97,7 @@ def read(path: Path, *, kind: str | None = None) -> tuple[ModelConfig, dict[str,
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: its model configuration is not JSON ({error})") from error
     if isinstance(data, dict):
-        data = {"kind": "detector", **data}  # the first version knew only these, and did not say so
+        data = {"kind": "detector", **data}  # files of the first version are all detectors and have no kind
         if kind is not None and data["kind"] != kind:
             raise ConfigError(f"{path}: holds a {data['kind']}, not a {kind}; sievit.load takes either")
     config = from_json(ModelConfig, data, where=f"{path}: model configuration")
@@ -144,8 +144,7 @@ def restored(
     model = build(config)
     expected = model.state_dict()
     if policy is not None:
-        dropped = {name for name in tensors if of_policy(name) and name not in expected}
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+        tensors = {name: tensor for name, tensor in tensors.items() if name in expected or not of_policy(name)}
         untrained = [n for n in expected if of_policy(n) and n not in tensors]
         if untrained:
             raise ConfigError(
@@ -167,23 +166,27 @@ def _check_fit(path: Path, expected: dict[str, Tensor], tensors: dict[str, Tenso
         if name in tensors and tensors[name].shape != expected[name].shape
     ]
     if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ConfigError(f"{path}: the weights are of another model: it {'; it '.join(problems[:3])}{more}")
+        raise ConfigError(f"{path}: the weights are of another model: it {_first(problems, '; it ')}")
 
 
 def _check_same(path: Path, config: ModelConfig, beside: Path) -> None:
-    """Raise unless the config.json beside the file says the same."""
+    """Raise unless the config.json beside the file holds the same."""
     other = load_json(ModelConfig, beside)
     if other == config:
         return
-    said, held = dict(_leaves(to_json(other))), dict(_leaves(to_json(config)))
-    names = [name for name in held | said if said.get(name) != held.get(name)]
-    shown = "; ".join(f"{name} is {said.get(name)!r}, not {held.get(name)!r}" for name in names[:3])
-    more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
+    found, expected = dict(_leaves(to_json(other))), dict(_leaves(to_json(config)))
+    names = [name for name in expected | found if found.get(name) != expected.get(name)]
+    differences = [f"{name} is {found.get(name)!r}, not {expected.get(name)!r}" for name in names]
     raise ConfigError(
-        f"{beside}: is not the configuration of {path.name}, which is what counts: {shown}{more}; delete it, or write "
-        "the folder anew with save_pretrained"
+        f"{beside}: is not the configuration of {path.name}, which is what counts: {_first(differences, '; ')}; delete "
+        "it, or write the folder anew with save_pretrained"
     )
+
+
+def _first(problems: list[str], separator: str) -> str:
+    """The first three, and the number of the others."""
+    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return separator.join(problems[:3]) + more
 
 
 def _leaves(data: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,8 +1,8 @@
-"""What every whole model can do with folders and the hub, by way of huggingface_hub's mixin."""
+"""Whole models in folders and on the hub, by huggingface_hub's mixin."""
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelHubMixin
@@ -11,7 +11,7 @@ from torch import nn
 from sievit.config import ConfigError, to_json
 from sievit.files import write_atomically
 from sievit.hub.card import Card, model_card
-from sievit.hub.fetch import fetched, model_file, shipped
+from sievit.hub.fetch import HubOptions, fetched, model_file, shipped
 from sievit.hub.file import CONFIG_FILE, MODEL_FILE, restored, write
 from sievit.policies import PolicyConfig, PolicyOptions
 
@@ -21,7 +21,7 @@ README = "README.md"
 class Pretrained(nn.Module, ModelHubMixin):
     """Base of whole models: `save_pretrained`, `from_pretrained`, `push_to_hub`.
 
-    A folder holds model.safetensors (as `sievit.save` writes it), config.json (the same configuration, to be read) and
+    A folder holds model.safetensors (as `sievit.save` writes it), config.json (the same configuration, for readers) and
     README.md (the model card). The configuration inside model.safetensors counts; a config.json that differs is an
     error.
     """
@@ -43,12 +43,7 @@ class Pretrained(nn.Module, ModelHubMixin):
         policy: str | PolicyOptions | PolicyConfig | None = None,
         device: str | torch.device = "cpu",
         compile: bool = True,
-        force_download: bool = False,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        revision: str | None = None,
-        **unknown: Any,
+        **hub: Unpack[HubOptions],
     ) -> Self:
         """A trained model, in evaluation mode.
 
@@ -56,29 +51,22 @@ class Pretrained(nn.Module, ModelHubMixin):
             pretrained_model_name_or_path: a folder (of `save_pretrained`, or of a training run), a model file, or the
                 name of a shipped model, else the id of a model on the hub, user/name (or hf:user/name@revision).
             policy, compile: see `sievit.load`.
-            force_download, token, cache_dir, local_files_only, revision: for the hub, as huggingface_hub's.
+            hub: see `HubOptions`.
 
         Raises:
             ConfigError: nothing there, not on the hub, no model of this class, damaged, weights that do not fit, a
                 config.json that differs, an unknown policy or one that was not trained.
             TypeError: another argument.
         """
-        if unknown:
-            raise TypeError(f"from_pretrained takes no argument {next(iter(unknown))!r}")
+        for argument in hub.keys() - HubOptions.__annotations__.keys():
+            raise TypeError(f"from_pretrained takes no argument {argument!r}")
         name = str(pretrained_model_name_or_path)
         if Path(name).exists() or name in shipped():
-            if revision is not None:
-                raise ConfigError(f"{name}: is here and has no revisions; leave revision={revision!r} out")
+            if hub.get("revision") is not None:
+                raise ConfigError(f"{name}: is here and has no revisions; leave revision={hub['revision']!r} out")
             path = model_file(name)
         else:
-            path = fetched(
-                name,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-            )
+            path = fetched(name, **hub)
         return restored(cls.from_config, path, kind=cls.kind, policy=policy, compile=compile).to(device)
 
     def save_pretrained(
@@ -96,9 +84,9 @@ class Pretrained(nn.Module, ModelHubMixin):
         """Write the model, its configuration and its card into a folder.
 
         Args:
-            card: what is to be said of the model; without it a README.md that is there already stays.
+            card: without it a README.md that is there already stays.
             half: store parameters as float16.
-            config: the mixin's; the configuration is the model's own, and this is not used.
+            config: the mixin's; not used, for the model has its configuration.
             push_to_hub, repo_id: push too, see `push_to_hub`, which further arguments go to.
 
         Returns:
