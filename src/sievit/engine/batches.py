@@ -1,4 +1,4 @@
-"""What a step of training gets: batches in a seeded order, split over processes and accumulated parts."""
+"""The batches of training in a seeded order, split over processes and accumulated parts."""
 
 import itertools
 import os
@@ -20,7 +20,7 @@ Samples = tuple[list[Tensor], list[dict[str, Any]]]
 
 
 class Batch:
-    """Images and targets. Not a container that Fabric knows, for it would round boxes to the precision of training."""
+    """Images and targets. No container that Fabric converts, for it would round boxes to the precision of training."""
 
     def __init__(self, images: list[Tensor], targets: list[dict[str, Any]], device: torch.device) -> None:
         self.images = [image.to(device) for image in images]
@@ -31,7 +31,7 @@ class Batch:
 
 
 class Losses(nn.Module):
-    """What is trained: a batch to losses by name, and the kept share per block.
+    """The module that is trained: a batch to losses by name, and the kept share per block.
 
     Args:
         teacher: the dense model, for a policy whose loss compares with it; it is not trained.
@@ -45,12 +45,12 @@ class Losses(nn.Module):
     def forward(self, batch: Batch, *, selected: bool = False) -> tuple[dict[str, Tensor], Tensor]:
         """`selected`: of a policy with gates, blocks compute the chosen tokens alone."""
         selected = selected and self.model.policy.gates_in_training
-        shown = None
+        dense = None
         for teacher in self._teacher:
             with torch.no_grad():
-                shown = teacher(batch.images, batch.targets).trace
+                dense = teacher(batch.images, batch.targets).trace
         execution = Execution(mode="selected" if selected else "auto")
-        output = self.model(batch.images, batch.targets, execution=execution, teacher=shown)
+        output = self.model(batch.images, batch.targets, execution=execution, teacher=dense)
         losses, trace = dict(output.losses), output.trace
         if selected:
             # blocks without a token get gradients of zero, not none: those of another process may have some
@@ -68,11 +68,6 @@ class EpochBatches(Sampler[list[int]]):
     """
 
     def __init__(self, length: int, config: TrainConfig, *, rank: int, processes: int) -> None:
-        if config.batch_size % (processes * config.accumulate):
-            raise ConfigError(
-                f"train.batch_size {config.batch_size} does not split over {processes} processes and "
-                f"{config.accumulate} accumulated parts"
-            )
         if length < config.batch_size:
             raise ConfigError(f"train.batch_size {config.batch_size} is more than the {length} training images")
         self.length, self.config, self.rank, self.processes = length, config, rank, processes
@@ -100,21 +95,17 @@ def training_loader(dataset: Any, batches: EpochBatches) -> DataLoader:
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=leave_signals_to_parent,
-        generator=torch.Generator(),  # its own, so that loading does not move the model's random state
+        generator=torch.Generator(),  # another one, so that loading does not move the model's random state
     )
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal's group; out of it, workers end when the training process says so."""
+    """Ctrl-C reaches every process of a terminal's group; out of it, workers end by the training process alone."""
     os.setpgid(0, 0)
 
 
 def loading(loader: Iterable[Samples]) -> Iterator[Samples]:
-    """What `loader` yields; an error of the user's data in a worker process comes as it was raised there.
-
-    Raises:
-        ConfigError: an image cannot be read, or the like.
-    """
+    """The batches of `loader`; a ConfigError of a worker process is raised as it was raised there."""
     try:
         yield from loader
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds, and how it is written so that a killed run loses nothing.
+"""The folder of a run: its files, written so that a killed run loses nothing.
 
 recipe.json is the resolved recipe, log.csv and val.csv the logs, best.safetensors and last.safetensors are models,
 metrics.json the figures of the best one, state.pt is all that training needs to go on.
@@ -36,11 +36,7 @@ class RunFolder:
             )
 
     def start(self, recipe: Recipe) -> None:
-        """Make the folder for a new run.
-
-        Raises:
-            ConfigError: it holds a run already.
-        """
+        """Make the folder for a new run; a ConfigError if it holds one already."""
         self.require_free()
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.recipe_file, to_json(recipe))
@@ -67,11 +63,7 @@ class RunFolder:
         write_atomically(self.state_file, buffer.getvalue())
 
     def load_state(self) -> dict[str, Any] | None:
-        """The training state; None when the run was stopped before its first one.
-
-        Raises:
-            ConfigError: the file is damaged.
-        """
+        """The training state; None when the run was stopped before its first one; a ConfigError if it is damaged."""
         if not self.state_file.exists():
             return None
         try:
@@ -97,13 +89,13 @@ class CsvLog:
     def write(self, row: dict[str, Any]) -> None:
         """Append a row; a column that is new rewrites the file."""
         row = {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in row.items()}
-        new = not self.rows or not row.keys() <= self._columns().keys()
+        columns = self._columns()
         self.rows.append(row)
-        if new:
+        if len(self._columns()) > len(columns):
             self._write_all()
             return
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, list(self._columns()), restval="").writerow(row)
+            csv.DictWriter(file, list(columns), restval="").writerow(row)
 
     def _columns(self) -> dict[str, None]:
         return {name: None for row in self.rows for name in row}

@@ -1,6 +1,5 @@
 """The weights that training starts from."""
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from sievit.models.build import load, model_file, read
 from sievit.policies import Policy
 from sievit.vit import ViT, ViTConfig
 
-OWN = "the recipe's ViT"
+RECIPE = "the recipe's ViT"
 TIMM = "timm:"
 FREE = {
     *("grid", "token_stride", "class_token", "num_registers", "pos_embed", "pos_antialias"),
@@ -25,36 +24,28 @@ FREE = {
 
 
 def start_from(model: Model, path: Path) -> tuple[str, ...]:
-    """Load the weights of a checkpoint or run.
+    """Load the weights of a checkpoint or run, and return the names of those that stay new.
 
-    The policy's own stay new unless the checkpoint has them, and so do the rows for classes of a checkpoint of other
-    classes; optional parts that this model has not are left out.
-
-    Returns:
-        The names of the weights that stay new.
+    New are those of the policy unless the checkpoint has them, and the rows for classes where its classes are others.
+    Optional parts that this model does not have are left out.
 
     Raises:
         ConfigError: no such file, or other weights that are missing or do not fit.
     """
     file = model_file(path)
     config, tensors = read(file)
-    own = model.state_dict()
-    left = tuple(part for part in model.optional if not any(name.startswith(part) for name in own))
-    tensors = {k: v for k, v in tensors.items() if k in own or not (of_policy(k) or k.startswith(left))}
+    state = model.state_dict()
+    absent = tuple(part for part in model.optional if not any(name.startswith(part) for name in state))
+    tensors = {k: v for k, v in tensors.items() if k in state or not (of_policy(k) or k.startswith(absent))}
     counts = len(config.classes), len(model.config.classes)
-    other = {k for k in own.keys() & tensors.keys() if _rows_of_classes(tensors[k].shape, own[k].shape, counts)}
-    tensors = {k: v for k, v in tensors.items() if k not in other}
-    wrong = sorted(
-        name
-        for name in own.keys() | tensors.keys()
-        if (name not in tensors and name not in other and not of_policy(name))
-        or name not in own
-        or (name in tensors and tensors[name].shape != own[name].shape)
-    )
+    new = {k for k in state.keys() & tensors.keys() if _rows_of_classes(tensors[k].shape, state[k].shape, counts)}
+    new |= {name for name in state.keys() - tensors.keys() if of_policy(name)}
+    shapes, expected = ({k: v.shape for k, v in each.items() if k not in new} for each in (tensors, state))
+    wrong = sorted(k for k in shapes.keys() | expected.keys() if shapes.get(k) != expected.get(k))
     if wrong:
         raise ConfigError(f"{file}: cannot start from it, it is of another model: {', '.join(wrong[:5])} do not fit")
-    model.load_state_dict(own | tensors)
-    return tuple(name for name in own if name not in tensors)
+    model.load_state_dict(state | {name: tensors[name] for name in expected})
+    return tuple(name for name in state if name in new)
 
 
 def _rows_of_classes(theirs: torch.Size, ours: torch.Size, counts: tuple[int, int]) -> bool:
@@ -66,19 +57,15 @@ def _rows_of_classes(theirs: torch.Size, ours: torch.Size, counts: tuple[int, in
     return any((theirs[0], ours[0]) == tuple(each * (count + more) for count in counts) for each, more in rows)
 
 
-def dense_teacher(policy: Policy, path: Path | None) -> Model | None:
-    """The dense model of `path`, fixed, for a policy whose loss compares with it; None for all others.
-
-    Raises:
-        ConfigError: there is no such model.
-    """
+def dense_teacher(policy: Policy, path: Path | None, device: torch.device | str = "cpu") -> Model | None:
+    """The dense model of `path`, fixed, for a policy whose loss compares with it; None for all others."""
     if not policy.needs_teacher:
         return None
     if path is None:
         raise ConfigError(f"{type(policy).__name__} learns from the dense model; name it with train.init-from")
     teacher = load(path, policy="keep_all", compile=False).requires_grad_(False)
     teacher.policy.train()  # so that its trace holds the tokens at the end of the pass
-    return teacher
+    return teacher.to(device)
 
 
 def start_vit_from(vit: ViT, source: Path) -> None:
@@ -88,7 +75,7 @@ def start_vit_from(vit: ViT, source: Path) -> None:
 
     Args:
         source: a state dict in timm's naming, .safetensors or of `torch.save`, which may be wrapped in "model" or
-            "state_dict"; or `timm:NAME`, the pre-trained weights that timm knows by that name, by its own download.
+            "state_dict"; or `timm:NAME`, the pre-trained weights that timm downloads under that name.
 
     Raises:
         ConfigError: no such file or name, weights that cannot be downloaded, or a ViT of another family or shape.
@@ -104,7 +91,7 @@ def start_vit_from(vit: ViT, source: Path) -> None:
         _require_same(source, theirs.config, vit.config)
         state, grid = dict(theirs.state_dict()), theirs.config.grid
     try:
-        load_strictly(vit, timm_state(state, vit.config, source=OWN, grid=grid), source=OWN)
+        load_strictly(vit, timm_state(state, vit.config, source=RECIPE, grid=grid), source=RECIPE)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
 
@@ -117,11 +104,11 @@ def timm_name(source: Path) -> str | None:
 
 def _require_same(source: Path, theirs: ViTConfig, ours: ViTConfig) -> None:
     """Raise a ConfigError that lists where the configurations of two ViTs differ, in what weights depend on."""
-    fields = [name for name in (f.name for f in dataclasses.fields(ours)) if name not in FREE]
+    found, expected = vars(theirs), vars(ours)
     other = [
-        f"{name} {getattr(theirs, name)}, not {getattr(ours, name)}"
-        for name in fields
-        if getattr(theirs, name) != getattr(ours, name)
+        f"{name} {found[name]}, not {expected[name]}"
+        for name in expected
+        if name not in FREE and found[name] != expected[name]
     ]
     if other:
-        raise ConfigError(f"{source}: is not {OWN}: its {'; its '.join(other)}")
+        raise ConfigError(f"{source}: is not {RECIPE}: its {'; its '.join(other)}")

@@ -1,4 +1,4 @@
-"""What is trained, the optimiser, and the learning rate of a step."""
+"""Frozen weights, the optimiser, and the learning rate of a step."""
 
 import math
 from typing import Literal
@@ -54,8 +54,8 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     groups: dict[tuple[bool, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parent, _, own = name.rpartition(".")
-            undecayed = own in UNDECAYED or f"{parent}." in norms
+            parent, _, last = name.rpartition(".")
+            undecayed = last in UNDECAYED or f"{parent}." in norms
             scale = config.policy_lr if "policy." in name else config.head_lr if "head" in name else 1.0
             for prefix, vit in vits.items():
                 if name.startswith(prefix):

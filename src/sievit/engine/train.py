@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,15 +33,12 @@ from sievit.tasks import task_of
 
 
 def train(recipe: Recipe | None, *, out: Path, resume: bool = False, console: Console | None = None) -> dict:
-    """Train a model.
+    """Train a model, and return the figures of the best one, as in metrics.json.
 
     Args:
-        recipe: what to do; None with `resume`, when the folder knows.
+        recipe: None with `resume`, for the folder holds it.
         out: folder of the run.
         resume: go on with the run in `out`, exactly where its last state was saved.
-
-    Returns:
-        The figures of the best model, as in metrics.json.
 
     Raises:
         ConfigError: the folder holds another run or none, or the data does not fit the model.
@@ -51,8 +49,9 @@ def train(recipe: Recipe | None, *, out: Path, resume: bool = False, console: Co
     folder = RunFolder(out)
     if resume:
         recipe = folder.recipe()
-    assert recipe is not None
-    recipe = recipe if resume else _resolved(recipe)
+    else:
+        assert recipe is not None
+        recipe = _resolved(recipe)
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     fabric, ours = _fabric(recipe.train), not dist.is_initialized()
@@ -64,7 +63,7 @@ def train(recipe: Recipe | None, *, out: Path, resume: bool = False, console: Co
         train_set, val_set = open_data(recipe)
     run = _Run(recipe, folder, fabric, train_set, val_set, console, state=folder.load_state() if resume else None)
     if fabric.is_global_zero:
-        if not resume:  # not before everything that could be wrong with the recipe was looked at
+        if not resume:  # only after all checks of the recipe
             folder.start(recipe)
         run.open_logs()
     fabric.barrier()
@@ -85,8 +84,7 @@ def train(recipe: Recipe | None, *, out: Path, resume: bool = False, console: Co
 
 def _resolved(recipe: Recipe) -> Recipe:
     """With the data's classes, and every path absolute, so that the run can be resumed from anywhere."""
-    root = default_data_root() if recipe.data.root is None else recipe.data.root
-    config = recipe.train
+    root, config = recipe.data.root or default_data_root(), recipe.train
     start = {}
     if config.init_from is not None and not str(config.init_from).startswith(HUB):
         start["init_from"] = model_file(config.init_from).resolve()
@@ -97,7 +95,7 @@ def _resolved(recipe: Recipe) -> Recipe:
 
 
 def _fabric(config: TrainConfig) -> Fabric:
-    """Devices and processes as torchrun says, else one."""
+    """Devices and processes by torchrun's environment variables, else one process."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     if config.batch_size % (processes * config.accumulate):
@@ -105,14 +103,18 @@ def _fabric(config: TrainConfig) -> Fabric:
             f"train.batch_size {config.batch_size} does not split over {processes} processes and "
             f"{config.accumulate} accumulated parts"
         )
-    strategy = "ddp" if processes > 1 else "auto"
-    if config.precision == "16-mixed" and torch.cuda.is_available():
-        scaler = torch.amp.GradScaler("cuda", init_scale=config.loss_scale)
-        plugin = MixedPrecision("16-mixed", "cuda", scaler)
-        return Fabric(devices=local, num_nodes=processes // local, strategy=strategy, plugins=[plugin])
+    precision: dict[str, Any] = {"precision": config.precision}
     if config.precision == "16-mixed":
-        raise ConfigError("train.precision 16-mixed needs a CUDA device; use bf16-mixed")
-    return Fabric(devices=local, num_nodes=processes // local, strategy=strategy, precision=config.precision)
+        if not torch.cuda.is_available():
+            raise ConfigError("train.precision 16-mixed needs a CUDA device; use bf16-mixed")
+        scaler = torch.amp.GradScaler("cuda", init_scale=config.loss_scale)
+        precision = {"plugins": [MixedPrecision("16-mixed", "cuda", scaler)]}
+    strategy = "ddp" if processes > 1 else "auto"
+    return Fabric(devices=local, num_nodes=processes // local, strategy=strategy, **precision)
+
+
+PROGRESS = ("step", "validated", "logged", "sums", "best", "figures")
+"""Attributes of a run that its state file holds."""
 
 
 class _Run:
@@ -146,8 +148,7 @@ class _Run:
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         optimizer = build_optimizer(self.model, config)
-        teacher = dense_teacher(self.model.policy, config.init_from)
-        losses = Losses(self.model, None if teacher is None else teacher.to(fabric.device))
+        losses = Losses(self.model, dense_teacher(self.model.policy, config.init_from, fabric.device))
         self.losses, self.optimizer = fabric.setup(losses, optimizer)
         self.average = Average(self.model, config.ema) if config.ema else None
         self.batches = EpochBatches(len(train_set), config, rank=fabric.global_rank, processes=fabric.world_size)
@@ -217,11 +218,11 @@ class _Run:
                     self.log.write(row)
                 show(f"epoch {epoch} loss {row['loss']:.3f} {rate:.1f} images/s")
                 clock, timed_from, self.logged, self.sums = time.monotonic(), self.step, self.step, {}
-            told, due = self._any(bool(stop.received), time.monotonic() - saved > 60 * config.save_every)
-            if told or due:
+            stopped, due = self._any(bool(stop.received), time.monotonic() - saved > 60 * config.save_every)
+            if stopped or due:
                 self._save_state()
                 saved = time.monotonic()
-            if told:
+            if stopped:
                 raise Interrupted(f"stopped at step {self.step} of {self.total}; {stop.advice}")
             if self.step == self.total:
                 return
@@ -238,10 +239,10 @@ class _Run:
                 losses, shares = self.losses(Batch(images, targets, self.fabric.device), selected=selected)
                 loss = torch.stack(list(losses.values())).sum() / len(parts)
                 self.fabric.backward(loss)
-            for name, value in losses.items():
-                figures[name] = figures.get(name, 0.0) + value.item() / len(parts)
-            for block, share in enumerate(shares.tolist()):
-                figures[f"keep_{block}"] = figures.get(f"keep_{block}", 0.0) + share / len(parts)
+            values = {name: value.item() for name, value in losses.items()}
+            values |= {f"keep_{block}": share for block, share in enumerate(shares.tolist())}
+            for name, value in values.items():
+                figures[name] = figures.get(name, 0.0) + value / len(parts)
         figures["loss"] = sum(value for name, value in figures.items() if not name.startswith("keep_"))
         self._require_finite("loss", figures["loss"])
         if config.clip_norm is not None:
@@ -265,12 +266,8 @@ class _Run:
             )
 
     def _validation_is_due(self) -> bool:
-        config, steps = self.recipe.train, self.batches.steps
-        if self.step == self.total:
-            return self.validated != self.step
-        if self.step % steps or self.validated == self.step:
-            return False
-        return (self.step // steps) % config.val_every == 0
+        every = self.batches.steps * self.recipe.train.val_every
+        return self.validated != self.step and (self.step == self.total or self.step % every == 0)
 
     def _validate(self) -> None:
         """Figures of the (averaged) weights, and the two model files."""
@@ -297,9 +294,9 @@ class _Run:
     def _finish(self) -> None:
         """The figures of the best model on all images, if it was chosen by some of them."""
         self.fabric.barrier()
-        total, known = len(self.val_set), self.folder.metrics()
-        if known["step"] == self.figures["step"] and known["images"] == total:
-            self.figures = known
+        total, saved = len(self.val_set), self.folder.metrics()
+        if saved["step"] == self.figures["step"] and saved["images"] == total:
+            self.figures = saved
         if self.figures["images"] == total:
             return
         self.model.load_state_dict(read(self.folder.best_file)[1])
@@ -324,15 +321,15 @@ class _Run:
         if self.average is None:
             yield
             return
-        own = {name: value.clone() for name, value in self.model.state_dict().items()}
+        latest = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(self.average.values)
         try:
             yield
         finally:
-            self.model.load_state_dict(own)
+            self.model.load_state_dict(latest)
 
     def _any(self, *flags: bool) -> tuple[bool, ...]:
-        """Whether any process says so, of each flag."""
+        """Of each flag, whether it is set in any process."""
         if world_size() == 1:
             return flags
         counts = torch.tensor(flags, dtype=torch.float32, device=self.fabric.device)
@@ -351,15 +348,9 @@ class _Run:
                 "optimizer": self.optimizer.state_dict(),
                 "average": None if self.average is None else self.average.state_dict(),
                 "precision": self.fabric.strategy.precision.state_dict(),
-                "step": self.step,
-                "validated": self.validated,
-                "logged": self.logged,
-                "sums": self.sums,
-                "best": self.best,
-                "figures": self.figures,
                 "random": randoms,
             }
-            self.folder.save_state(state)
+            self.folder.save_state(state | {name: getattr(self, name) for name in PROGRESS})
         self.fabric.barrier()
 
     def _restore(self, state: dict) -> None:
@@ -374,9 +365,9 @@ class _Run:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.fabric.strategy.precision.load_state_dict(state.get("precision", {}))
-        self.step, self.best, self.figures = state["step"], state["best"], state["figures"]
-        self.validated, self.logged = state.get("validated", self.step), state.get("logged", self.step)
-        self.sums = state.get("sums", {})
+        older = {"validated": state["step"], "logged": state["step"], "sums": {}}
+        for name in PROGRESS:
+            setattr(self, name, (older | state)[name])
         random = state["random"][self.fabric.global_rank]
         torch.set_rng_state(random["cpu"])
         if "cuda" in random:

@@ -25,8 +25,8 @@ class Converted:
 
     Attributes:
         model: in evaluation mode.
-        facts: what there is to tell of it, by heading.
-        keys: how many the file had. dropped: those that were left out on purpose, by the reason why.
+        facts: to print, by heading.
+        keys: how many the file had. dropped: those that were left out on purpose, by reason.
     """
 
     model: Model

@@ -100,7 +100,7 @@ def _refuse(checkpoint: Checkpoint) -> None:
 
 
 def _facts(model: Detector) -> dict[str, str]:
-    """What there is to tell."""
+    """Facts to print, by heading."""
     config, backbone = model.config, model.backbone
     assert isinstance(backbone, ViTAdapter)
     sparse = isinstance(config.policy, SViTConfig)
@@ -145,7 +145,7 @@ def _classes(count: int, checkpoint: Checkpoint, options: ViTAdapterOptions) -> 
 
 
 def _categories(path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """In the order of the file, which is that of mmdet's outputs; evaluation wants the ids to rise."""
+    """In the order of the file, which is that of mmdet's outputs; evaluation needs rising ids."""
     categories = CocoFile(path).categories()
     names, ids = tuple(c["name"] for c in categories), tuple(c["id"] for c in categories)
     if list(ids) != sorted(set(ids)):

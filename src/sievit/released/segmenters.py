@@ -139,25 +139,25 @@ def _base(checkpoint: Checkpoint, options: SegViTOptions, stages: int) -> Segmen
     classes, palette = _classes(num_classes, checkpoint, options)
     crop = options.crop or vit.grid[0] * vit.patch_size
     stride, head_heads, pixels = options.stride, options.head_num_heads, None
-    places = options.out_indices or ((vit.depth - 1,) if stages == 1 else None)
+    out_indices = options.out_indices or ((vit.depth - 1,) if stages == 1 else None)
     if options.mean is not None and options.std is not None:
         (a, b, c), (d, e, f) = options.mean, options.std
         pixels = ((a / 255, b / 255, c / 255), (d / 255, e / 255, f / 255))
     if known is not None:
         assert isinstance(known.head, ATMConfig) and known.stride is not None
         stride, head_heads = stride or known.stride[0], head_heads or known.head.num_heads
-        places = places or known.out_indices
+        out_indices = out_indices or known.out_indices
         pixels = pixels or (known.input.mean, known.input.std)
-    if stride is None or head_heads is None or places is None or pixels is None:
-        wanted = {
+    if stride is None or head_heads is None or out_indices is None or pixels is None:
+        needed = {
             "--stride": stride,
             "--head-num-heads": head_heads,
-            "--out-indices": places,
+            "--out-indices": out_indices,
             "--mean and --std": pixels,
         }
         raise ConfigError(
             f"has a ViT {vit.embed_dim} wide for {num_classes} classes, trained on images of {crop} pixels, which is "
-            f"none of the released models; also give {', '.join(k for k, value in wanted.items() if value is None)}"
+            f"none of the released models; also give {', '.join(k for k, value in needed.items() if value is None)}"
         )
     short = options.short_edge or (crop if known is None else known.input.min_size)
     assert short is not None
@@ -175,7 +175,7 @@ def _base(checkpoint: Checkpoint, options: SegViTOptions, stages: int) -> Segmen
         ),
         classes=classes,
         head=ATMConfig(channels=head_heads, num_heads=head_heads),  # its width is read from the weights
-        out_indices=places,
+        out_indices=out_indices,
         crop=(crop, crop),
         stride=(stride, stride),
         palette=palette,
