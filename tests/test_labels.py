@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,13 @@ from sievit.data.label_files import read_names, read_palette
 from sievit.data.labels import LabelDataset
 from sievit.data.scenes import CLASSES, generate
 from sievit.data.semantic import SemanticAugment, SemanticAugmentConfig
+from tiny import random_pixels, write_image
 
 SIZE = (6, 9)
 
 
-def write(path: Path, pixels: np.ndarray, **options: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **options)
-    return path
-
-
 def picture(seed: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return random_pixels(seed, *size, 3)
 
 
 def truth(seed: int, classes: int = 4, size: tuple[int, int] = SIZE) -> np.ndarray:
@@ -37,8 +33,8 @@ def truth(seed: int, classes: int = 4, size: tuple[int, int] = SIZE) -> np.ndarr
 
 def folders(root: Path, names: tuple[str, ...] = ("a", "b", "c")) -> tuple[Path, Path]:
     for seed, name in enumerate(names):
-        write(root / "images" / f"{name}.png", picture(seed))
-        write(root / "labels" / f"{name}.png", truth(seed))
+        write_image(root / "images" / f"{name}.png", picture(seed))
+        write_image(root / "labels" / f"{name}.png", truth(seed))
     return root / "images", root / "labels"
 
 
@@ -66,9 +62,9 @@ def test_images_and_labels_as_they_are_stored(tmp_path: Path):
 def test_pairs_of_nested_folders_with_suffixes(tmp_path: Path):
     """Cityscapes: other files of the same image stand beside those that are meant."""
     for seed, name in enumerate(("ulm/ulm_0_1", "bonn/bonn_7_2")):
-        write(tmp_path / "leftImg8bit" / "train" / f"{name}_leftImg8bit.png", picture(seed))
+        write_image(tmp_path / "leftImg8bit" / "train" / f"{name}_leftImg8bit.png", picture(seed))
         for kind, pixels in (("labelTrainIds", truth(seed)), ("color", picture(9)), ("instanceIds", truth(9))):
-            write(tmp_path / "gtFine" / "train" / f"{name}_gtFine_{kind}.png", pixels)
+            write_image(tmp_path / "gtFine" / "train" / f"{name}_gtFine_{kind}.png", pixels)
     data = LabelDataset(
         tmp_path / "leftImg8bit" / "train",
         tmp_path / "gtFine" / "train",
@@ -82,8 +78,8 @@ def test_pairs_of_nested_folders_with_suffixes(tmp_path: Path):
 
 
 def test_other_extensions_and_one_folder_for_both(tmp_path: Path):
-    write(tmp_path / "a.b.jpg", picture(0))
-    write(tmp_path / "a.b.png", truth(0))
+    write_image(tmp_path / "a.b.jpg", picture(0))
+    write_image(tmp_path / "a.b.png", truth(0))
     data = LabelDataset(tmp_path, tmp_path, classes=4, image_suffix=".jpg", label_suffix=".png")
     assert data.names == ("a.b",) and np.array_equal(data[0][1]["labels"], truth(0))
 
@@ -119,8 +115,8 @@ def test_many_classes_in_16_bits(tmp_path: Path):
 
 def test_zero_is_ignored_as_in_ade20k(tmp_path: Path):
     values = np.array([[0, 1, 2, 3], [4, 255, 0, 1]], dtype=np.uint8)
-    write(tmp_path / "images" / "a.png", picture(0, (2, 4)))
-    write(tmp_path / "labels" / "a.png", values)
+    write_image(tmp_path / "images" / "a.png", picture(0, (2, 4)))
+    write_image(tmp_path / "labels" / "a.png", values)
     where = (tmp_path / "images", tmp_path / "labels")
     data = LabelDataset(*where, classes=4, zero_is_ignored=True)
     assert data[0][1]["labels"].tolist() == [[255, 0, 1, 2], [3, 255, 255, 0]]
@@ -226,10 +222,10 @@ def test_exif_does_not_turn_an_image_away_from_its_label(tmp_path: Path):
     exif[0x0112] = 6
     pixels = picture(0)
     images, labels = tmp_path / "images", tmp_path / "labels"
-    write(images / "stored.png", pixels, exif=exif)
-    write(labels / "stored.png", truth(0))
-    write(images / "upright.png", pixels, exif=exif)
-    write(labels / "upright.png", truth(0, size=SIZE[::-1]))
+    write_image(images / "stored.png", pixels, exif=exif)
+    write_image(labels / "stored.png", truth(0))
+    write_image(images / "upright.png", pixels, exif=exif)
+    write_image(labels / "upright.png", truth(0, size=SIZE[::-1]))
     data = LabelDataset(images, labels, classes=4)
     assert np.array_equal((data[0][0] * 255).round().byte().permute(1, 2, 0), pixels)
     assert np.array_equal((data[1][0] * 255).round().byte().permute(1, 2, 0), np.rot90(pixels, -1))
@@ -268,148 +264,109 @@ def test_nuclei_split_by_the_coco_file(data_root: Path):
     assert image.shape[1:] == target["labels"].shape and target["labels"].unique().tolist() == [0, 1, 2]
 
 
-def broken(tmp_path: Path, how: str) -> dict[str, Any]:
-    """Options of a data set that something is wrong with."""
+Change = Callable[[Path], dict[str, Any]]
+"""Does something wrong to the folders in a root, and returns options of the data set."""
+
+
+def gone(path: Path) -> dict[str, Any]:
+    path.unlink()
+    return {}
+
+
+def listed(root: Path, text: str, option: str = "names_file") -> dict[str, Any]:
+    (root / "names.txt").write_text(text)
+    return {option: root / "names.txt"}
+
+
+def empty(root: Path, option: str) -> dict[str, Any]:
+    (root / "empty").mkdir()
+    return {option: root / "empty"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda root: {"images": root / "nowhere"}, r"nowhere: no such folder"),
+        (lambda root: {"labels": root / "nowhere"}, r"nowhere: no such folder"),
+        (lambda root: empty(root, "images"), r"empty: holds no images"),
+        (lambda root: empty(root, "labels"), r"empty: holds no images"),
+        (lambda root: gone(root / "labels/b.png"), r"images: 1 of 3 images have no label in .*labels: b \(.*; add the"),
+        (
+            lambda root: gone(root / "images/b.png"),
+            r"labels: 1 of 3 labels have no image in .*images: b \(.*names_file",
+        ),
+        (lambda _: {"label_suffix": "_gt.png"}, r"labels: holds no label images that end with _gt\.png"),
+        (
+            lambda root: {"labels": write_image(root / "jpeg/a.jpg", truth(0)).parent},
+            r"jpeg: holds no label images .*JPEG changes values",
+        ),
+        (
+            lambda root: write_image(root / "images/a.jpg", picture(0)) and {},
+            r"a\.jpg and .*a\.png: two images of one name",
+        ),
+        (lambda root: listed(root, "a\nx\n"), r"names\.txt: 1 of its 2 names have no image in .*images: x"),
+        (
+            lambda root: {**gone(root / "labels/a.png"), **listed(root, "a\n")},
+            r"1 of 1 images have no label in .*labels: a",
+        ),
+        (lambda root: listed(root, "a\na.png\n"), r"names\.txt: names a more than once"),
+        (lambda root: listed(root, "\n"), r"names\.txt: names no images"),
+        (lambda root: {"names_file": root / "names.txt"}, r"names\.txt: the list of names cannot be read"),
+        (lambda root: listed(root, '{"images": [{"id": 1}]}'), r"names\.txt: .* has no 'file_name'"),
+        (lambda _: {"ignore_index": 3}, r"ignore_index 3 is one of the 4 classes"),
+        (lambda _: {"classes": None}, r"Give classes, their number or"),
+        (lambda _: {"palette": [(0, 0, 0)]}, r"1 colours for 4 classes"),
+        (lambda _: {"palette": [(0, 0, 256)] * 4}, r"\(0, 0, 256\) is not a colour"),
+        (lambda root: listed(root, "0 0 0 sky\nroad\n", "palette"), r"names\.txt, line 2: 'road' is not"),
+        (lambda root: listed(root, "", "palette"), r"names\.txt: holds no colours"),
+        (lambda _: {"label_map": {1: 4}}, r"label_map: 1 becomes 4"),
+        (lambda _: {"label_map": {1: 0}, "zero_is_ignored": True}, r"zero_is_ignored and label_map"),
+    ],
+)
+def test_what_is_wrong_with_a_set_is_said_at_once(tmp_path: Path, change: Change, message: str):
     images, labels = folders(tmp_path)
-    options: dict[str, Any] = {"images": images, "labels": labels, "classes": 4}
-    names = tmp_path / "names.txt"
-    match how:
-        case "no image folder":
-            options["images"] = tmp_path / "nowhere"
-        case "no label folder":
-            options["labels"] = tmp_path / "nowhere"
-        case "empty image folder":
-            options["images"] = tmp_path / "empty"
-            (tmp_path / "empty").mkdir()
-        case "empty label folder":
-            options["labels"] = tmp_path / "empty"
-            (tmp_path / "empty").mkdir()
-        case "no label":
-            (labels / "b.png").unlink()
-        case "no image":
-            (images / "b.png").unlink()
-        case "nothing ends so":
-            options["label_suffix"] = "_gt.png"
-        case "jpeg labels":
-            options["labels"] = tmp_path / "jpeg"
-            write(tmp_path / "jpeg" / "a.jpg", truth(0))
-        case "one name twice":
-            write(images / "a.jpg", picture(0))
-        case "listed image is missing":
-            names.write_text("a\nx\n")
-            options["names_file"] = names
-        case "listed label is missing":
-            (labels / "a.png").unlink()
-            names.write_text("a\n")
-            options["names_file"] = names
-        case "listed twice":
-            names.write_text("a\na.png\n")
-            options["names_file"] = names
-        case "empty list":
-            names.write_text("\n")
-            options["names_file"] = names
-        case "no list":
-            options["names_file"] = names
-        case "not coco":
-            names.write_text('{"images": [{"id": 1}]}')
-            options["names_file"] = names
-        case "ignored class":
-            options["ignore_index"] = 3
-        case "no classes":
-            options["classes"] = None
-        case "short palette":
-            options["palette"] = [(0, 0, 0)]
-        case "no colour":
-            options["palette"] = [(0, 0, 256)] * 4
-        case "palette line":
-            names.write_text("0 0 0 sky\nroad\n")
-            options["palette"] = names
-        case "empty palette":
-            names.write_text("")
-            options["palette"] = names
-        case "map to no class":
-            options["label_map"] = {1: 4}
-        case "two meanings":
-            options.update(label_map={1: 0}, zero_is_ignored=True)
-    return options
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("no image folder", r"nowhere: no such folder"),
-        ("no label folder", r"nowhere: no such folder"),
-        ("empty image folder", r"empty: holds no images"),
-        ("empty label folder", r"empty: holds no images"),
-        ("no label", r"images: 1 of 3 images have no label in .*labels: b \(.*; add the labels"),
-        ("no image", r"labels: 1 of 3 labels have no image in .*images: b \(.*names_file"),
-        ("nothing ends so", r"labels: holds no label images that end with _gt\.png"),
-        ("jpeg labels", r"jpeg: holds no label images .*JPEG changes values"),
-        ("one name twice", r"a\.jpg and .*a\.png: two images of one name"),
-        ("listed image is missing", r"names\.txt: 1 of its 2 names have no image in .*images: x"),
-        ("listed label is missing", r"1 of 1 images have no label in .*labels: a"),
-        ("listed twice", r"names\.txt: names a more than once"),
-        ("empty list", r"names\.txt: names no images"),
-        ("no list", r"names\.txt: the list of names cannot be read"),
-        ("not coco", r"names\.txt: .* has no 'file_name'"),
-        ("ignored class", r"ignore_index 3 is one of the 4 classes"),
-        ("no classes", r"Give classes, their number or"),
-        ("short palette", r"1 colours for 4 classes"),
-        ("no colour", r"\(0, 0, 256\) is not a colour"),
-        ("palette line", r"names\.txt, line 2: 'road' is not"),
-        ("empty palette", r"names\.txt: holds no colours"),
-        ("map to no class", r"label_map: 1 becomes 4"),
-        ("two meanings", r"zero_is_ignored and label_map"),
-    ],
-)
-def test_what_is_wrong_with_a_set_is_said_at_once(tmp_path: Path, how: str, message: str):
+    options: dict[str, Any] = {"images": images, "labels": labels, "classes": 4, **change(tmp_path)}
     with pytest.raises(ConfigError, match=message):
-        LabelDataset(**broken(tmp_path, how))
+        LabelDataset(**options)
+
+
+def changed(*where: tuple[Any, int], dtype: type = np.uint8) -> np.ndarray:
+    """Labels with other values at some positions."""
+    values = truth(0).astype(dtype)
+    for position, value in where:
+        values[position] = value
+    return values
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("file", "content", "message"),
     [
-        ("size", r"labels/a\.png: the labels are 8x6 pixels, their image .*images/a\.png is 9x6"),
-        ("value", r"labels/a\.png: value 7 \(2 pixels\) is none of the 4 classes and not ignored \(255\)"),
-        ("negative", r"labels/a\.png: value -1 \(1 pixels\)"),
-        ("truncated label", r"labels/a\.png: cannot be read as a label image"),
-        ("truncated image", r"images/a\.png: cannot be read as an image"),
-        ("text", r"labels/a\.png: cannot be read as a label image"),
-        ("vanished label", r"labels/a\.png: no such label image"),
-        ("vanished image", r"images/a\.png: no such image"),
-        ("transparency", r"labels/a\.png: is an image of mode LA"),
-        ("float", r"labels/a\.png: is an image of mode F"),
+        ("labels", truth(0, size=(6, 8)), r"labels/a\.png: the labels are 8x6 pixels, their image .*/a\.png is 9x6"),
+        (
+            "labels",
+            changed(((2, slice(3, 5)), 7)),
+            r"labels/a\.png: value 7 \(2 pixels\) is none of the 4 classes and not ignored \(255\)",
+        ),
+        ("labels", changed(((0, 0), -1), dtype=np.int32), r"labels/a\.png: value -1 \(1 pixels\)"),
+        ("labels", 60, r"labels/a\.png: cannot be read as a label image"),
+        ("images", 90, r"images/a\.png: cannot be read as an image"),
+        ("labels", b"labels", r"labels/a\.png: cannot be read as a label image"),
+        ("labels", None, r"labels/a\.png: no such label image"),
+        ("images", None, r"images/a\.png: no such image"),
+        ("labels", np.stack([truth(0)] * 2, axis=2), r"labels/a\.png: is an image of mode LA"),
+        ("labels", truth(0).astype(np.float32), r"labels/a\.png: is an image of mode F"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_when_it_is_read(tmp_path: Path, how: str, message: str):
-    images, labels = folders(tmp_path, ("a", "b"))
-    image, label, values = images / "a.png", labels / "a.png", truth(0)
-    data = LabelDataset(images, labels, classes=4)
-    match how:
-        case "size":
-            write(label, truth(0, size=(6, 8)))
-        case "value":
-            values[2, 3:5] = 7
-            write(label, values)
-        case "negative":
-            wide = values.astype(np.int32)
-            wide[0, 0] = -1
-            Image.fromarray(wide).save(label, format="tiff")
-        case "truncated label":
-            label.write_bytes(label.read_bytes()[:60])
-        case "truncated image":
-            image.write_bytes(image.read_bytes()[:90])
-        case "text":
-            label.write_text("labels")
-        case "vanished label":
-            label.unlink()
-        case "vanished image":
-            image.unlink()
-        case "transparency":
-            Image.fromarray(values).convert("LA").save(label)
-        case "float":
-            Image.fromarray(values.astype(np.float32)).save(label, format="tiff")
+def test_what_is_wrong_with_a_file_is_said_when_it_is_read(tmp_path: Path, file: str, content: Any, message: str):
+    """The content is an image, bytes, so many bytes of the file, or nothing for no file."""
+    data = LabelDataset(*folders(tmp_path, ("a", "b")), classes=4)
+    path = tmp_path / file / "a.png"
+    if content is None:
+        path.unlink()
+    elif isinstance(content, np.ndarray):
+        write_image(path, content, format="png" if content.dtype == np.uint8 else "tiff")
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else path.read_bytes()[:content])
     with pytest.raises(ConfigError, match=message):
         data[0]
     assert np.array_equal(data[1][1]["labels"], truth(1)), "the others are as they were"
@@ -433,19 +390,13 @@ def test_names_and_palettes_that_cannot_be_read(tmp_path: Path):
         read_names(path)
 
 
-PANOPTIC_CATEGORIES = [
-    {"id": 200, "name": "rug", "isthing": 0, "color": [1, 2, 3]},
-    {"id": 7, "name": "train", "isthing": 1, "color": [4, 5, 6]},
-]
-
-
 def panoptic(root: Path) -> dict[str, Any]:
     """A tiny panoptic set of one image; the content of its JSON."""
     ids = np.zeros((3, 4), dtype=np.int64)
     ids[0], ids[1], ids[2, :2] = 70000, 513, 3
     colours = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=2).astype(np.uint8)
-    write(root / "images" / "x.png", picture(0, (3, 4)))
-    write(root / "masks" / "x.png", colours)
+    write_image(root / "images" / "x.png", picture(0, (3, 4)))
+    write_image(root / "masks" / "x.png", colours)
     segments = [
         {"id": 70000, "category_id": 7, "iscrowd": 0},
         {"id": 513, "category_id": 200},
@@ -454,7 +405,10 @@ def panoptic(root: Path) -> dict[str, Any]:
     return {
         "images": [{"id": 5, "file_name": "x.png", "height": 3, "width": 4}],
         "annotations": [{"image_id": 5, "file_name": "x.png", "segments_info": segments}],
-        "categories": PANOPTIC_CATEGORIES,
+        "categories": [
+            {"id": 200, "name": "rug", "isthing": 0, "color": [1, 2, 3]},
+            {"id": 7, "name": "train", "isthing": 1, "color": [4, 5, 6]},
+        ],
     }
 
 
@@ -467,55 +421,46 @@ def test_panoptic_segments_are_labels_of_their_categories(tmp_path: Path):
     assert np.array_equal((image * 255).round().byte().permute(1, 2, 0), picture(0, (3, 4)))
 
 
+def of_annotation(**changes: Any) -> Callable[[Path, Any], Any]:
+    """Changes a field of the only annotation."""
+    return lambda _, content: content["annotations"][0].update(changes)
+
+
+def of_segment(**changes: Any) -> Callable[[Path, Any], Any]:
+    return lambda _, content: content["annotations"][0]["segments_info"][1].update(changes)
+
+
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("change", "message"),
     [
-        ("unlisted segment", r"masks/x\.png: segment 513 \(4 pixels\) is not among"),
-        ("grey mask", r"masks/x\.png: has one channel"),
-        ("no mask", r"masks: 1 of the 1 panoptic PNGs that .* lists are missing: x\.png"),
-        ("no image", r"images: 1 of the 1 images that .* lists are missing: x\.png"),
-        ("unknown category", r"segment of image 5 has the category 8"),
-        ("unknown image", r"names the image 6"),
-        ("image twice", r"image_id 5 occurs more than once"),
-        ("no annotation", r"1 images have no annotation: y\.png"),
-        ("category twice", r"id 200 occurs more than once"),
-        ("instances file", r"image_id 5 of 'annotations' has no 'file_name'"),
-        ("no segments", r"has no 'segments_info'"),
-        ("results file", r"results file"),
-        ("no json", r"is not a JSON file"),
-        ("size", r"masks/x\.png: the labels are 4x3 pixels, their image .* is 9x6"),
+        (of_segment(id=514), r"masks/x\.png: segment 513 \(4 pixels\) is not among"),
+        (lambda root, _: write_image(root / "masks/x.png", truth(0, size=(3, 4))), r"masks/x\.png: has one channel"),
+        (lambda root, _: gone(root / "masks/x.png"), r"masks: 1 of the 1 panoptic PNGs that .* lists are missing: x\."),
+        (lambda root, _: gone(root / "images/x.png"), r"images: 1 of the 1 images that .* lists are missing: x\.png"),
+        (of_segment(category_id=8), r"segment of image 5 has the category 8"),
+        (of_annotation(image_id=6), r"names the image 6"),
+        (lambda _, c: c["annotations"].extend(c["annotations"]), r"image_id 5 occurs more than once"),
+        (lambda _, c: c["images"].append({"id": 6, "file_name": "y.png"}), r"1 images have no annotation: y\.png"),
+        (lambda _, c: c["categories"].append(c["categories"][0]), r"id 200 occurs more than once"),
+        (
+            lambda _, c: c.update(annotations=[{"id": 1, "image_id": 5, "category_id": 7, "bbox": [0, 0, 1, 1]}]),
+            r"image_id 5 of 'annotations' has no 'file_name'",
+        ),
+        (lambda _, c: c["annotations"][0].__delitem__("segments_info"), r"has no 'segments_info'"),
+        (lambda root, _: [{"image_id": 5}], r"results file"),
+        (lambda root, _: "{", r"is not a JSON file"),
+        (
+            lambda root, _: write_image(root / "images/x.png", picture(0)),
+            r"masks/x\.png: the labels are 4x3 pixels, their image .* is 9x6",
+        ),
     ],
 )
-def test_broken_panoptic_sets(tmp_path: Path, how: str, message: str):
+def test_broken_panoptic_sets(tmp_path: Path, change: Callable[[Path, Any], Any], message: str):
+    """A change of the content or the files, or (a list, a text) other content."""
     content: Any = panoptic(tmp_path)
-    match how:
-        case "unlisted segment":
-            del content["annotations"][0]["segments_info"][1]
-        case "grey mask":
-            write(tmp_path / "masks" / "x.png", truth(0, size=(3, 4)))
-        case "no mask":
-            (tmp_path / "masks" / "x.png").unlink()
-        case "no image":
-            (tmp_path / "images" / "x.png").unlink()
-        case "unknown category":
-            content["annotations"][0]["segments_info"][1]["category_id"] = 8
-        case "unknown image":
-            content["annotations"][0]["image_id"] = 6
-        case "image twice":
-            content["annotations"] *= 2
-        case "no annotation":
-            content["images"].append({"id": 6, "file_name": "y.png"})
-        case "category twice":
-            content["categories"] = PANOPTIC_CATEGORIES + PANOPTIC_CATEGORIES[:1]
-        case "instances file":
-            content["annotations"] = [{"id": 1, "image_id": 5, "category_id": 7, "bbox": [0, 0, 1, 1]}]
-        case "no segments":
-            del content["annotations"][0]["segments_info"]
-        case "results file":
-            content = [{"image_id": 5}]
-        case "size":
-            write(tmp_path / "images" / "x.png", picture(0))
-    (tmp_path / "panoptic.json").write_text("{" if how == "no json" else json.dumps(content))
+    other = change(tmp_path, content)
+    content = other if isinstance(other, list | str) else content
+    (tmp_path / "panoptic.json").write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ConfigError, match=message):
         LabelDataset(tmp_path / "images", tmp_path / "masks", panoptic=tmp_path / "panoptic.json")[0]
 
