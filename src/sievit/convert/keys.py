@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sievit.config import ConfigError
+from sievit.hub.file import listed, load_weights
 from sievit.vit import ViTConfig
 
 
@@ -41,7 +42,7 @@ def rename(state: dict[str, Tensor], rules: Rules, *, source: str) -> dict[str, 
         else:
             unknown.append(key)
     if unknown:
-        raise ConfigError(f"not {source}: {_listed(unknown)} have no place in it")
+        raise ConfigError(f"not {source}: {listed(unknown)} have no place in it")
     return renamed
 
 
@@ -58,26 +59,8 @@ def dropped(keys: Iterable[str], rules: Rules) -> dict[str, list[str]]:
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
-    """Load under our names.
-
-    Raises:
-        ConfigError: missing or surplus keys, or shapes that do not fit; all of them are listed.
-    """
-    own = module.state_dict()
-    missing, surplus = own.keys() - state.keys(), state.keys() - own.keys()
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own.keys() & state.keys()
-        if state[key].shape != own[key].shape
-    ]
-    problems = [
-        f"{what}: {_listed(keys)}"
-        for what, keys in (("missing", missing), ("surplus", surplus), ("of another shape", shapes))
-        if keys
-    ]
-    if problems:
-        raise ConfigError(f"not {source}; {'; '.join(problems)}")
-    module.load_state_dict(state)
+    """Load under our names; see `load_weights` for the error, which says what `source` was taken for."""
+    load_weights(module, state, error=f"not {source}")
 
 
 def need(state: dict[str, Tensor], key: str, *, source: str, ndim: int | None = None) -> Tensor:
@@ -141,9 +124,3 @@ def join(state: dict[str, Tensor], name: str, parts: Sequence[str], *, biased: b
     if biased or (biased is None and any(bias is not None for bias in biases)):
         filled = (w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True))
         state[f"{name}.bias"] = torch.cat(list(filled))
-
-
-def _listed(keys: Sequence[str] | set[str], limit: int = 12) -> str:
-    keys = sorted(keys)
-    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
-    return ", ".join(keys[:limit]) + more

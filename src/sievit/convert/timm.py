@@ -5,7 +5,6 @@ guessed: an activation, a norm or a kind of attention that is not known is an er
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -193,24 +192,19 @@ def _read(model: Any) -> ViTConfig:
     for i, block in enumerate(blocks):
         if _read_block(block) != first:
             raise _refuse(type(model).__name__, f"block {i} is built unlike block 0")
+    registers = (getattr(model, name, None) for name in ("reg_token", "dist_token"))  # DeiT's stands among them
     return ViTConfig(
         **_read_patches(model),
         **first,
         **_read_norms(model),
         depth=len(blocks),
         class_token=model.cls_token is not None,
-        num_registers=_registers(model),
+        num_registers=sum(token.shape[1] for token in registers if token is not None),
         pos_embed="none" if model.pos_embed is None else "patches" if model.no_embed_class else "all",
         rope=_read_rope(model),
         norm_pre=_there(model.norm_pre),
         final_norm=_there(model.norm),
     )
-
-
-def _registers(model: Any) -> int:
-    """Registers and DeiT's distillation token."""
-    tokens = (getattr(model, name, None) for name in ("reg_token", "dist_token"))
-    return sum(token.shape[1] for token in tokens if token is not None)
 
 
 def _read_patches(model: Any) -> dict[str, Any]:
@@ -248,16 +242,16 @@ def _read_block(block: Any) -> dict[str, Any]:
         raise _refuse(mlp, "its gate is the second half")
     if (attn.proj.bias is None) != (mlp.fc2.bias is None):
         raise _refuse(block, "of attention and MLP only one has biases")
-    scales = [_there(getattr(block, name, None)) for name in ("ls1", "ls2")]
-    scales = [a or getattr(block, f"gamma_{i}", None) is not None for i, a in enumerate(scales, 1)]
+    scales = [_there(getattr(block, f"ls{i}", None)) or getattr(block, f"gamma_{i}", None) is not None for i in (1, 2)]
     if scales == [False, True]:
         raise _refuse(block, "only its MLP is scaled")
     if _there(attn.q_norm) != _there(attn.k_norm):
         raise _refuse(attn, "of queries and keys only one has a norm")
+    has_q_bias = getattr(attn, "q_bias", None) is not None
     gated = type(mlp).__name__ != "Mlp"
     return {
         "num_heads": attn.num_heads,
-        "qkv_bias": _has_qkv_bias(attn),
+        "qkv_bias": (attn.q_proj if attn.qkv is None else attn.qkv).bias is not None or has_q_bias,
         "proj_bias": attn.proj.bias is not None,
         "mlp_ratio": mlp.fc2.in_features / mlp.fc2.out_features,
         "gated_mlp": gated,
@@ -267,12 +261,6 @@ def _read_block(block: Any) -> dict[str, Any]:
         "attn_norm": _there(attn.norm),
         "mlp_norm": _there(getattr(mlp, "norm", None)),
     }
-
-
-def _has_qkv_bias(attn: Any) -> bool:
-    if attn.qkv is None:
-        return attn.q_proj.bias is not None
-    return attn.qkv.bias is not None or getattr(attn, "q_bias", None) is not None
 
 
 def _activation(module: nn.Module) -> Activation:
@@ -288,19 +276,15 @@ def _activation(module: nn.Module) -> Activation:
 
 def _read_norms(model: Any) -> dict[str, Any]:
     """The one kind and epsilon of all norms outside the classifier."""
-    found = {(type(norm).__name__, float(norm.eps)) for norm in _norms(model)}
+    outside = ("head", "fc_norm", "attn_pool")
+    norms: list[Any] = [m for n, m in model.named_modules() if hasattr(m, "eps") and not n.startswith(outside)]
+    found = {(type(norm).__name__, float(norm.eps)) for norm in norms}
     if len(found) != 1:
         raise _refuse(type(model).__name__, f"it mixes norms: {sorted(found)}")
     name, eps = found.pop()
     if name not in NORMS:
         raise _refuse(name, "its norm is none of the known ones")
     return {"norm": NORMS[name], "norm_eps": eps}
-
-
-def _norms(model: nn.Module) -> Iterator[Any]:
-    for name, module in model.named_modules():
-        if hasattr(module, "eps") and not name.startswith(("head", "fc_norm", "attn_pool")):
-            yield module
 
 
 def _read_rope(model: Any) -> RopeConfig | None:

@@ -8,7 +8,7 @@ from sievit.config import ConfigError
 from sievit.convert.keys import load_strictly
 from sievit.convert.pth import read_checkpoint
 from sievit.convert.timm import from_timm, timm_state
-from sievit.hub.file import of_policy
+from sievit.hub.file import load_weights, of_policy
 from sievit.models.base import Model
 from sievit.models.build import load, model_file, read
 from sievit.policies import Policy
@@ -40,11 +40,8 @@ def start_from(model: Model, path: Path) -> tuple[str, ...]:
     counts = len(config.classes), len(model.config.classes)
     new = {k for k in state.keys() & tensors.keys() if _rows_of_classes(tensors[k].shape, state[k].shape, counts)}
     new |= {name for name in state.keys() - tensors.keys() if of_policy(name)}
-    shapes, expected = ({k: v.shape for k, v in each.items() if k not in new} for each in (tensors, state))
-    wrong = sorted(k for k in shapes.keys() | expected.keys() if shapes.get(k) != expected.get(k))
-    if wrong:
-        raise ConfigError(f"{file}: cannot start from it, it is of another model: {', '.join(wrong[:5])} do not fit")
-    model.load_state_dict(state | {name: tensors[name] for name in expected})
+    whole = tensors | {name: state[name] for name in new}
+    load_weights(model, whole, error=f"{file}: cannot start from it, it is of another model")
     return tuple(name for name in state if name in new)
 
 

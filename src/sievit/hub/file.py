@@ -5,7 +5,7 @@ config.json that differs is an error, so that an edit of it is never lost silent
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -151,22 +151,33 @@ def restored(
                 f"{path}: has no weights for the policy {kind_of(config.policy)!r} (such as {untrained[0]}); "
                 "train it first, starting from this checkpoint"
             )
-    _check_fit(path, expected, tensors)
-    model.load_state_dict(tensors)
+    load_weights(model, tensors, error=f"{path}: the weights are of another model")
     return model.eval()
 
 
-def _check_fit(path: Path, expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Raise unless names and shapes are the same."""
-    problems = [f"lacks {name}" for name in expected if name not in tensors]
-    problems += [f"has {name}, which the model lacks" for name in tensors if name not in expected]
-    problems += [
-        f"has {name} of shape {tuple(tensors[name].shape)}, the model's is {tuple(expected[name].shape)}"
-        for name in expected
-        if name in tensors and tensors[name].shape != expected[name].shape
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], *, error: str) -> None:
+    """Load all weights of a model.
+
+    Raises:
+        ConfigError: names are missing or surplus, or shapes differ; it begins with `error` and lists them.
+    """
+    expected = model.state_dict()
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in tensors and tensors[name].shape != value.shape
     ]
-    if problems:
-        raise ConfigError(f"{path}: the weights are of another model: it {_first(problems, '; it ')}")
+    missing, surplus = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    found = {"missing": missing, "surplus": surplus, "of another shape": shapes}
+    if problems := [f"{what}: {listed(names)}" for what, names in found.items() if names]:
+        raise ConfigError(f"{error}; {'; '.join(problems)}")
+    model.load_state_dict(tensors)
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first dozen of them in order, for a message."""
+    names = sorted(names)
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 def _check_same(path: Path, config: ModelConfig, beside: Path) -> None:
