@@ -1,6 +1,5 @@
 """Recipes on DINOv2 and DINOv3: their backbones are timm's, their weights load, and shrunken copies train."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from sievit.engine import train as engine
 from sievit.engine.initial import start_vit_from
 from sievit.engine.recipe import Recipe
 from sievit.engine.train import train
-from sievit.heads import ATMConfig, MaskRCNNConfig
-from sievit.heads.config import BoxConfig, MaskConfig, RPNConfig
+from sievit.heads import ATMConfig
 from sievit.models.build import build, load
 from sievit.models.detector import DetectorConfig
 from sievit.models.inputs import InputConfig
@@ -33,6 +31,7 @@ from sievit.recipes.backbones import NAMES
 from sievit.tasks.detection import CocoData
 from sievit.tasks.segmentation import LabelsData
 from sievit.vit import ViT, ViTConfig
+from tiny import tiny_head
 
 DINO = [name for name in recipes() if "_dino" in name]
 SIZES = {
@@ -106,15 +105,6 @@ def test_what_stands_around_a_backbone_is_the_papers():
     assert count(on_meta(recipe("coco_dinov3_b").model)) == pytest.approx(120.2e6, rel=0.01)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
@@ -141,22 +131,12 @@ def shrunken(chosen: Recipe, root: Path, weights: Path) -> Recipe:
     data: CocoData | LabelsData
     if isinstance(model, DetectorConfig):
         policy = SViTConfig(first_block=1, targets=(0.5,)) if isinstance(model.policy, SViTConfig) else model.policy
-        head = MaskRCNNConfig(
-            num_classes=model.head.num_classes,
-            with_masks=model.head.with_masks,
-            fpn_channels=8,
-            rpn=RPNConfig(post_nms_train=50, post_nms_test=20),
-            box=BoxConfig(fc=16),
-            mask=MaskConfig(convs=(8,), deconv=8),
-        )
+        head = tiny_head(num_classes=model.head.num_classes, with_masks=model.head.with_masks)
         neck = AdapterConfig(conv_inplane=4, deform_num_heads=2, num_interactions=2)
         inputs = InputConfig(min_size=size, max_size=size)
         shrunken = replace(model, vit=vit, policy=policy, neck=neck, head=head, input=inputs)
         assert isinstance(chosen.data, CocoData)
-        listings = {
-            "train_annotations": Path("train/annotations.json"),
-            "val_annotations": Path("val/annotations.json"),
-        }
+        listings = {f"{part}_annotations": Path(part, "annotations.json") for part in ("train", "val")}
         augment = AugmentConfig(scales=(size,), crop=(size, size))
         data = replace(chosen.data, augment=augment, own_classes=True, **listings)
     else:
@@ -213,15 +193,6 @@ def test_shrunken_copies_train(name: str, frozen: Any, scenes: Path, tmp_path: P
     ), "timm's names"
 
 
-def test_positions_are_resized_as_timm_does(tmp_path: Path):
-    source: Any = small_timm("vit_small_patch14_dinov2")
-    torch.save(source.state_dict(), tmp_path / "vit.pth")
-    vit = ViT(replace(recipe("coco_dinov2_s").model.vit, grid=(4, 7), **MEASURES))
-    start_vit_from(vit, tmp_path / "vit.pth")
-    expected = resample_abs_pos_embed(source.pos_embed, (4, 7), num_prefix_tokens=1)
-    assert torch.allclose(vit.get_parameter("pos_embed"), expected, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("name", "architecture"),
     [("coco_dinov2_s", "vit_small_patch14_dinov2"), ("coco_dinov3_s", "vit_small_patch16_dinov3")],
@@ -246,25 +217,17 @@ def test_the_true_architectures_are_loaded(name: str, architecture: str, tmp_pat
 def test_weights_of_another_family_are_refused(tmp_path: Path):
     two, three = (replace(recipe(f"coco_{family}_s").model.vit, **MEASURES) for family in ("dinov2", "dinov3"))
     for vit, architecture, words in (
-        (
-            two,
-            "vit_small_patch16_dinov3",
-            r"vit\.pth: not the recipe's ViT; missing: .*pos_embed; of another shape: patch_embed",
-        ),
-        (
-            three,
-            "vit_small_patch14_dinov2",
-            r"vit\.pth: not the recipe's ViT; missing: reg_token; surplus: .*pos_embed",
-        ),
-        (two, "vit_small_patch16_224", r"vit\.pth: not the recipe's ViT; missing: .*ls1\.gamma"),
+        (two, "vit_small_patch16_dinov3", "missing: .*pos_embed; of another shape: patch_embed"),
+        (three, "vit_small_patch14_dinov2", "missing: reg_token; surplus: .*pos_embed"),
+        (two, "vit_small_patch16_224", r"missing: .*ls1\.gamma"),
     ):
         torch.save(small_timm(architecture).state_dict(), tmp_path / "vit.pth")
-        with pytest.raises(ConfigError, match=words):
+        with pytest.raises(ConfigError, match=rf"vit\.pth: not the recipe's ViT; {words}"):
             start_vit_from(ViT(vit), tmp_path / "vit.pth")
 
 
 def test_weights_come_by_timms_download(monkeypatch: pytest.MonkeyPatch):
-    """timm stands in for its own hub: what it makes for the name is what the ViT starts from."""
+    """timm stands in for its own hub: what it makes for the name, positions resized, is what the ViT starts from."""
     asked = []
 
     def create(name: str, *, pretrained: bool, **_: Any) -> torch.nn.Module:
@@ -272,7 +235,7 @@ def test_weights_come_by_timms_download(monkeypatch: pytest.MonkeyPatch):
         return source
 
     source: Any = small_timm("vit_small_patch14_dinov2")
-    vit = ViT(replace(recipe("coco_dinov2_s").model.vit, **MEASURES))
+    vit = ViT(replace(recipe("coco_dinov2_s").model.vit, grid=(4, 7), **MEASURES))
     with monkeypatch.context() as patched:
         patched.setattr(timm, "create_model", create)
         start_vit_from(vit, Path("timm:vit_small_patch14_dinov2.lvd142m"))
@@ -281,7 +244,7 @@ def test_weights_come_by_timms_download(monkeypatch: pytest.MonkeyPatch):
         with pytest.raises(ConfigError, match=r"not the recipe's ViT: its patch_size 14, not 16; its qkv_bias True"):
             start_vit_from(other, Path("timm:vit_small_patch14_dinov2.lvd142m"))
     assert torch.equal(vit.blocks[3].get_parameter("mlp.fc2.weight"), source.blocks[3].mlp.fc2.weight)
-    expected = resample_abs_pos_embed(source.pos_embed, (37, 37), num_prefix_tokens=1)
+    expected = resample_abs_pos_embed(source.pos_embed, (4, 7), num_prefix_tokens=1)
     assert torch.allclose(vit.get_parameter("pos_embed"), expected, atol=1e-6)
 
 
