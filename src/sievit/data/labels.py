@@ -62,8 +62,7 @@ class LabelDataset(ImageDataset):
             transform, seed, cache_bytes: see `ImageDataset`.
 
         Raises:
-            ConfigError: a folder is missing or empty, an image lacks its label or a label its image, or options
-                contradict each other.
+            ConfigError: folders, files or labels of images are missing, or options contradict each other.
         """
         super().__init__(transform=transform, seed=seed, cache_bytes=cache_bytes)
         images, labels, self.ignore_index = Path(images), Path(labels), ignore_index
