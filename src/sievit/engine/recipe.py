@@ -138,7 +138,7 @@ def task_for(recipe: Recipe) -> Task:
 
 
 def with_own_classes(recipe: Recipe) -> Recipe:
-    """The recipe with the classes of its data, where it asks for them (`CocoData.own_classes`).
+    """The recipe with the classes of its data, where that option is on (`CocoData.own_classes`).
 
     Raises:
         ConfigError: the file cannot be read, or names no classes.

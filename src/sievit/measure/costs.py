@@ -1,4 +1,4 @@
-"""What a model costs: on paper, before anything is trained, and image by image on photographs of one's own."""
+"""What a model costs: on paper, before anything is trained, and image by image on a folder of images."""
 
 import statistics
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def costs(config: ModelConfig, *, size: Size | None = None, console: Console | N
 
     Returns:
         `gflops` by the published rule (everything, where there is none), `gflops_full` with everything that is
-        computed, the policy's gates and the heads that it asks included, `by_module` its parts, `size`, `policy` and
+        computed, with the policy's gates and heads, `by_module` its parts, `size`, `policy` and
         `parameters`.
 
     Raises:

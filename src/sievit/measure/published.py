@@ -2,8 +2,7 @@
 
 It is what the papers' tool counts in the released code: products as everywhere here, layer norms at five per value
 (batch norms at two), and two bilinear resizings to the image, from the head to pixels and once more by the code around
-it. Auxiliary heads are computed and not counted in an image of which no token left at one of them: nothing comes of
-what they say.
+it. Auxiliary heads do not count in an image of which no token left at one of them: their predictions are not used.
 
 Letters: r rows of a trace, t tokens that a head looks at, c channels, k classes.
 """
@@ -35,20 +34,20 @@ def published_macs(
     rows, columns = extents(trace.valid, trace.grid)
     cells = (rows * columns).double()
     tokens, seen = trace.counts(), trace.seen()
-    judged = torch.stack([judged_tokens(trace, block) for block in out_indices])
+    seen_by_heads = torch.stack([head_tokens(trace, block) for block in out_indices])
     early = (trace.exited[-2] if len(trace.exited) > 1 else torch.zeros_like(trace.valid)).any(1)
     c, pixels = vit.embed_dim, vit.stride**2
     norms = 5 * c * (tokens + torch.maximum(tokens, seen)).double()
     blocks = (block_macs(vit, tokens, seen) + norms).sum(0)
-    heads = torch.stack([_head(head, row.double(), cells, c, num_classes) for row in judged])
-    final_norm = 5 * c * judged[-1] if vit.final_norm else 0
+    heads = torch.stack([_head(head, row.double(), cells, c, num_classes) for row in seen_by_heads])
+    final_norm = 5 * c * seen_by_heads[-1] if vit.final_norm else 0
     resizing = 2 * 4 * num_classes * pixels * cells
     return (
         3 * vit.patch_size**2 * c * cells + blocks + final_norm + torch.where(early, heads.sum(0), heads[-1]) + resizing
     )
 
 
-def judged_tokens(trace: Trace, block: int) -> Tensor:
+def head_tokens(trace: Trace, block: int) -> Tensor:
     """(r,) tokens that the head behind `block` looks at."""
     return (trace.keep[block] if trace.exited else trace.valid).sum(1)
 

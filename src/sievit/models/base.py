@@ -143,7 +143,7 @@ class Model(Pretrained, ABC, Generic[R]):
         return next(self.parameters()).device
 
     def build_policy(self, config: PolicyConfig) -> Policy:
-        """Another policy for this model, with the weights of its own where that is of the same class."""
+        """Another policy for this model, with the weights of `self.policy` where that is of the same class."""
         policy = self.new_policy(config)
         if type(config) is type(self.config.policy):
             policy.load_state_dict(self.policy.state_dict())
@@ -169,8 +169,8 @@ class Model(Pretrained, ABC, Generic[R]):
             images: (3, h, w) RGB, float in 0..1 or uint8, of any sizes. With targets they are used at their size,
                 without they are resized to the test size.
             targets: per image what the kind of model learns from, by name.
-            policy: takes the place of the model's own.
-            execution: how the pass is run, in place of the model's own; by default losses run as `Execution()`.
+            policy: another one than `self.policy`.
+            execution: how the pass is run; by default results as the configuration states, losses as `Execution()`.
             teacher: the trace of the dense model, for losses of policies that compare with it.
         """
 

@@ -15,7 +15,7 @@ from sievit.vit import Execution, Sizes, ViT
 
 @dataclass(frozen=True)
 class Features:
-    """What a backbone says of a batch of images.
+    """The features of a batch of images.
 
     Attributes:
         map: (b, c, h, w), one vector per token; those of tokens that took no part are what the last block left.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sievit.config import ConfigError, variant
 from sievit.heads.semantic import SemanticHead, SemanticHeadConfig, build_head, extents, repeat_edges, resize
 from sievit.measure.flops import traced_macs
-from sievit.measure.published import judged_tokens, published_macs
+from sievit.measure.published import head_tokens, published_macs
 from sievit.models.base import Answer, Model, TimedPart, dense_trace, register_model
 from sievit.models.inputs import ModelConfig, Size, batched, normalised, windows_over
 from sievit.policies import Policy, PolicyConfig
@@ -111,7 +111,7 @@ class SegmentationNet(nn.Module):
         self.policy = self.build_policy(policy)
 
     def build_policy(self, config: PolicyConfig) -> Policy:
-        """A policy that asks the heads of this network."""
+        """A policy for this network, which may run its heads."""
         return self.vit.build_policy(config, heads=self._behind)
 
     def forward(
@@ -130,9 +130,9 @@ class SegmentationNet(nn.Module):
         Args:
             images: of any shape; they are padded with zeros at the right and the bottom to whole patches.
             sizes: (height, width) of each image inside the padded batch; None: they fill it.
-            policy: takes the place of the network's own.
-            head_size: the released DToP heads first resize what they say to a fixed size, that of the training
-                images, whatever the input's is; this does so too.
+            policy: another one than `self.policy`.
+            head_size: the predictions are first resized to this size, as the released DToP heads do, which take that
+                of the training images for any input.
         """
         predictions, trace = self.predictions(images, sizes, policy=policy, execution=execution)
         logits = upsampled(predictions[self.out_indices[-1]], trace.grid, self._canvas(images), via=head_size)
@@ -147,7 +147,7 @@ class SegmentationNet(nn.Module):
         execution: Execution = Execution(),
     ) -> tuple[dict[int, Prediction], Trace]:
         """Predictions of the heads, by the block that they stand behind: in training all of them, else those that ran;
-        the last one's is the answer. On padding stands what they say of the edge of the image."""
+        the last one's is the answer. Padding has the predictions of the edge of the image."""
         policy = self.policy if policy is None else policy
         height, width = self._canvas(images)
         images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
@@ -155,14 +155,14 @@ class SegmentationNet(nn.Module):
         trace = Trace.start(tokens)
         if "heads" in policy.needs:
             tokens, trace = self.vit.run_blocks(tokens, policy, trace, execution=execution)
-            said = dict(zip(trace.head_blocks, trace.predictions, strict=True))
-            return {block: _filled(prediction, tokens) for block, prediction in said.items()}, trace
-        said, start = {}, 0
+            pairs = zip(trace.head_blocks, trace.predictions, strict=True)
+            return {block: _filled(prediction, tokens) for block, prediction in pairs}, trace
+        predictions, start = {}, 0
         for block, head in self._behind.items() if self.training else list(self._behind.items())[-1:]:
             tokens, trace = self.vit.run_blocks(tokens, policy, trace, start=start, stop=block + 1, execution=execution)
-            said[block] = _filled(head(tokens, tokens.valid, None), tokens)
+            predictions[block] = _filled(head(tokens, tokens.valid, None), tokens)
             start = block + 1
-        return said, trace
+        return predictions, trace
 
     def _canvas(self, images: Tensor) -> Size:
         """The size of the images with whole patches."""
@@ -194,7 +194,7 @@ class _AfterNorm:
 
 
 def upsampled(prediction: Prediction, grid: tuple[int, int], size: Size, *, via: Size | None = None) -> Tensor:
-    """(b, k, *size): what is said of the tokens of `grid`, on pixels, resized bilinearly (by way of the size `via`)."""
+    """(b, k, *size): logits or scores of the tokens of `grid`, resized bilinearly, first to `via` where it is given."""
     if prediction.fine is not None:
         maps = prediction.fine
     else:
@@ -205,7 +205,7 @@ def upsampled(prediction: Prediction, grid: tuple[int, int], size: Size, *, via:
 
 @register_model(SegmenterConfig)
 class Segmenter(Model[Tensor]):
-    """A network, and what happens to images before it and to its answers after it."""
+    """A network, the windows over images before it, and labels of their pixels after it."""
 
     kind = "segmenter"
     config: SegmenterConfig
@@ -250,7 +250,7 @@ class Segmenter(Model[Tensor]):
             return replace(output, losses={**output.losses, **more})
         scores, output = self._score(images, policy, self.config.execution if execution is None else execution)
         given = [(image.shape[-2], image.shape[-1]) for image in images]
-        labels = [resize(m[None], own)[0].argmax(0) for m, own in zip(scores, given, strict=True)]
+        labels = [resize(each[None], size)[0].argmax(0) for each, size in zip(scores, given, strict=True)]
         return replace(output, results=labels)
 
     def _losses(
@@ -261,18 +261,18 @@ class Segmenter(Model[Tensor]):
         batch = batched(images, sizes, replace(config.input, size_divisor=config.vit.stride), self.device)
         size = (batch.shape[2], batch.shape[3])
         truth = torch.full((len(images), *size), config.ignore_index, dtype=torch.int64, device=self.device)
-        for i, (own, (h, w)) in enumerate(zip(labels, sizes, strict=True)):
-            if own.shape != (h, w):
-                raise ConfigError(f"image {i} is {h}x{w} pixels, its labels are {tuple(own.shape)}")
-            truth[i, :h, :w] = own.to(self.device)
-        said, trace = self.net.predictions(batch, sizes, policy=policy, execution=execution)
+        for i, (each, (h, w)) in enumerate(zip(labels, sizes, strict=True)):
+            if each.shape != (h, w):
+                raise ConfigError(f"image {i} is {h}x{w} pixels, its labels are {tuple(each.shape)}")
+            truth[i, :h, :w] = each.to(self.device)
+        predictions, trace = self.net.predictions(batch, sizes, policy=policy, execution=execution)
         losses = {}
         for stage, (block, head) in enumerate(zip(self.net.out_indices, self.net.heads, strict=True)):
-            if block not in said:
+            if block not in predictions:
                 continue
             last = stage + 1 == len(self.net.heads)
             assert isinstance(head, SemanticHead)
-            for name, loss in head.losses(said[block], trace.grid, truth, config.ignore_index).items():
+            for name, loss in head.losses(predictions[block], trace.grid, truth, config.ignore_index).items():
                 losses[name if last else f"aux_{stage}_{name}"] = loss if last else config.aux_weight * loss
         return Segmentation.whole(trace, sizes, size, losses=losses)
 
@@ -286,29 +286,29 @@ class Segmenter(Model[Tensor]):
     def _score(
         self, images: list[Tensor], policy: Policy | None, execution: Execution
     ) -> tuple[list[Tensor], Segmentation]:
-        """The scores of all images, and everything else there is to tell."""
+        """The scores of all images, and the answer without its results."""
         config = self.config
         resized = [config.input.test_size((image.shape[-2], image.shape[-1])) for image in images]
-        pictures = [normalised(i, size, config.input, self.device) for i, size in zip(images, resized, strict=True)]
+        inputs = [normalised(i, size, config.input, self.device) for i, size in zip(images, resized, strict=True)]
         placed = [
             (i, window) for i, size in enumerate(resized) for window in windows_over(size, config.crop, config.stride)
         ]
         stride = config.vit.stride
         size = tuple(-(-max(window[axis] for _, window in placed) // stride) * stride for axis in (2, 3))
-        sums = [torch.zeros(len(config.classes), *own, device=self.device) for own in resized]
-        counts = [torch.zeros(own, device=self.device) for own in resized]
+        sums = [torch.zeros(len(config.classes), *each, device=self.device) for each in resized]
+        counts = [torch.zeros(each, device=self.device) for each in resized]
         traces = []
         for start in range(0, len(placed), config.windows_at_once):
             part = placed[start : start + config.windows_at_once]
             batch = torch.zeros(len(part), 3, *size, device=self.device)
             for row, (i, (y, x, h, w)) in zip(batch, part, strict=True):
-                row[:, :h, :w] = pictures[i][:, y : y + h, x : x + w]
-            own_sizes = [window[2:] for _, window in part]
+                row[:, :h, :w] = inputs[i][:, y : y + h, x : x + w]
+            sizes = [window[2:] for _, window in part]
             with execution.autocast(self.device):
-                logits, trace = execution.run(self.net, batch, own_sizes, policy=policy)
+                logits, trace = execution.run(self.net, batch, sizes, policy=policy)
             traces.append(trace)
-            for said, (i, (y, x, h, w)) in zip(logits, part, strict=True):
-                sums[i][:, y : y + h, x : x + w] += said[:, :h, :w]
+            for scores, (i, (y, x, h, w)) in zip(logits, part, strict=True):
+                sums[i][:, y : y + h, x : x + w] += scores[:, :h, :w]
                 counts[i][y : y + h, x : x + w] += 1
         means = [total / count for total, count in zip(sums, counts, strict=True)]
         owner, windows = zip(*placed, strict=True)
@@ -323,8 +323,8 @@ class Segmenter(Model[Tensor]):
         )
 
     def count(self, answer: Answer[Tensor]) -> dict[str, Tensor]:
-        """See `Model.count`; further parts are `heads.0`, ... and `upsampling`: bilinear resizing of what the last head
-        says, to windows and to the images that were given, at four per value that comes out, as DToP counts it."""
+        """See `Model.count`; further parts are `heads.0`, ... and `upsampling`: bilinear resizing of the last
+        predictions, to windows and to the given images, at four per value that comes out, as DToP counts it."""
         trace, vit, classes = answer.trace, self.vit.config, len(self.config.classes)
         rows, columns = extents(trace.valid, trace.grid)
         last = self.net.heads[-1]
@@ -343,16 +343,16 @@ class Segmenter(Model[Tensor]):
         return {name: macs / 1e9 for name, macs in of_images.items()}
 
     def _heads_macs(self, trace: Trace) -> list[Tensor]:
-        """Per stage (r,) multiply-adds of its head, each row on the grid of its own; zero where it did not run."""
+        """Per stage (r,) multiply-adds of its head, on the grid of each row; zero where it did not run."""
         blocks = trace.head_blocks if trace.exited else self.net.out_indices[-1:]
         grids = list(zip(*(edge.tolist() for edge in extents(trace.valid, trace.grid)), strict=True))
         found = []
         for block, head in zip(self.net.out_indices, self.net.heads, strict=True):
             assert isinstance(head, SemanticHead)
-            tokens = judged_tokens(trace, block)
+            tokens = head_tokens(trace, block)
             macs = torch.zeros(len(grids), dtype=torch.float64, device=tokens.device)
             for grid in set(grids) if block in blocks else ():
-                rows = torch.tensor([i for i, own in enumerate(grids) if own == grid], device=tokens.device)
+                rows = torch.tensor([i for i, each in enumerate(grids) if each == grid], device=tokens.device)
                 macs[rows] = head.macs(tokens[rows], grid).double()
             found.append(macs)
         return found

@@ -1,4 +1,4 @@
-"""What a task is: how its data is opened, and how results of a model are judged, shown and written.
+"""What a task is: how its data is opened, and how results of a model are evaluated, shown and written.
 
 A new task is one file: the configuration of its training data, and a `Task` that is registered for a kind of model.
 """
@@ -43,7 +43,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Metric(Generic[R]):
-    """Judges results.
+    """The accuracy of results.
 
     Attributes:
         update: takes the target and the result of an image.
@@ -63,7 +63,7 @@ class Writer(ABC, Generic[R]):
 
     @abstractmethod
     def finish(self) -> str:
-        """Write what belongs to all images; a sentence that says what was written where."""
+        """Write what belongs to all images; a sentence on what was written where."""
 
 
 class Task(ABC, Generic[R]):
@@ -94,7 +94,7 @@ class Task(ABC, Generic[R]):
         """
 
     def classes_of(self, data: Any, root: Path) -> ModelConfig:
-        """The configuration of the model with the classes of its data, where that is asked for."""
+        """The configuration of the model with the classes of its data, where `data` has that option on."""
         return self.config
 
     def with_classes(
@@ -109,7 +109,7 @@ class Task(ABC, Generic[R]):
 
     @abstractmethod
     def metric(self, data: Any) -> Metric[R]:
-        """What judges results on a data set of `open` or `open_training`."""
+        """The metric for a data set of `open` or `open_training`."""
 
     def headline(self, figures: Mapping[str, Any]) -> str:
         """The name of the figure that models are compared by."""
@@ -130,11 +130,11 @@ class Task(ABC, Generic[R]):
         """
 
     def legend(self, results: Sequence[R]) -> list[tuple[str, Colour | None]]:
-        """What the colours of the pictures of one image mean; empty where the pictures say so themselves."""
+        """What the colours of the pictures of one image mean; empty where names are written in them."""
         return []
 
     def as_result(self, target: dict[str, Any]) -> R | None:
-        """The target of an image as a model would answer it, for a picture; None for no such picture."""
+        """The target of an image in the form of a result, for a picture; None for no such picture."""
         return None
 
     def summary(self, result: R, *, min_score: float) -> str:

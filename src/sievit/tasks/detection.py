@@ -34,7 +34,7 @@ class CocoData(DataConfig):
         max_detections: per image, in evaluation. COCO's is 100.
         invalid: what to do about annotations that cannot be used.
         skip_empty: leave training images without an object out.
-        own_classes: the model gets the classes of `train_annotations`, whatever the recipe says.
+        own_classes: the model gets the classes of `train_annotations`, not those of the recipe.
     """
 
     train_annotations: Path
@@ -115,7 +115,7 @@ class DetectionTask(Task[Detections]):
 
 
 class _CocoWriter(Writer[Detections]):
-    """results.json: COCO results; images.json: the images and categories that it speaks of, itself a COCO file."""
+    """results.json: COCO results; images.json: its images and categories, itself a COCO file."""
 
     def __init__(self, config: DetectorConfig, out: Path, ids: dict[str, int]) -> None:
         self.config, self.out, self.ids = config, out, ids

@@ -151,7 +151,7 @@ def _mean(precision: np.ndarray) -> float:
 
 
 def _silent(*_: object) -> None:
-    """faster-coco-eval reports every step; nobody asked."""
+    """In place of faster-coco-eval's print."""
 
 
 class SegmentationMetric:
