@@ -31,7 +31,7 @@ from sievit.bench.common import load_images, normalised
 from sievit.bench.heads import _part_rows, stopwatch
 from sievit.bench.network import timed_model, timed_network
 from sievit.bench.plot import draw_rows
-from sievit.bench.random_models import ADAPTERS, SEGMENTERS, SIZES, calibrated_exits, random_segmenter, random_vit
+from sievit.bench.random_models import ADAPTERS, SEGMENTERS, SIZES, random_exits, random_segmenter, random_vit
 from sievit.bench.rates import machine_rates
 from sievit.bench.timing import Cost, time_modes
 from sievit.config import ConfigError
@@ -136,7 +136,7 @@ def test_static_exits_leave_as_many_as_the_dynamic_ones() -> None:
     segmenter = random_segmenter(TINY, HEAD, (1, 3, 5)).eval()
     images = scenes((256, 320), 2)
     with torch.inference_mode():
-        segmenter.net.policy = calibrated_exits(segmenter, images, (0.3, 0.6), 1)
+        segmenter.net.policy = random_exits(segmenter, images, PolicyOptions(), (0.3, 0.6), 1)
         static = timed_network(segmenter, images.split(1)).static_policy(1)
         assert static is not None and static.config.static_left == pytest.approx((0.3, 0.6), abs=0.02)
         trace = segmenter.net(images, policy=static)[1]
@@ -205,7 +205,7 @@ HEAD = ATMConfig(channels=32, num_heads=4)
 def test_exits_are_set_to_the_shares_that_really_leave() -> None:
     images = scenes((256, 320), 4)
     segmenter = random_segmenter(TINY, HEAD, (1, 3, 5)).eval()
-    policy = calibrated_exits(segmenter, images, (0.35, 0.55), 2)
+    policy = random_exits(segmenter, images, PolicyOptions(), (0.35, 0.55), 2)
     traces = [segmenter.net(image, policy=policy)[1] for image in images.split(1)]
     left = torch.stack([torch.stack([exited.double().mean() for exited in trace.exited]) for trace in traces])
     assert left.mean(0).tolist() == pytest.approx([0.35, 0.55, 0.55], abs=0.02)
@@ -237,7 +237,7 @@ def test_a_row_of_a_network_holds_what_was_timed(monkeypatch: pytest.MonkeyPatch
 def test_shares_that_leave_go_with_the_heads(left: tuple[float, ...]) -> None:
     segmenter = random_segmenter(TINY, HEAD, (1, 3, 5)).eval()
     with pytest.raises(ConfigError, match="left"):
-        calibrated_exits(segmenter, torch.zeros(1, 3, 64, 64), left, 2)
+        random_exits(segmenter, torch.zeros(1, 3, 64, 64), PolicyOptions(), left)
 
 
 @torch.inference_mode()

@@ -101,28 +101,28 @@ class _Blocks(nn.Module):
 
 
 def timed_blocks(
-    vit: ViT, policy: Policy, batches: Sequence[Tensor], *, autotune: bool = False
+    vit: ViT, policy: Policy, batches: Sequence[Tensor], **options: Any
 ) -> Timed[Tensor, tuple[Tensor, Trace]]:
-    """The blocks on the canvases of images."""
+    """The blocks on the canvases of images; `options` as in `timed_model`."""
     canvases = [vit.embed(images) for images in batches]
 
     def gflops(policy: Policy, result: tuple[Tensor, Trace]) -> Tensor:
         return blocks_gflops(vit.config, result[1]).double() + policy.macs(result[1]).double() / 1e9
 
     network, inputs = _Blocks(vit, policy, canvases[0]), [tokens.x for tokens in canvases]
-    return Timed(network=network, inputs=inputs, gflops=gflops, autotune=autotune)
+    return Timed(network=network, inputs=inputs, gflops=gflops, **options)
 
 
 def timed_backbone(
-    backbone: ViTAdapter, batches: Sequence[Tensor], *, autotune: bool = False
+    backbone: ViTAdapter, batches: Sequence[Tensor], **options: Any
 ) -> Timed[Tensor, tuple[dict[str, Tensor], Trace]]:
-    """A backbone, from normalised images to its maps."""
+    """A backbone, from normalised images to its maps; `options` as in `timed_model`."""
     sizes = [(batches[0].shape[2], batches[0].shape[3])] * len(batches[0])
 
     def gflops(policy: Policy, result: tuple[dict[str, Tensor], Trace]) -> Tensor:
         return torch.stack(list(backbone_gflops(backbone, result[1], sizes).values())).sum(0)
 
-    return Timed(network=backbone, inputs=batches, gflops=gflops, autotune=autotune)
+    return Timed(network=backbone, inputs=batches, gflops=gflops, **options)
 
 
 def _up(side: int) -> int:

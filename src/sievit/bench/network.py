@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,8 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 from sievit.bench.common import ModesBench, Workplace, known, run, table_of
-from sievit.bench.random_models import SEGMENTERS, SIZES, calibrated_exits, is_given, random_segmenter, turned
-from sievit.bench.timing import CALIBRATED, Cost, Timed, time_modes
+from sievit.bench.random_models import SEGMENTERS, SIZES, random_exits, random_segmenter
+from sievit.bench.timing import Cost, Timed, time_modes
 from sievit.config import ConfigError, kind_of
 from sievit.heads import SemanticHead
 from sievit.hub.fetch import HUB
@@ -27,7 +27,7 @@ from sievit.models.base import Answer, Model
 from sievit.models.build import load
 from sievit.models.inputs import Size
 from sievit.models.segmenter import Segmentation, Segmenter
-from sievit.policies import DToPConfig, Policy, PolicyOptions, chosen_policy
+from sievit.policies import Policy, PolicyOptions
 from sievit.tokens import Trace
 
 PAPER_SIZES = ((512, 512), (640, 640))
@@ -68,7 +68,7 @@ class NetworkBench(ModesBench):
             assert size is not None
             images = place.normalised(size, batch)
             segmenter = random_segmenter(SIZES[network], *SEGMENTERS[network]).eval().to(images)
-            segmenter.net.policy = self.random_policy(segmenter, images)
+            segmenter.net.policy = random_exits(segmenter, images, self, self.left, self.keep_per_class)
             timed = timed_network(segmenter, images.split(batch), autotune=self.autotune)
             yield from time_modes(timed, modes, multiple=self.multiple)
             return
@@ -76,16 +76,6 @@ class NetworkBench(ModesBench):
         timed = timed_model(model, place.images(size, batch), precision=self.precision, autotune=self.autotune)
         for row in time_modes(timed, modes, multiple=self.multiple):
             yield {**row, "kind": kind_of(model.config), "policy": kind_of(model.config.policy)}
-
-    def random_policy(self, segmenter: Segmenter, images: Tensor) -> Policy:
-        """The policy of a random model, set on the first of the images."""
-        if not is_given(self):
-            return calibrated_exits(segmenter, images[:CALIBRATED], self.left, self.keep_per_class)
-        config = chosen_policy(DToPConfig(keep_per_class=self.keep_per_class), self)
-        starts = [index + 1 for index in segmenter.net.out_indices]
-        shares = zip((1.0, *(1 - share for share in self.left)), [0, *starts], starts, strict=False)
-        kept = sum(share * (stop - start) for share, start, stop in shares) / starts[-1]
-        return turned(segmenter.net.build_policy, config, segmenter.net, images, kept)
 
     def table(self, rows: list[dict[str, Any]]) -> Table:
         title = "network: dense against its policy, everything included"
@@ -109,29 +99,21 @@ def opened(paths: Sequence[Path], policy: PolicyOptions) -> dict[str, Model]:
     models: dict[str, Model] = {}
     for path in paths:
         name = str(path) if str(path).startswith(HUB) else path.stem if path.suffix == ".safetensors" else path.name
-        model = load(path)
-        config = chosen_policy(model.config.policy, policy)
-        model = model if config == model.config.policy else model.with_config(policy=config)
+        model = load(path, policy=policy)
         if model.config.policy == DENSE:
-            raise ConfigError(
-                f"{path}: its policy computes every token, so that there is nothing to compare; give another one by "
-                "--policy"
-            )
+            raise ConfigError(f"{path}: its policy computes every token: nothing to compare; give another by --policy")
         models[str(path) if name in models else name] = model
     return models
 
 
-def timed_model(
-    model: Model,
-    batches: Sequence[list[Tensor]],
-    *,
-    precision: Literal["float32", "bfloat16"] = "float32",
-    autotune: bool = False,
-) -> Timed[list[Tensor], Answer]:
+def timed_model(model: Model, batches: Sequence[list[Tensor]], **options: Any) -> Timed[list[Tensor], Answer]:
     """A model from images (3, h, w) in 0..1 to the answers on their pixels.
 
     In the compiled modes its network is compiled, from a batch to maps or scores; resizing, proposals, boxes and masks
     are not.
+
+    Args:
+        options: `autotune` and `precision` of `Timed`.
     """
     return Timed(
         network=model,
@@ -141,8 +123,7 @@ def timed_model(
         part=model.network,
         extra=lambda answer: {"found": answer.found()},
         figures=found_figures,
-        autotune=autotune,
-        precision=precision,
+        **options,
     )
 
 
@@ -154,7 +135,7 @@ def found_figures(pairs: Sequence[Pair[Cost]]) -> dict[str, Any]:
 
 
 def timed_network(
-    segmenter: Segmenter, batches: Sequence[Tensor], *, autotune: bool = False
+    segmenter: Segmenter, batches: Sequence[Tensor], **options: Any
 ) -> Timed[Tensor, tuple[Tensor, Trace]]:
     """The network of a segmenter, from normalised images to scores. The dense one computes the last head alone.
 
@@ -189,5 +170,5 @@ def timed_network(
         new_policy=net.build_policy,
         extra=extra,
         figures=figures,
-        autotune=autotune,
+        **options,
     )

@@ -42,8 +42,8 @@ SEGMENTERS = {
 CLASSES = 150
 HEAD = MaskRCNNConfig(num_classes=80)
 """The head of the SViT paper, on COCO."""
-IMAGES = 4
-"""On which gates, dials and scores are set."""
+IMAGES, EXIT_IMAGES = 4, 12
+"""On which gates, dials and scores are set, and thresholds of exits."""
 
 
 def is_given(options: PolicyOptions) -> bool:
@@ -161,11 +161,14 @@ def random_segmenter(vit: ViTConfig, head: ATMConfig, out_indices: tuple[int, ..
     return segmenter
 
 
-def calibrated_exits(segmenter: Segmenter, images: Tensor, left: tuple[float, ...], keep_per_class: int) -> Policy:
-    """DToP with thresholds such that on these images the shares `left` of the tokens are gone after each stage.
+def random_exits(
+    segmenter: Segmenter, images: Tensor, options: PolicyOptions, left: tuple[float, ...], keep_per_class: int = 5
+) -> Policy:
+    """A policy for a random segmenter, by which the shares `left` of the tokens of the images leave.
 
-    Thresholds are found one after the other, by bisection on the share that really leaves, mean over the images, each
-    of which goes through the network by itself.
+    By default the policy is DToP, and `left` are gone after each stage: thresholds are found one after the other, by
+    bisection on the share that really leaves, mean over the images, each of which goes through the network by itself.
+    Another policy is set as `random_vit` does it.
 
     Args:
         images: (b, 3, h, w), normalised.
@@ -176,6 +179,12 @@ def calibrated_exits(segmenter: Segmenter, images: Tensor, left: tuple[float, ..
     net, thresholds = segmenter.net, ()
     if len(left) != len(net.out_indices) - 1 or sorted(left) != list(left) or not 0 < left[0] <= left[-1] < 1:
         raise ConfigError(f"left {left}: one rising share between 0 and 1 for each of {len(net.out_indices) - 1} heads")
+    if is_given(options):
+        starts = [0, *(index + 1 for index in net.out_indices)]
+        kept = sum((1 - s) * (b - a) for s, a, b in zip((0.0, *left), starts, starts[1:], strict=False)) / starts[-1]
+        config = chosen_policy(DToPConfig(keep_per_class=keep_per_class), options)
+        return turned(net.build_policy, config, net, images, kept)
+    images = images[:EXIT_IMAGES]
     for stage, share in enumerate(left):
         rest = (1.0,) * (len(left) - stage - 1)
         policy = net.build_policy(DToPConfig(thresholds=(*thresholds, 0.0, *rest), keep_per_class=keep_per_class))
