@@ -110,7 +110,7 @@ BENCHES = [("detector", "network"), ("detector", "heads"), ("detector", "blocks"
 @pytest.mark.parametrize(("kind", "bench"), [*BENCHES, ("segmenter", "network")], scope="module")
 def test_bench(bench, model, scenes, options, capsys) -> None:
     what = ["--checkpoints", model] if bench in ("network", "heads") else ["--models", "vit_t", "--sizes", "64", "64"]
-    what += ["--modes", "dynamic"] if bench != "heads" else []
+    what += ["--modes", "dynamic"] if bench != "heads" else ["--sizes", "64", "96"]
     given = ["--batches", 1, "--repeats", 2, "--images", scenes / "images"]
     row = run(capsys, "bench", bench, *what, *given, *options)["rows"][-1]
     assert row["sparse_ms"] > 0 and min(row["keep"]) <= 1
