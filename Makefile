@@ -23,7 +23,7 @@ demo: $(READY)  ## find nuclei in images, dense against sparse: pictures in out/
 	@$(BIN)/sievit demo --out out/demo $(ARGS)
 
 test: lint  ## lint, types and tests
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(READY)  ## lint, format and types
 	$(BIN)/ruff check
