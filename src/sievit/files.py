@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever reads half of one."""
+"""Writing files whole or not at all."""
 
 import os
 from collections.abc import Sequence

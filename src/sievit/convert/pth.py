@@ -42,7 +42,7 @@ class Checkpoint:
 
 
 class _Inert:
-    """Stands for an object that nobody needs: whatever is done to it, nothing happens."""
+    """Stands for an object that is not needed: no operation on it has an effect."""
 
     def __new__(cls, *_: object) -> "_Inert":
         return super().__new__(cls)
