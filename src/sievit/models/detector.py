@@ -160,7 +160,7 @@ class Detector(Model[dict[str, Tensor]]):
     def _head_macs(self, size: Size, detections: int) -> dict[str, float]:
         """Multiply-adds of FPN, proposals, box branch and mask branch."""
         head, config, roi = self.head, self.head.config, self.head.roi_heads
-        levels = [(size[0] // s, size[1] // s) for s in (4, 8, 16, 32, 64)]
+        levels = [(-(-size[0] // s), -(-size[1] // s)) for s in (4, 8, 16, 32, 64)]  # a pixel more for half a one
         maps = {str(i): _meta(self.backbone.out_channels, *level) for i, level in enumerate(levels[:4])}
         pooled = _meta(config.fpn_channels, config.box.pool, config.box.pool)
         box = count_macs(roi.box_head, pooled) + count_macs(roi.box_predictor, _meta(config.box.fc))
