@@ -311,7 +311,7 @@ def empty(root: Path, option: str) -> dict[str, Any]:
         ),
         (lambda root: listed(root, "a\na.png\n"), r"names\.txt: names a more than once"),
         (lambda root: listed(root, "\n"), r"names\.txt: names no images"),
-        (lambda root: {"names_file": root / "names.txt"}, r"names\.txt: the list of names cannot be read"),
+        (lambda root: {"names_file": root / "names.txt"}, r"names\.txt: cannot be read as a list of names"),
         (lambda root: listed(root, '{"images": [{"id": 1}]}'), r"names\.txt: .* has no 'file_name'"),
         (lambda _: {"ignore_index": 3}, r"ignore_index 3 is one of the 4 classes"),
         (lambda _: {"classes": None}, r"Give classes, their number or"),

@@ -176,9 +176,12 @@ def test_nothing_found_and_nothing_to_find():
     for image in content["images"]:
         metric.update(image["id"], nothing)
     assert metric.compute()["box_ap"] == metric.compute()["mask_ap"] == 0
-    empty = CocoMetric({**content, "annotations": []})
-    empty.update(10, {"boxes": torch.tensor([[1.0, 2, 8, 9]]), "labels": [1], "scores": [0.5],
-                      "masks": torch.ones(1, 20, 20)})  # fmt: skip
+    with pytest.raises(ConfigError, match="annotations: holds no objects to judge by"):
+        CocoMetric({**content, "annotations": []})
+    first, *others = {annotation["image_id"] for annotation in content["annotations"]}
+    empty = CocoMetric({**content, "annotations": [a for a in content["annotations"] if a["image_id"] == first]})
+    found = {"boxes": torch.tensor([[1.0, 2, 8, 9]]), "labels": [1], "scores": [0.5], "masks": torch.ones(1, 20, 20)}
+    empty.update(others[0], found)
     assert set(empty.compute().values()) == {-1.0}
 
 

@@ -450,7 +450,7 @@ def test_what_the_user_has_to_change(saved: Saved, images: Path, out: Path, tmp_
         tune(saved(KeepAllConfig()), images, out)
     with pytest.raises(ConfigError, match="would be lost"):
         tune(path, images, path)
-    with pytest.raises(ConfigError, match="is a segmenter; give --labels"):
+    with pytest.raises(ConfigError, match="is judged by --labels"):
         tune(path, images, out, goal=Goal(max_drop=1.0), truth=Truth(annotations=tmp_path / "a.json"))
     (tmp_path / "b.png").write_bytes(b"")
     with pytest.raises(ConfigError, match="none of its 1 images can be read"):

@@ -11,7 +11,7 @@ from functools import cache, partial
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
 
 Picture = Tensor | Image.Image
@@ -65,9 +65,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def to_pil(image: Picture) -> Image.Image:
-    """An RGB PIL image of a (3, h, w) float tensor of 0..1, or of a PIL image."""
+    """An RGB PIL image of a (3, h, w) float tensor of 0..1, or of a PIL image, upright."""
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return ImageOps.exif_transpose(image).convert("RGB")
     pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,11 +10,18 @@ from typing import Any, Literal
 import numpy as np
 
 from sievit.config import ConfigError
-from sievit.data.coco_json import CocoFile, is_text, is_whole
-from sievit.data.masks import decode_counts
+from sievit.data.coco_json import CocoFile
+from sievit.data.masks import ROUNDING, check_polygons, decode_counts, reach
+from sievit.data.text import is_number, is_text, is_whole, shown
 
-ROUNDING = 2.0
-"""Pixels by which a box may stick out of its image; it is then clipped, as annotation tools round."""
+LARGEST = 2**31 - 1
+"""Pixels of an image; masks are counted in 32 bits."""
+
+LARGEST_AREA = 1e10
+"""COCO's evaluation leaves larger objects out."""
+
+ADVICE: Mapping[str, str] = {"invalid": 'pass invalid="skip"', "with_masks": "pass with_masks=False"}
+"""What a caller of the library does about an annotation file; a command has other words for it, or no such option."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +60,31 @@ class _Invalid(Exception):
     """What is wrong with one annotation."""
 
 
-def load_annotations(source: Path | dict[str, Any], *, invalid: Literal["error", "skip"] = "error") -> Annotations:
+def load_annotations(
+    source: Path | dict[str, Any],
+    *,
+    invalid: Literal["error", "skip"] = "error",
+    advice: Mapping[str, str] = ADVICE,
+) -> Annotations:
     """Read and check a COCO instances file, or its content.
 
     Args:
         source: the JSON file, or what it holds.
         invalid: "skip" leaves annotations out that cannot be used (unknown image or category, box of zero area or
             outside the image, damaged segmentation) and warns how many they were; "error" stops at the first.
+        advice: how the caller's user does that, for messages; empty where there is no such option.
 
     Raises:
         ConfigError: the file is missing or malformed, or an annotation is invalid and `invalid` is "error".
     """
     file = CocoFile(source)
     images = file.records("images", {"file_name": is_text, "width": _is_size, "height": _is_size})
+    for image in images:
+        if image["width"] * image["height"] > LARGEST:
+            raise ConfigError(
+                f"{file.name}: image {image['id']} has {image['width']}x{image['height']} pixels, where at most "
+                f"{LARGEST} are understood; correct 'width' and 'height'"
+            )
     classes, category_ids = load_categories(file)
     objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
     by_id = {image["id"]: image for image in images}
@@ -77,12 +97,10 @@ def load_annotations(source: Path | dict[str, Any], *, invalid: Literal["error",
             checked = _check(annotation, by_id, known, seen, runs)
         except _Invalid as error:
             number = annotation.get("id") if isinstance(annotation, dict) else None
-            what = f"number {place} (counted from 0)" if number is None else repr(number)
+            what = f"number {place} (counted from 0)" if number is None else shown(number)
             if invalid == "error":
-                raise ConfigError(
-                    f'{file.name}: annotation {what} {error}; correct the file, or pass invalid="skip" to leave such '
-                    "annotations out"
-                ) from None
+                skip = f", or {advice['invalid']} to leave such annotations out" if "invalid" in advice else ""
+                raise ConfigError(f"{file.name}: annotation {what} {error}; correct the file{skip}") from None
             skipped.append(f"{what} {error}")
         else:
             objects[checked["image_id"]].append(checked)
@@ -138,42 +156,42 @@ def _check(
     if annotation["category_id"] not in categories:
         raise _Invalid(f"names the category {annotation['category_id']}, which the file does not list")
     if annotation.get("iscrowd", 0) not in (0, 1):
-        raise _Invalid(f"has {annotation['iscrowd']!r} as 'iscrowd', 0 or 1 is meant")
-    box = _check_box(annotation, image["width"], image["height"])
+        raise _Invalid(f"has {shown(annotation['iscrowd'])} as 'iscrowd', 0 or 1 is meant")
+    box = _check_box(annotation, image)
     if annotation.get("segmentation"):
-        _check_segmentation(annotation["segmentation"], (image["height"], image["width"]), runs)
+        _check_segmentation(annotation["segmentation"], image, runs)
     area = annotation.get("area", box[2] * box[3])
-    if not _is_finite(area):
-        raise _Invalid(f"has {area!r} as 'area'")
+    if not is_number(area) or not 0 <= area <= LARGEST_AREA:
+        raise _Invalid(f"has {shown(area)} as 'area', pixels are meant, at most {LARGEST_AREA:g}")
     return {**annotation, "iscrowd": int(annotation.get("iscrowd", 0)), "area": area}
 
 
-def _check_box(annotation: dict[str, Any], width: int, height: int) -> list[float]:
+def _check_box(annotation: dict[str, Any], image: dict[str, Any]) -> list[float]:
     box = annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(value) for value in box):
-        raise _Invalid(f"has {box!r} as 'bbox', [x, y, width, height] in pixels is meant")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+        raise _Invalid(f"has {shown(box)} as 'bbox', [x, y, width, height] in pixels is meant")
     x, y, w, h = box
     if w <= 0 or h <= 0:
         raise _Invalid(f"has a box of zero area, {box}")
-    out = max(-x, -y, x + w - width, y + h - height)
-    inside = min(x + w, width) - max(x, 0) > 0 and min(y + h, height) - max(y, 0) > 0
-    if not inside or out > ROUNDING:
-        how = f"reaches {out:g} pixels outside" if inside else "lies outside"
-        raise _Invalid(f"has a box {box} that {how} its {width}x{height} image {annotation['image_id']}")
+    out = reach((x, y, x + w, y + h), (image["height"], image["width"]))
+    if out > ROUNDING:
+        how = "lies outside" if out == math.inf else f"reaches {out:g} pixels outside"
+        raise _Invalid(f"has a box {box} that {how} its {image['width']}x{image['height']} image {image['id']}")
     return box
 
 
-def _check_segmentation(segmentation: Any, size: tuple[int, int], known: Runs) -> None:
+def _check_segmentation(segmentation: Any, image: dict[str, Any], known: Runs) -> None:
+    size = (image["height"], image["width"])
     if isinstance(segmentation, list):
-        for polygon in segmentation:
-            pairs = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
-            if not pairs or not all(map(_is_finite, polygon)):
-                raise _Invalid("has a polygon that is not a list of at least three x, y pairs")
+        try:
+            check_polygons(segmentation, size)
+        except ValueError as error:
+            raise _Invalid(f"has {error} (image {image['id']})") from error
         return
     if not isinstance(segmentation, dict) or "counts" not in segmentation or "size" not in segmentation:
         raise _Invalid("has a segmentation that is neither polygons nor RLE with 'size' and 'counts'")
-    if segmentation["size"] != list(size):
-        raise _Invalid(f"has a mask of size {segmentation['size']} in an image of height and width {list(size)}")
+    if segmentation["size"] != list(size) or not all(map(is_whole, segmentation["size"])):
+        raise _Invalid(f"has a mask of size {shown(segmentation['size'])} in an image of height and width {list(size)}")
     counts = segmentation["counts"]
     try:
         if isinstance(counts, str):
@@ -194,8 +212,4 @@ def _measure(counts: str) -> tuple[int, int]:
 
 
 def _is_size(value: Any) -> bool:
-    return is_whole(value) and value > 0
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return is_whole(value) and 0 < value <= LARGEST

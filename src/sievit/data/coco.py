@@ -1,5 +1,6 @@
 """A data set in COCO's format: images and their objects, as torchvision's detectors take them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sievit.config import ConfigError
-from sievit.data.annotations import load_annotations
+from sievit.data.annotations import ADVICE, load_annotations
 from sievit.data.dataset import ImageDataset, Target, Transform
 from sievit.data.images import read_image, to_tensor
 from sievit.data.masks import Masks, decode
@@ -33,6 +34,7 @@ class CocoDetection(ImageDataset):
         seed: int = 0,
         cache_bytes: int = 0,
         max_detections: int = 100,
+        advice: Mapping[str, str] = ADVICE,
     ) -> None:
         """
         Args:
@@ -45,6 +47,7 @@ class CocoDetection(ImageDataset):
             invalid: what to do about annotations that cannot be used, see `load_annotations`.
             transform, seed, cache_bytes: see `ImageDataset`.
             max_detections: the best so many of an image and class are judged. COCO's is 100.
+            advice: what a user does about `invalid` and `with_masks`, see `load_annotations`.
 
         Raises:
             ConfigError: the folder or the file is missing or malformed, or masks are asked for that are not there.
@@ -53,10 +56,10 @@ class CocoDetection(ImageDataset):
         self.root = Path(images)
         if not self.root.is_dir():
             raise ConfigError(f"{self.root}: no such folder of images")
-        self.annotations = load_annotations(annotations, invalid=invalid)
+        self.annotations = load_annotations(annotations, invalid=invalid, advice=advice)
         self.source, self.classes = self.annotations.source, self.annotations.classes
         self.category_ids = self.annotations.category_ids
-        self.with_masks, self._crowds = self._use_masks(with_masks), crowds
+        self.with_masks, self._crowds = self._use_masks(with_masks, advice.get("with_masks")), crowds
         self.max_detections = max_detections
         images_with_objects = enumerate(self.annotations.objects)
         self._places = [i for i, objects in images_with_objects if not (skip_empty and all(_crowd(a) for a in objects))]
@@ -100,16 +103,16 @@ class CocoDetection(ImageDataset):
             target["masks"] = Masks(tuple(decode(a["segmentation"], size) for a in objects), size)
         return image, target
 
-    def _use_masks(self, with_masks: bool | None) -> bool:
+    def _use_masks(self, with_masks: bool | None, advice: str | None) -> bool:
         annotations = [a for objects in self.annotations.objects for a in objects]
         without = [a["id"] for a in annotations if not a.get("segmentation")]
         if with_masks is None and len(without) == len(annotations):
             return False
         if with_masks is not False and without:
-            why = "with_masks=True needs one" if with_masks else "others have one"
+            why = "masks are needed" if with_masks else "others have one"
+            use_boxes = f", or {advice} to use the boxes alone" if advice else ""
             raise ConfigError(
-                f"{self.source}: annotation {without[0]} has no segmentation and {why}; "
-                "pass with_masks=False to use the boxes alone"
+                f"{self.source}: annotation {without[0]} has no segmentation and {why}; add it{use_boxes}"
             )
         return with_masks is not False
 

@@ -1,11 +1,11 @@
 """COCO's JSON files: read, and their entries checked; every error names the file, the entry and the way out."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sievit.config import ConfigError
+from sievit.data.text import is_text, is_whole, read_json, shown
 
 Fields = dict[str, Callable[[Any], bool]]
 """The fields that an entry has to have, and what has to be true of their values."""
@@ -22,12 +22,7 @@ class CocoFile:
             ConfigError: the file cannot be read, or is no JSON object.
         """
         self.name = "annotations" if isinstance(source, dict) else str(source)
-        try:
-            content = source if isinstance(source, dict) else json.loads(Path(source).read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            raise ConfigError(f"{source}: cannot be read ({error.strerror}); check the path") from error
-        except ValueError as error:  # not JSON, or not text
-            raise ConfigError(f"{source}: is not a JSON file ({error}); {_EXPECTED}") from error
+        content = source if isinstance(source, dict) else read_json(Path(source))
         if not isinstance(content, dict):
             kind = type(content).__name__
             raise ConfigError(f"{source}: holds a JSON {kind}; {_EXPECTED}; is this a results file?")
@@ -63,7 +58,7 @@ class CocoFile:
             number = record[identity]
             for field, fits in fields.items():
                 if not fits(record.get(field)):
-                    problem = f"has no '{field}'" if field not in record else f"has {record[field]!r:.80} as '{field}'"
+                    problem = f"has no '{field}'" if field not in record else f"has {shown(record[field])} as '{field}'"
                     raise ConfigError(
                         f"{self.name}: entry with {identity} {number} of {what} {problem}; correct the file"
                     )
@@ -84,13 +79,3 @@ class CocoFile:
         if not found:
             raise ConfigError(f"{self.name}: 'categories' is empty; list the classes with their ids and names")
         return found
-
-
-def is_text(value: Any) -> bool:
-    """Whether a field is a string that is not empty."""
-    return isinstance(value, str) and bool(value)
-
-
-def is_whole(value: Any) -> bool:
-    """Whether a field is a whole number."""
-    return isinstance(value, int) and not isinstance(value, bool)

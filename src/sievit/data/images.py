@@ -1,37 +1,64 @@
 """Image files of every usual kind, as 8-bit RGB."""
 
+import os
 import struct
+import warnings
 import zlib
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from sievit.config import ConfigError
+from sievit.data.text import unreadable
 
 _ORIENTATION = 0x0112  # EXIF tag
-_TURNED = (5, 6, 7, 8)  # values of it that exchange width and height
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error, Image.DecompressionBombError)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by the values of it; from 5 on width and height change places
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError, zlib.error, struct.error)
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # the latter where warnings are errors
+_PICTURES = ("GIF", "PNG", "TIFF", "WEBP")  # formats whose further frames or pages are pictures of their own
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm")
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The image files in a folder and those below it, sorted.
+    """The image files in a folder and those below it, links to folders included, sorted.
 
     Raises:
-        ConfigError: there is no such folder, or no image in it.
+        ConfigError: there is no such folder, no image in it, or one below it cannot be read.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != ".")
+    paths, seen = [], set[str]()
+    for parent, folders, names in os.walk(folder, onerror=_unlisted, followlinks=True):
+        seen.add(os.path.realpath(parent))
+        folders[:] = [name for name in sorted(folders) if os.path.realpath(Path(parent, name)) not in seen]
+        paths += [Path(parent, name) for name in names if Path(name).suffix.lower() in SUFFIXES and name[0] != "."]
+    try:
+        paths = sorted(path for path in paths if path.is_file())
+    except OSError as error:  # a folder whose names may be read and whose files may not
+        _unlisted(error)
     if not paths:
         raise ConfigError(f"{folder}: holds no images (looked for {', '.join(SUFFIXES)})")
     return paths
+
+
+def _unlisted(error: OSError) -> NoReturn:
+    raise unreadable(Path(error.filename), "a folder", error) from error
 
 
 @contextmanager
@@ -43,13 +70,25 @@ def opened(path: Path, what: str) -> Generator[Image.Image]:
     """
     try:
         with Image.open(path) as image:
+            if image.format in _PICTURES and getattr(image, "is_animated", False):
+                _warn_of_frames(path, getattr(image, "n_frames", 2), "pages" if image.format == "TIFF" else "frames")
             image.load()
             yield image
     except FileNotFoundError as error:
         kind = what.partition(" ")[2]
         raise ConfigError(f"{path}: no such {kind}; check the folder of the {kind}s and the file name") from error
+    except _TOO_LARGE as error:
+        raise ConfigError(f"{path}: {error}; make {what} smaller") from error
     except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(path, what, error) from error
         raise ConfigError(f"{path}: cannot be read as {what} ({error}); replace the file") from error
+
+
+@cache
+def _warn_of_frames(path: Path, count: int, what: str) -> None:
+    """Once per file, as an image is read many times."""
+    warnings.warn(f"{path}: holds {count} {what}; the first is read, and no other", stacklevel=4)
 
 
 def read_image(path: Path, *, size: tuple[int, int] | None = None) -> Image.Image:
@@ -64,13 +103,24 @@ def read_image(path: Path, *, size: tuple[int, int] | None = None) -> Image.Imag
         ConfigError: the file is missing, truncated, not an image, or not of `size`; the message names it.
     """
     with opened(path, "an image") as stored:
-        image = to_rgb(stored if _contradicts(stored, size) else ImageOps.exif_transpose(stored))
+        image = to_rgb(stored if _contradicts(stored, size) else upright(stored))
+        image.info.clear()  # nobody shall turn it once more
     if size is not None and (image.height, image.width) != tuple(size):
         raise ConfigError(
             f"{path}: the image is {image.width}x{image.height} pixels, the annotation file says {size[1]}x{size[0]}; "
             "correct 'width' and 'height' there, or use the images that were annotated"
         )
     return image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A Pillow image turned as its EXIF data say.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -95,17 +145,26 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def _contradicts(image: Image.Image, size: tuple[int, int] | None) -> bool:
-    turned = image.getexif().get(_ORIENTATION) in _TURNED
-    return turned and size is not None and image.height != image.width and (image.height, image.width) == tuple(size)
+    if size is None or image.height == image.width or (image.height, image.width) != tuple(size):
+        return False
+    return _orientation(image) in (5, 6, 7, 8)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except (*_BROKEN, AttributeError, TypeError) as error:  # what Pillow raises depends on the damage
+        raise ConfigError(f"its EXIF data are damaged ({error}); remove them") from error
+    return value if isinstance(value, int) else 1
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    low, high = float(values.min()), float(values.max())
+    low, high = float(values.min(initial=0)), float(values.max(initial=0))
     if not (low >= 0 and high <= 65535):  # NaN ends here too
-        raise ValueError(f"values from {low:g} to {high:g} are neither 8-bit nor 16-bit")
+        raise ConfigError(f"values from {low:g} to {high:g} are neither 8-bit nor 16-bit")
     if values.dtype.kind == "f":
         if high > 1:
-            raise ValueError(f"float values up to {high:g}; 0 to 1 are understood")
+            raise ConfigError(f"float values up to {high:g}; 0 to 1 are understood")
         return (values * 255).round().astype(np.uint8)
     return (values.astype(np.uint16) >> 8).astype(np.uint8)
 

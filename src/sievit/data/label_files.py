@@ -1,6 +1,5 @@
 """Files of labels: which belong to which images, what their numbers or colours mean, and how they are read."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,15 +10,16 @@ from typing import Any
 import numpy as np
 
 from sievit.config import ConfigError
-from sievit.data.coco_json import CocoFile, is_text
+from sievit.data.coco_json import CocoFile
 from sievit.data.images import SUFFIXES, list_images, opened
+from sievit.data.text import is_text, is_whole, read_json, read_text
 
 Colour = tuple[int, int, int]
 
 LABEL_SUFFIXES = tuple(s for s in SUFFIXES if s not in (".jpg", ".jpeg", ".webp"))
 """Files that keep a number as it is; JPEG does not, and WebP not always."""
 
-_COLOUR_LINE = re.compile(r"\s*(\d+)[\s,]+(\d+)[\s,]+(\d+)(?:[\s,]+(.*))?")
+_COLOUR_LINE = re.compile(r"\s*(\d{1,9})[\s,]+(\d{1,9})[\s,]+(\d{1,9})(?:[\s,]+(.*))?")
 _FEW = 3
 _UNKNOWN = np.int32(2**31 - 1)
 
@@ -43,7 +43,7 @@ class Palette:
 
     def __post_init__(self) -> None:
         for colour in (*self.colours, *self.ignored):
-            if len(colour) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in colour):
+            if len(colour) != 3 or not all(is_whole(part) and 0 <= part <= 255 for part in colour):
                 raise ConfigError(f"palette: {colour} is not a colour; give red, green and blue from 0 to 255")
 
 
@@ -54,10 +54,10 @@ def read_palette(path: Path) -> Palette:
     Raises:
         ConfigError: the file is missing, or a line is not a colour.
     """
-    text = read_text(path, "the palette")
+    text = read_text(path, "a palette")
     if text.lstrip().startswith("["):
         try:
-            return Palette(tuple((int(r), int(g), int(b)) for r, g, b in json.loads(text)))
+            return Palette(tuple((r, g, b) for r, g, b in read_json(path)))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{path}: is not a list of [red, green, blue] ({error})") from error
     colours: list[Colour] = []
@@ -87,7 +87,7 @@ def read_names(path: Path) -> list[str]:
     Raises:
         ConfigError: the file is missing or names nothing.
     """
-    text = read_text(path, "the list of names")
+    text = read_text(path, "a list of names")
     if text.lstrip().startswith("{"):
         names = [image["file_name"] for image in CocoFile(path).records("images", {"file_name": is_text})]
     else:
@@ -288,14 +288,3 @@ def _stem(name: str, suffixes: Iterable[str | None]) -> str:
 def some(names: Sequence[Any]) -> str:
     """The first few of them, for a message."""
     return ", ".join(map(str, names[:_FEW])) + (", ..." if len(names) > _FEW else "")
-
-
-def read_text(path: Path, what: str) -> str:
-    """
-    Raises:
-        ConfigError: there is no such file, or it is no text.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {what} cannot be read ({error})") from error

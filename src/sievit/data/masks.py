@@ -7,14 +7,24 @@ of five bits, least significant first, as the difference to the length two place
 (`rleToString` and `rleFrString` in pycocotools' maskApi.c).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
+
+from sievit.data.text import is_number, is_whole
+
+ROUNDING = 2.0
+"""Pixels by which boxes and polygons may stick out of their image, as annotation tools round; they are clipped."""
+
+_OUTLINE = 2e6
+"""Pixels that the outline of a polygon may be long; pycocotools takes 130 bytes for each of them."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,7 @@ def patch_from_runs(runs: np.ndarray, size: tuple[int, int]) -> Patch:
         ValueError: the runs are negative or do not add up to the image.
     """
     height, width = size
-    if runs.min(initial=0) < 0 or runs.sum() != height * width:
+    if runs.min(initial=0) < 0 or runs.max(initial=0) > height * width or runs.sum() != height * width:
         raise ValueError(f"the run lengths add up to {runs.sum()}, not to {height} x {width} pixels")
     ends = np.cumsum(runs)
     ones = np.flatnonzero(runs[1::2]) * 2 + 1
@@ -167,18 +177,53 @@ def patch_from_runs(runs: np.ndarray, size: tuple[int, int]) -> Patch:
     return tight_patch(columns.reshape(right - left, height).T, x=left)
 
 
+def reach(box: tuple[float, float, float, float], size: tuple[int, int]) -> float:
+    """Pixels by which a box xyxy sticks out of an image of `size` (height, width); infinite if all of it is outside."""
+    height, width = size
+    outside = box[2] <= 0 or box[3] <= 0 or box[0] >= width or box[1] >= height
+    return math.inf if outside else max(-box[0], -box[1], box[2] - width, box[3] - height)
+
+
+def check_polygons(polygons: Sequence[Any], size: tuple[int, int]) -> None:
+    """Whether polygons can be drawn in an image of `size` (height, width): what is far outside takes all memory.
+
+    Raises:
+        ValueError: one of them is no list of points, too long, or sticks out of the image by more than `ROUNDING`.
+    """
+    for polygon in polygons:
+        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not all(map(is_number, polygon)):
+            raise ValueError("a polygon that is not a list of at least three x, y pairs")
+    x, y = ([value for polygon in polygons for value in polygon[axis::2]] for axis in (0, 1))
+    out = reach((min(x), min(y), max(x), max(y)), size)
+    if out > ROUNDING:
+        how = "lie outside" if out == math.inf else f"reach {out:g} pixels outside"
+        raise ValueError(f"polygons that {how} an image of {size[1]}x{size[0]} pixels")
+    for polygon in polygons:
+        if len(polygon) * max(size) > _OUTLINE and _outline(polygon) > _OUTLINE:
+            raise ValueError(f"a polygon whose outline is longer than {_OUTLINE:g} pixels")
+
+
+def _outline(polygon: list[float]) -> float:
+    points = list(zip(polygon[::2], polygon[1::2], strict=True))
+    return sum(max(abs(a[0] - b[0]), abs(a[1] - b[1])) for a, b in pairwise([*points, points[0]]))
+
+
 def decode(segmentation: Any, size: tuple[int, int]) -> Patch:
     """The mask of one COCO segmentation: polygons, compressed or uncompressed RLE.
 
     Raises:
-        ValueError: the run lengths do not fit the image of `size` (height, width).
+        ValueError: the polygons or the run lengths do not fit the image of `size` (height, width).
     """
     if isinstance(segmentation, list):
+        check_polygons(segmentation, size)
         merged = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
         return patch_from_runs(decode_counts([merged["counts"]])[0], size)
     counts = segmentation["counts"]
-    runs = np.asarray(counts, dtype=np.int64) if isinstance(counts, list) else decode_counts([counts])[0]
-    return patch_from_runs(runs, size)
+    if not isinstance(counts, list):
+        return patch_from_runs(decode_counts([counts])[0], size)
+    if not all(is_whole(count) and 0 <= count <= size[0] * size[1] for count in counts):
+        raise ValueError(f"run lengths are whole numbers, from 0 to {size[0]} x {size[1]} pixels")
+    return patch_from_runs(np.array(counts, dtype=np.int64), size)
 
 
 def encode(patch: Patch, size: tuple[int, int]) -> dict[str, Any]:

@@ -2,16 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sievit.config import ConfigError
-from sievit.data.coco_json import CocoFile, Fields, is_text, is_whole
+from sievit.data.coco_json import CocoFile, Fields
 from sievit.data.label_files import Colour, Pair, Palette, packed_colours, read_values, some, translated
+from sievit.data.text import is_text, is_whole
 
 _EMPTY = 0  # id of pixels that belong to no segment
+
+_SEGMENT: Fields = {
+    "id": lambda value: 0 < value < 2**24,  # a colour
+    "category_id": is_whole,
+    "iscrowd": lambda value: value in (None, 0, 1),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +64,7 @@ def load_panoptic(
             raise ConfigError(f"{name}: an annotation names the image {number}, which the file does not list")
         segments[label] = {_EMPTY: ignore_index}
         what = f"the 'segments_info' of image {number}"
-        for segment in file.checked(annotation["segments_info"], what, {"category_id": is_whole}):
+        for segment in file.checked(annotation["segments_info"], what, _SEGMENT):
             category = segment["category_id"]
             if category not in labels:
                 raise ConfigError(
@@ -64,21 +72,24 @@ def load_panoptic(
                 )
             segments[label][segment["id"]] = ignore_index if segment.get("iscrowd") else labels[category]
         file_name = files.pop(number)
-        pairs.append(Pair(Path(file_name).with_suffix("").as_posix(), images / file_name, label))
+        pairs.append(Pair(file_name.removesuffix(Path(file_name).suffix), images / file_name, label))
     if files:
         raise ConfigError(f"{name}: {len(files)} images have no annotation: {some(list(files.values()))}; remove them")
     _require_files(images, "images", [pair.image for pair in pairs], name)
     _require_files(folder, "panoptic PNGs", [pair.label for pair in pairs], name)
     if not pairs:
         raise ConfigError(f"{name}: lists no images; name the panoptic file of the images")
-    palette = Palette(_colours([category.get("color") for category in classes]))
+    try:
+        palette = Palette(_colours([category.get("color") for category in classes]))
+    except ConfigError as error:
+        raise ConfigError(f"{name}: 'categories': {error}") from error
     return tuple(pairs), PanopticReader(name, tuple(c["name"] for c in classes), palette, segments)
 
 
 def _require_files(folder: Path, what: str, paths: Sequence[Path], name: str) -> None:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder of {what}")
-    if missing := [path.name for path in paths if not path.is_file()]:
+    if missing := [path.name for path in paths if not isfile(path)]:  # noqa: PTH113, of any name
         raise ConfigError(
             f"{folder}: {len(missing)} of the {len(paths)} {what} that {name} lists are missing: {some(missing)}"
         )

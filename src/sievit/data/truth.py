@@ -12,11 +12,11 @@ from sievit.data.labels import LabelDataset
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
-    """The annotations of images: of a detector --annotations, of a segmenter --labels.
+    """The annotations of images: --annotations of objects, or --labels of pixels.
 
     Attributes:
-        annotations: COCO annotation file, for a detector.
-        labels: folder of label images, for a segmenter: grey or palette images whose values are classes.
+        annotations: COCO annotation file, for models that find objects.
+        labels: folder of label images, for models that label pixels: grey or palette images whose values are classes.
         names: file that lists the images of the set, by a name per line or in COCO's format; default all.
         panoptic: COCO's panoptic JSON; --labels is then the folder of its PNGs.
         image_suffix: end of the images' file names, behind what they have in common with their labels'.
@@ -42,14 +42,15 @@ class Truth:
         return self.annotations is not None or self.labels is not None
 
     def open_boxes(self, images: Path, category_ids: Sequence[int]) -> CocoDetection:
-        """The images and their boxes for a detector of these categories; masks stay in the file.
+        """The images and their boxes for a model of these categories; masks stay in the file.
 
         Raises:
             ConfigError: no annotations are given, they cannot be read, or are of other categories.
         """
         if self.annotations is None or self.labels is not None:
-            raise ConfigError("the model is a detector; give --annotations, a file in COCO's format")
-        dataset = CocoDetection(images, self.annotations, with_masks=False, max_detections=self.max_detections)
+            raise ConfigError("this model is judged by --annotations, a file in COCO's format, and by no --labels")
+        options: dict[str, Any] = {"with_masks": False, "max_detections": self.max_detections, "advice": {}}
+        dataset = CocoDetection(images, self.annotations, **options)
         if dataset.category_ids != category_ids:
             raise ConfigError(
                 f"{self.annotations}: its category ids {_listed(dataset.category_ids)} are not those that the model "
@@ -66,7 +67,7 @@ class Truth:
         values: Sequence[int] | None = None,
         **options: Any,
     ) -> LabelDataset:
-        """The images and their labels for a segmenter of these classes.
+        """The images and their labels for a model of these classes.
 
         Args:
             ignore_index: label of pixels of which nothing is known.
@@ -77,7 +78,7 @@ class Truth:
             ConfigError: no labels are given, they do not belong to the images, or are of other classes.
         """
         if self.labels is None or self.annotations is not None:
-            raise ConfigError("the model is a segmenter; give --labels, a folder of label images")
+            raise ConfigError("this model is judged by --labels, a folder of label images, and by no --annotations")
         dataset = LabelDataset(
             images,
             self.labels,

@@ -12,7 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from sievit.config import ConfigError
-from sievit.data.images import read_image, to_rgb, to_tensor
+from sievit.data.images import read_image, to_rgb, to_tensor, upright
 from sievit.policies import PolicyConfig
 from sievit.vit import ViTConfig
 from sievit.vit.execution import Execution
@@ -141,7 +141,7 @@ def as_tensor(image: Any) -> Tensor:
     if isinstance(image, str | Path):
         image = read_image(Path(image))
     if isinstance(image, Image):
-        image = to_tensor(to_rgb(image))
+        image = to_tensor(to_rgb(upright(image)))
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
             raise ConfigError(f"an image array must be uint8, not {image.dtype}; floats in 0..1 go in as tensors")

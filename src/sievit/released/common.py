@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from sievit.data.label_files import read_text
+from sievit.data.text import read_text
 from sievit.models.base import Model
 from sievit.vit import ViT
 

@@ -13,7 +13,8 @@ from sievit import viz
 from sievit.config import ConfigError, variant
 from sievit.data.annotations import load_categories
 from sievit.data.coco import CocoDetection
-from sievit.data.coco_json import CocoFile, is_text
+from sievit.data.coco_json import CocoFile
+from sievit.data.text import is_text
 from sievit.data.transforms import Augment, AugmentConfig
 from sievit.data.truth import Truth
 from sievit.files import write_atomically

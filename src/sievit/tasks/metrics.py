@@ -39,9 +39,14 @@ class CocoMetric:
             max_detections: the best so many of an image and class are judged. COCO's is 100.
 
         Raises:
-            ConfigError: masks are to be judged and some object has none.
+            ConfigError: masks are to be judged and some object has none; or there is no object at all.
         """
         self.annotations = annotations if isinstance(annotations, Annotations) else load_annotations(annotations)
+        if not any(not a["iscrowd"] for objects in self.annotations.objects for a in objects):
+            raise ConfigError(
+                f"{self.annotations.source}: holds no objects to judge by (crowd regions do not count); name a file "
+                "that has the annotations of the images"
+            )
         if with_masks and not self.annotations.has_masks:
             raise ConfigError(
                 f"{self.annotations.source}: not every object has a segmentation, so masks cannot be judged; "
@@ -88,11 +93,8 @@ class CocoMetric:
         names = [prefix + name for name in FIGURES]
         if not self._results:
             return dict.fromkeys(names, -1.0)
-        results = copy.deepcopy(self.results)
-        if kind == "segm":
-            for result in results:
-                del result["bbox"]  # or the box's area would stand in for the mask's
-        truth = COCO(self._judged())
+        truth = COCO(self._judged(kind))
+        results = self._numbered(self.results, kind)
         evaluation = COCOeval_faster(truth, truth.loadRes(results), kind, print_function=_silent)
         evaluation.params.maxDets = [1, 10, self.max_detections]
         evaluation.evaluate()
@@ -101,11 +103,34 @@ class CocoMetric:
         parts = (precision[..., 0], precision[0, ..., 0], precision[5, ..., 0], *np.moveaxis(precision, 3, 0)[1:])
         return {name: _mean(part) for name, part in zip(names, parts, strict=True)}
 
-    def _judged(self) -> dict[str, Any]:
+    def _judged(self, kind: str) -> dict[str, Any]:
+        """The truth of the images that were looked at. All ids are counted from 1: the evaluation takes 0 for "no
+        object" and 64 bits for any number."""
         content = self.annotations.as_coco
-        content["images"] = [image for image in content["images"] if image["id"] in self._results]
-        content["annotations"] = [dict(a) for a in content["annotations"] if a["image_id"] in self._results]
-        return content
+        images = {image["id"]: image for image in content["images"]}
+        objects = [a for a in content["annotations"] if a["image_id"] in self._results]
+        judged = [
+            {"id": number, "area": a["area"], "iscrowd": a["iscrowd"], **same}
+            for number, (a, same) in enumerate(zip(objects, self._numbered(objects, kind), strict=True), start=1)
+        ]
+        seen = [{**images[i], "id": number} for number, i in enumerate(sorted(self._results), start=1)]
+        categories = [{"id": label, "name": name} for label, name in enumerate(self.annotations.classes, start=1)]
+        return {"info": {}, "images": seen, "annotations": judged, "categories": categories}
+
+    def _numbered(self, entries: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+        """Objects or results, with our numbers for images and classes, and the shape that is judged alone: the area of
+        a result is that of its box where it has one."""
+        images = {image_id: number for number, image_id in enumerate(sorted(self._results), start=1)}
+        labels = {category_id: label for label, category_id in enumerate(self.annotations.category_ids, start=1)}
+        shape = {"bbox": "bbox", "segm": "segmentation"}[kind]
+        return [
+            {
+                "image_id": images[entry["image_id"]],
+                "category_id": labels[entry["category_id"]],
+                **{name: copy.copy(entry[name]) for name in ("score", shape) if name in entry},
+            }
+            for entry in entries
+        ]
 
 
 def coco_results(detection: Mapping[str, Any], image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:

@@ -1,0 +1,78 @@
+"""Text and JSON files, with a byte order mark or without; what is wrong with one is said of the file."""
+
+import json
+import reprlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from sievit.config import ConfigError
+
+_LARGEST = 1e300
+"""No number of a file is larger: beyond, whole numbers and floats do not go together."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def unreadable(path: Path, what: str, error: OSError) -> ConfigError:
+    """The error of a file that the system does not hand out; it says nothing about what the file holds."""
+    way_out = "you may not read it: change the permissions" if isinstance(error, PermissionError) else "check the path"
+    return ConfigError(f"{path}: cannot be read as {what} ({error.strerror or error}); {way_out}")
+
+
+def read_text(path: Path, what: str) -> str:
+    """
+    Args:
+        what: the file is meant to be, for the error.
+
+    Raises:
+        ConfigError: there is no such file, it may not be read, or it is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise unreadable(path, what, error) from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: cannot be read as {what} ({error}); save it as text in UTF-8") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ConfigError: as `read_text`; or it is not JSON, says two things of one key, or is nested too deeply.
+    """
+    text = read_text(path, "a JSON file")
+    try:
+        return json.loads(text, object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: is not a JSON file that can be read ({error}); correct the file") from error
+
+
+def is_number(value: Any) -> bool:
+    """Whether a field is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a field is a whole number."""
+    return isinstance(value, int) and is_number(value)
+
+
+def is_text(value: Any) -> bool:
+    """Whether a field is a string that is not empty."""
+    return isinstance(value, str) and bool(value)
+
+
+def shown(value: Any) -> str:
+    """Any value of a file, for a message: shortened."""
+    return _SHORT.repr(value)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"an object has the key {shown(twice)} more than once")
+    return found
