@@ -259,7 +259,7 @@ def _collect(store: str, out: str, rank: int) -> None:
 def test_several_processes_like_one(tmp_path: Path):
     run = [sys.executable, __file__, str(tmp_path / "store"), str(tmp_path)]
     processes = [subprocess.Popen([*run, str(rank)]) for rank in range(2)]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
     rng = np.random.default_rng(7)
     content = truth(rng, num_images=5)
     metric = CocoMetric(content)

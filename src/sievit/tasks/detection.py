@@ -25,6 +25,9 @@ from sievit.tasks.metrics import CocoMetric, coco_results
 Detections = dict[str, Tensor]
 """torchvision's: boxes (d, 4) xyxy pixels, labels (d,) from 1, scores (d,), masks (d, 1, h, w) if there are any."""
 
+_ADVICE = {"invalid": "--data.invalid skip", "with_masks": "--model.head.with-masks False"}
+"""What to do about annotation files in training, in the words of the command."""
+
 
 @variant("coco")
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,7 @@ class DetectionTask(Task[Detections]):
             skip_empty=data.skip_empty,
             seed=seed,
             cache_bytes=CACHE,
+            advice=_ADVICE,
         )
         val = CocoDetection(
             root / data.val_images,
@@ -75,6 +79,7 @@ class DetectionTask(Task[Detections]):
             with_masks=False,
             invalid=data.invalid,
             max_detections=data.max_detections,
+            advice=_ADVICE,
         )
         for source, path in ((train, data.train_annotations), (val, data.val_annotations)):
             if source.category_ids != self.config.category_ids:
