@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,6 +75,62 @@ def data_root() -> Path:
 def golden_root() -> Path:
     """The folder of the papers' recorded tensors; tests that ask for it are skipped where it is not."""
     return _beside("SIEVIT_GOLDEN", "golden")
+
+
+@pytest.fixture(scope="session")
+def golden_svit(golden_root: Path) -> Path:
+    return golden_root / "svit"
+
+
+@pytest.fixture(scope="session")
+def golden_dtop(golden_root: Path) -> Path:
+    return golden_root / "dtop"
+
+
+@pytest.fixture(scope="session")
+def scenes_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A folder of so many generated scenes of this (height, width): images, labels, annotations.json; with `val` more
+    for validation, folders train and val of these. To be read only."""
+
+    @functools.cache
+    def make(number: int, size: tuple[int, int], seed: int = 1, val: int = 0) -> Path:
+        from sievit.data.scenes import generate
+
+        root = tmp_path_factory.mktemp("scenes")
+        generate(root / "train" if val else root, num_images=number, size=size, seed=seed)
+        if val:
+            generate(root / "val", num_images=val, size=size, seed=seed + 1)
+        return root
+
+    return make
+
+
+@dataclasses.dataclass(frozen=True)
+class Printed:
+    """What a command wrote."""
+
+    out: str
+    err: str
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The JSON object that every command ends with."""
+        return json.loads(self.out.splitlines()[-1])
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Printed]:
+    """Runs `sievit` with these arguments, which has to end with this status."""
+    from sievit import cli
+
+    def run(*args: object, status: int = 0) -> Printed:
+        capsys.readouterr()
+        ended = cli.main([str(arg) for arg in args])
+        printed = Printed(*capsys.readouterr())
+        assert ended == status, printed.err
+        return printed
+
+    return run
 
 
 @pytest.fixture(autouse=True)

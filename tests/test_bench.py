@@ -1,21 +1,21 @@
-"""The bench keeps the shares that it is given, on the images that it is given, and reports what it timed."""
+"""The bench keeps the shares and images that it is given, reports what it timed, and loses nothing when stopped."""
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from rich.table import Table
 
 import sievit
-import tiny
 from sievit.bench import (
     BackboneBench,
     BlocksBench,
@@ -25,9 +25,10 @@ from sievit.bench import (
     bench_blocks,
     bench_heads,
     bench_network,
+    timing,
 )
 from sievit.bench.blocks import timed_blocks
-from sievit.bench.common import load_images, normalised
+from sievit.bench.common import load_images, normalised, run
 from sievit.bench.heads import _part_rows, stopwatch
 from sievit.bench.network import timed_model, timed_network
 from sievit.bench.plot import draw_rows
@@ -41,14 +42,41 @@ from sievit.measure.meters import counted_syncs, memory
 from sievit.measure.modes import DENSE, MODES, RunMode
 from sievit.models.detector import Detector
 from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import Segmenter
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import DToPConfig, PolicyConfig, PolicyOptions, RandomConfig, SViTConfig
 from sievit.policies.svit import SViT
 from sievit.tokens import Trace
 from sievit.vit import Execution, ViTConfig
 from sievit.vit.packed import Packing
+from tiny import image_folder, refused, tiny_detector, tiny_head, tiny_vit
 
-TINY = ViTConfig(grid=(4, 4), embed_dim=32, depth=6, num_heads=2)
+QUIET = Console(quiet=True)
+TINY = tiny_vit(embed_dim=32, depth=6)
+HEAD = ATMConfig(channels=32, num_heads=4)
+BENCHES: dict[str, tuple[Any, Any]] = {
+    "blocks": (BlocksBench, bench_blocks),
+    "backbone": (BackboneBench, bench_backbone),
+    "network": (NetworkBench, bench_network),
+    "heads": (HeadsBench, bench_heads),
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that benches make by name."""
+    monkeypatch.setitem(SIZES, "tiny", TINY)
+    monkeypatch.setitem(SIZES, "deep", replace(TINY, depth=8))
+    monkeypatch.setitem(ADAPTERS, "deep", AdapterConfig(conv_inplane=8, deform_num_heads=2))
+    monkeypatch.setitem(SEGMENTERS, "tiny", (HEAD, (1, 3, 5)))
+    monkeypatch.setattr("sievit.bench.random_models.HEAD", tiny_head())
+
+
+def rows_of(bench: str, console: Console = QUIET, **options: Any) -> list[dict[str, Any]]:
+    """What a bench of tiny models gives."""
+    made = {} if "checkpoints" in options else {"models": ("deep" if bench in ("backbone", "heads") else "tiny",)}
+    config, run = BENCHES[bench]
+    return run(config(**{"batches": (2,), "repeats": 2, "sizes": ((64, 96),), **made, **options}), console)["rows"]
 
 
 def scenes(size: tuple[int, int], count: int) -> torch.Tensor:
@@ -72,14 +100,10 @@ EVERY_ROW |= {"sparse_ms_p95", "speedup", "predicted", "realised", "realised_qua
 EVERY_ROW |= {"memory_mb", "syncs", "sync_places"}
 
 
-def test_a_row_for_each_mode_holds_what_was_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(SIZES, "tiny", TINY)
+def test_a_row_for_each_mode_holds_what_was_timed(tmp_path: Path) -> None:
     modes = ("dense", "dynamic", "bucketed", "static")
-    config = BlocksBench(
-        models=("tiny",), sizes=((64, 96),), batches=(2,), repeats=3, modes=(*modes, "static_graphs"), out=tmp_path
-    )
-    result = bench_blocks(config, Console(quiet=True))
-    *rows, graphs = result["rows"]
+    every = rows_of("blocks", repeats=3, modes=(*modes, "static_graphs"), out=tmp_path)
+    *rows, graphs = every
     assert [row["mode"] for row in rows] == list(modes)
     for row in rows:
         assert set(row) >= EVERY_ROW
@@ -95,7 +119,7 @@ def test_a_row_for_each_mode_holds_what_was_timed(monkeypatch: pytest.MonkeyPatc
     for share, of_choice in zip(static["keep"], dynamic["keep"], strict=True):
         assert of_choice - 1e-3 <= share < of_choice + 8 / 24 and round(share * 24) in (8, 16, 24)
     assert graphs["skipped"] == "graphs are CUDA's"
-    assert json.loads((tmp_path / "blocks.json").read_text())["rows"] == result["rows"]
+    assert json.loads((tmp_path / "blocks.json").read_text())["rows"] == every
     with Image.open(tmp_path / "blocks.png") as picture:
         assert picture.width > 800
 
@@ -132,23 +156,8 @@ def test_what_is_timed_is_what_the_model_computes(name: str) -> None:
 MASKED = Execution(mode="masked")
 
 
-def test_static_exits_leave_as_many_as_the_dynamic_ones() -> None:
-    segmenter = random_segmenter(TINY, HEAD, (1, 3, 5)).eval()
-    images = scenes((256, 320), 2)
-    with torch.inference_mode():
-        segmenter.net.policy = random_exits(segmenter, images, PolicyOptions(), (0.3, 0.6), 1)
-        static = timed_network(segmenter, images.split(1)).static_policy(1)
-        assert static is not None and static.config.static_left == pytest.approx((0.3, 0.6), abs=0.02)
-        trace = segmenter.net(images, policy=static)[1]
-    left = [gone.double().mean(1).tolist() for gone in trace.exited[:2]]
-    assert left == [pytest.approx([share] * 2, abs=1 / 320) for share in static.config.static_left]
-
-
-def test_modes_have_one_name_each() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'static_compiled'"):
-        RunMode.of("static_compile")
-    assert [RunMode.of(name).name for name in MODES] == list(MODES)
-    assert RunMode("dynamic", Execution("bucketed", compiled=True)).name == "bucketed_compiled"
+def a_segmenter() -> Segmenter:
+    return random_segmenter(TINY, HEAD, (1, 3, 5)).eval()
 
 
 def test_a_mode_that_cannot_be_compiled_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,13 +169,9 @@ def test_a_mode_that_cannot_be_compiled_says_so(monkeypatch: pytest.MonkeyPatch)
 
         return call
 
-    monkeypatch.setitem(SIZES, "tiny", TINY)
     monkeypatch.setattr(torch, "compile", no_compiler)
-    config = BlocksBench(
-        models=("tiny",), sizes=((64, 96),), batches=(1,), repeats=2, modes=("dense_compiled", "dense")
-    )
     console = Console(record=True, width=200, quiet=False, file=StringIO())
-    first, second = bench_blocks(config, console)["rows"]
+    first, second = rows_of("blocks", console, batches=(1,), modes=("dense_compiled", "dense"))
     assert first["skipped"] == "RuntimeError: InvalidCxxCompiler: No working C++ compiler found here"
     assert first["model"] == "tiny" and "speedup" not in first and "skipped" not in second
     assert "dense_compiled: RuntimeError: InvalidCxxCompiler" in console.export_text()
@@ -174,50 +179,40 @@ def test_a_mode_that_cannot_be_compiled_says_so(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_modes_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_modes_are_timed() -> None:
     """Minutes: `torch.compile` on CPU."""
-    monkeypatch.setitem(SIZES, "tiny", replace(TINY, depth=4))
-    modes = ("dense_compiled", "static_compiled", "bucketed_compiled")
-    config = BlocksBench(models=("tiny",), sizes=((64, 96),), batches=(2,), repeats=2, modes=modes, targets=(0.5,))
-    rows = bench_blocks(config, Console(quiet=True))["rows"]
+    rows = rows_of("blocks", modes=("dense_compiled", "static_compiled", "bucketed_compiled"), targets=(0.5,))
     assert all("skipped" not in row and row["sparse_ms"] > 0 for row in rows), rows
     assert rows[0]["predicted"] == 1 and rows[1]["predicted"] > 1 and rows[1]["syncs"] == 0
 
 
 def test_images_of_a_folder_are_fitted(tmp_path: Path) -> None:
-    for i, shape in enumerate([(40, 90, 3), (200, 60, 3)]):
-        Image.fromarray(np.full(shape, 40 * (i + 1), np.uint8)).save(tmp_path / f"{i}.png")
-    images = load_images(tmp_path, (64, 96), 3)
+    images = load_images(image_folder(tmp_path, (40, 90), (200, 60)), (64, 96), 3)
     assert [image.shape for image in images] == [(3, 64, 96)] * 3
     torch.testing.assert_close(images[0], images[2])
     assert not torch.equal(images[0], images[1])
 
 
-def test_an_unknown_model_is_named() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'vit_s'"):
-        bench_blocks(BlocksBench(models=("vits",)))
-
-
-HEAD = ATMConfig(channels=32, num_heads=4)
-
-
 @torch.inference_mode()
 def test_exits_are_set_to_the_shares_that_really_leave() -> None:
-    images = scenes((256, 320), 4)
-    segmenter = random_segmenter(TINY, HEAD, (1, 3, 5)).eval()
-    policy = random_exits(segmenter, images, PolicyOptions(), (0.35, 0.55), 2)
+    """Static ones let as many go, of every image."""
+    images, segmenter = scenes((256, 320), 4), a_segmenter()
+    policy = segmenter.net.policy = random_exits(segmenter, images, PolicyOptions(), (0.35, 0.55), 2)
     traces = [segmenter.net(image, policy=policy)[1] for image in images.split(1)]
     left = torch.stack([torch.stack([exited.double().mean() for exited in trace.exited]) for trace in traces])
     assert left.mean(0).tolist() == pytest.approx([0.35, 0.55, 0.55], abs=0.02)
     assert left[:, 0].std() > 0.01, "each image has its own"
+    static = timed_network(segmenter, images.split(1)).static_policy(1)
+    assert static is not None and static.config.static_left == pytest.approx((0.35, 0.55), abs=0.02)
+    exited = segmenter.net(images, policy=static)[1].exited[:2]
+    for gone, share in zip(exited, static.config.static_left, strict=True):
+        assert gone.double().mean(1).tolist() == pytest.approx([share] * 4, abs=1 / 320)
 
 
 @torch.inference_mode()
-def test_a_row_of_a_network_holds_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SIZES, "tiny", TINY)
-    monkeypatch.setitem(SEGMENTERS, "tiny", (HEAD, (1, 3, 5)))
-    config = NetworkBench(models=("tiny",), sizes=((256, 320),), batches=(2,), repeats=3, keep_per_class=1)
-    dense, row, static = bench_network(config, Console(quiet=True))["rows"]
+def test_a_row_of_a_network_holds_what_was_timed() -> None:
+    common: dict[str, Any] = {"sizes": ((256, 320),), "repeats": 3, "keep_per_class": 1}
+    dense, row, static = rows_of("network", **common)
     assert [each["mode"] for each in (dense, row, static)] == ["dense", "dynamic", "static"]
     assert dense["left"] == [] and static["left"] == pytest.approx([0.35, 0.55], abs=0.05) and static["syncs"] == 0
     assert row["tokens"] == 320 and row["batch"] == 2 and row["pairs"] == 3
@@ -227,66 +222,69 @@ def test_a_row_of_a_network_holds_what_was_timed(monkeypatch: pytest.MonkeyPatch
     heads = 2 * build_head(HEAD, embed_dim=32, num_classes=150).macs(torch.tensor([320]), (16, 20)).item() / 1e9
     extra = (row["predicted_with_heads"] - row["predicted"]) * row["gflops"][1]
     assert extra == pytest.approx(heads, rel=0.05)
-    options = replace(config, policy="svit", set=("first_block=2", "targets=0.5"), modes=("dynamic",))
-    (row,) = bench_network(options, Console(quiet=True))["rows"]
+    (row,) = rows_of("network", **common, policy="svit", set=("first_block=2", "targets=0.5"), modes=("dynamic",))
     assert "left" not in row and row["gflops"][1] < row["gflops"][0]
     assert sum(row["keep"]) / 6 == pytest.approx((2 + 2 * 0.65 + 2 * 0.45) / 6, abs=0.02), "as many as DToP keeps"
-
-
-@pytest.mark.parametrize("left", [(0.5,), (0.6, 0.5), (0.0, 0.5), (0.5, 1.0)])
-def test_shares_that_leave_go_with_the_heads(left: tuple[float, ...]) -> None:
-    segmenter = random_segmenter(TINY, HEAD, (1, 3, 5)).eval()
-    with pytest.raises(ConfigError, match="left"):
-        random_exits(segmenter, torch.zeros(1, 3, 64, 64), PolicyOptions(), left)
 
 
 @torch.inference_mode()
 def test_exits_do_not_change_how_scores_lie_in_memory() -> None:
     """Resizing maps that lie token by token takes ten times as long."""
-    segmenter = random_segmenter(TINY, HEAD, (1, 3, 5)).eval()
+    segmenter = a_segmenter()
     policy = segmenter.net.build_policy(DToPConfig(thresholds=(0.3,), keep_per_class=0))
     scores, trace = segmenter.net(scenes((64, 96), 1), policy=policy)
     assert trace.exited[-1].sum() > 0
     assert scores.is_contiguous()
 
 
-def test_one_pair_is_too_few() -> None:
-    with pytest.raises(ConfigError, match="at least 2"):
-        bench_network(NetworkBench(repeats=1))
+def exits_of(left: tuple[float, ...]) -> object:
+    return random_exits(a_segmenter(), torch.zeros(1, 3, 64, 64), PolicyOptions(), left)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(RunMode.of, "static_compile"), "did you mean 'static_compiled'"),
+        (partial(rows_of, "blocks", models=("vits",)), "did you mean 'vit_s'"),
+        (partial(rows_of, "network", repeats=1), "at least 2"),
+        *((partial(exits_of, left), "left") for left in ((0.5,), (0.6, 0.5), (0.0, 0.5), (0.5, 1.0))),
+    ],
+)
+def test_what_cannot_be_timed_is_named(make: Callable[[], object], message: str) -> None:
+    refused(message, make)
+
+
+def test_modes_have_one_name_each() -> None:
+    assert [RunMode.of(name).name for name in MODES] == list(MODES)
+    assert RunMode("dynamic", Execution("bucketed", compiled=True)).name == "bucketed_compiled"
 
 
 HALF = RandomConfig(first_block=1, shares=(0.5,))
 
 
 def detector(policy: PolicyConfig = HALF, **changes: Any) -> Detector:
-    return sievit.build(tiny.tiny_detector(vit=replace(TINY, depth=4), policy=policy, **changes)).eval()
+    return sievit.build(tiny_detector(vit=replace(TINY, depth=4), policy=policy, **changes)).eval()
 
 
-NO_MASKS = tiny.tiny_head(with_masks=False)
+NO_MASKS = tiny_head(with_masks=False)
 """What the mask branch costs depends on what is found."""
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """A folder of images of several sizes."""
-    return tiny.image_folder(tmp_path / "images", (128, 160), (128, 192), (96, 96))
+    return image_folder(tmp_path / "images", (128, 160), (128, 192), (96, 96))
 
 
 def test_a_trained_model_is_timed_by_its_own_rules(tmp_path: Path, images: Path) -> None:
     resized = InputConfig(min_size=64, max_size=96)
     detector(head=NO_MASKS, input=resized).save_pretrained(tmp_path / "balls")
-    segmenter = random_segmenter(TINY, HEAD, (1, 3, 5))
+    segmenter = a_segmenter()
     segmenter.config = replace(segmenter.config, input=resized)
     sievit.save(segmenter, tmp_path / "dense.safetensors")
-    config = NetworkBench(
-        checkpoints=(tmp_path / "balls", tmp_path / "dense.safetensors"),
-        policy="random",
-        images=images,
-        batches=(3,),
-        repeats=2,
-        modes=("dynamic",),
-    )
-    rows = bench_network(config, Console(quiet=True))["rows"]
+    common: dict[str, Any] = {"policy": "random", "images": images, "modes": ("dynamic",)}
+    both = (tmp_path / "balls", tmp_path / "dense.safetensors")
+    rows = rows_of("network", checkpoints=both, sizes=(), batches=(3,), **common)
     assert [row["model"] for row in rows] == ["balls", "dense"]
     for row in rows:
         assert row["size"] == "own" and row["mode"] == "dynamic" and row["pairs"] == 2 and row["policy"] == "random"
@@ -295,9 +293,7 @@ def test_a_trained_model_is_timed_by_its_own_rules(tmp_path: Path, images: Path)
         assert row["gflops"][0] > row["gflops"][1] > 0 and row["predicted"] > 1
         assert row["realised"] == pytest.approx(row["speedup"] / row["predicted"], rel=0.5)
     assert rows[0]["kind"] == "detector" and "detections" in rows[0] and rows[1]["kind"] == "segmenter"
-    (row,) = bench_network(
-        replace(config, checkpoints=(tmp_path / "balls",), sizes=((128, 96),), batches=(2,)), Console(quiet=True)
-    )["rows"]
+    (row,) = rows_of("network", checkpoints=both[:1], sizes=((128, 96),), **common)
     assert row["size"] == [128, 96] and row["tokens"] == 8 * 6
 
 
@@ -325,21 +321,9 @@ def test_static_counts_of_a_trained_detector_and_its_compiled_backbone(tmp_path:
     assert "give --sizes" in row["skipped"]
 
 
-@pytest.mark.parametrize("bench", ["blocks", "backbone", "network", "heads"])
-def test_benches_run_in_bfloat16(monkeypatch: pytest.MonkeyPatch, bench: str) -> None:
-    tiny_names(monkeypatch)
-    monkeypatch.setitem(SEGMENTERS, "tiny", (HEAD, (1, 3, 7)))
-    monkeypatch.setattr("sievit.bench.random_models.HEAD", tiny.tiny_head())
-    options: dict[str, Any] = {"models": ("tiny",), "sizes": ((96, 128),), "batches": (2,), "repeats": 2}
-    options["precision"] = "bfloat16"
-    kinds: dict[str, tuple[Any, Any]] = {
-        "blocks": (BlocksBench, bench_blocks),
-        "backbone": (BackboneBench, bench_backbone),
-        "network": (NetworkBench, bench_network),
-        "heads": (HeadsBench, bench_heads),
-    }
-    config, run = kinds[bench]
-    rows = run(config(**options), Console(quiet=True))["rows"]
+@pytest.mark.parametrize("bench", BENCHES)
+def test_benches_run_in_bfloat16(bench: str) -> None:
+    rows = rows_of(bench, sizes=((96, 128),), precision="bfloat16")
     assert [row["mode"] for row in rows] == (["dynamic"] if bench == "heads" else ["dense", "dynamic", "static"])
     assert all(row["precision"] == "bfloat16" and row["sparse_ms"] > 0 for row in rows)
 
@@ -355,15 +339,11 @@ def test_gflops_and_shares_of_a_row_are_the_model_s(images: Path) -> None:
 
 def test_a_dense_segmenter_is_timed_with_another_policy(tmp_path: Path) -> None:
     path = tmp_path / "dense.safetensors"
-    sievit.save(random_segmenter(TINY, HEAD, (1, 3, 5)), path)
-    config = NetworkBench(
-        checkpoints=(path,), policy="dtop", set=("thresholds=0.3",), sizes=((64, 96),), batches=(1,), repeats=2
-    )
-    dense, row, static = bench_network(config, Console(quiet=True))["rows"]
+    sievit.save(a_segmenter(), path)
+    dense, row, static = rows_of("network", checkpoints=(path,), policy="dtop", set=("thresholds=0.3",), batches=(1,))
     assert dense["keep"][-1] == 1 and row["policy"] == "dtop" and row["keep"][-1] < 1
     assert static["mode"] == "static" and static["keep"][-1] == pytest.approx(row["keep"][-1], abs=0.34)
-    with pytest.raises(ConfigError, match=r"dense\.safetensors: its policy computes every token"):
-        bench_network(replace(config, policy=None, set=()))
+    refused(r"dense\.safetensors: its policy computes every token", rows_of, "network", checkpoints=(path,))
 
 
 def test_memory_is_what_is_held_at_once() -> None:
@@ -453,17 +433,8 @@ def test_the_stopwatch_counts_each_moment_once() -> None:
     assert not vars(work), "nothing is left on what was timed"
 
 
-def tiny_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SIZES, "tiny", replace(TINY, depth=8))
-    monkeypatch.setitem(ADAPTERS, "tiny", AdapterConfig(conv_inplane=8, deform_num_heads=2))
-
-
-def test_a_row_of_a_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_names(monkeypatch)
-    config = BackboneBench(
-        models=("tiny",), sizes=((64, 90),), batches=(2,), repeats=2, targets=(0.5,), modes=("dynamic", "static")
-    )
-    row, static = bench_backbone(config, Console(quiet=True))["rows"]
+def test_a_row_of_a_backbone() -> None:
+    row, static = rows_of("backbone", sizes=((64, 90),), targets=(0.5,), modes=("dynamic", "static"))
     assert static["syncs"] == 0 and static["predicted"] > 1
     assert row["tokens"] == 24, "sides are whole multiples of 32"
     assert row["keep"][:3] == [1.0] * 3 and row["keep"][3:] == pytest.approx([0.5] * 5, abs=0.15)
@@ -471,12 +442,9 @@ def test_a_row_of_a_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(row) >= EVERY_ROW and min(row["memory_mb"]) > 0 and row["syncs"] > 0
 
 
-def test_the_parts_of_a_detector_are_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_names(monkeypatch)
-    monkeypatch.setattr("sievit.bench.random_models.HEAD", tiny.tiny_head())
-    config = HeadsBench(models=("tiny",), sizes=((96, 128),), repeats=2, targets=(0.5,), candidates=40)
+def test_the_parts_of_a_detector_are_all_of_it() -> None:
     console = Console(record=True, width=200, quiet=False, file=StringIO())
-    (row,) = bench_heads(config, console)["rows"]
+    (row,) = rows_of("heads", console, sizes=((96, 128),), batches=(1,), targets=(0.5,), candidates=40)
     assert set(row) >= EVERY_ROW and row["detections"] > 0 and row["syncs"] > 0
     parts: dict[str, dict[str, Any]] = row["parts"]
     assert all(part["dense_ms"] > 0 and part["sparse_ms"] > 0 for name, part in parts.items() if name != "neck: rest")
@@ -530,16 +498,188 @@ def test_rates_count_two_operations_per_multiply_add(monkeypatch: pytest.MonkeyP
 def test_the_parts_of_trained_models(tmp_path: Path) -> None:
     model = detector()
     model.save_pretrained(tmp_path / "balls")
-    sievit.save(random_segmenter(TINY, HEAD, (1, 3, 5)), tmp_path / "s.safetensors")
-    config = HeadsBench(checkpoints=(tmp_path / "balls",), sizes=((64, 96),), batches=(2,), repeats=2)
-    (row,) = bench_heads(config, Console(quiet=True))["rows"]
+    sievit.save(a_segmenter(), tmp_path / "s.safetensors")
+    (row,) = rows_of("heads", checkpoints=(tmp_path / "balls",))
     assert row["tokens"] == 24 and "neck: pyramid" in row["parts"] and "neck: injectors" not in row["parts"]
     before = [dict(vars(owner)) for owner, _, _ in model.timed_parts()]
     with stopwatch(model.timed_parts(), torch.device("cpu")) as spent, torch.inference_mode():
         model([torch.rand(3, 64, 96)])
     assert spent["FPN"] > 0 and [dict(vars(owner)) for owner, _, _ in model.timed_parts()] == before
-    segmenter = replace(config, checkpoints=(tmp_path / "s.safetensors",))
-    with pytest.raises(ConfigError, match="computes every token"):
-        bench_heads(segmenter)
-    (row,) = bench_heads(replace(segmenter, policy="random"), Console(quiet=True))["rows"]
+    refused("computes every token", rows_of, "heads", checkpoints=(tmp_path / "s.safetensors",))
+    (row,) = rows_of("heads", checkpoints=(tmp_path / "s.safetensors",), policy="random")
     assert row["parts"]["head 2"]["sparse_gflops"] > 0 and row["parts"]["head 0"]["sparse_gflops"] == 0
+
+
+# Stopped and resumed.
+
+
+JOBS = [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+EACH = ("dense", "dynamic", "static")
+
+
+class Killed(BaseException):
+    """As a signal is: nothing catches it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeBench(BlocksBench):
+    """A bench whose rows are made up."""
+
+    name = "fake"
+
+    models: tuple[str, ...] = ("a", "b")
+    sizes: tuple[tuple[int, int], ...] = ((64, 64),)
+    batches: tuple[int, ...] = (1, 2)
+    repeats: int = 2
+    measure: ClassVar[Callable[[str, int, str], dict[str, Any]]]
+
+    def networks(self) -> dict[str, str]:
+        return {name: name for name in self.models}
+
+    def rows(self, network: str, size: Any, batch: int, place: Any, modes: Sequence[str]) -> Iterator[dict[str, Any]]:
+        assert modes, "there is something to measure"
+        for mode in modes:
+            yield type(self).measure(network, batch, mode)
+
+    def table(self, rows: list[dict[str, Any]]) -> Table:
+        return Table()
+
+
+class Fake:
+    """Runs it; `measured` holds the rows that it made, in order."""
+
+    def __init__(self, out: Path | None, *, stop_after: int | None = None, skipping: str | None = None) -> None:
+        self.out, self.stop_after, self.skipping = out, stop_after, skipping
+        self.measured: list[tuple[str, int, str]] = []
+
+    def measure(self, model: str, batch: int, mode: str) -> dict[str, Any]:
+        if len(self.measured) == self.stop_after:
+            raise Killed
+        self.measured.append((model, batch, mode))
+        if mode == self.skipping:
+            return {"mode": mode, "skipped": "no"}
+        figures = dict.fromkeys(("speedup", "predicted", "realised"), 1.0) | {"realised_quartiles": [1.0, 1.0]}
+        ms = float(len(self.measured))
+        return {"mode": mode, "tokens": 16, "dense_ms": ms, "sparse_ms": ms, **figures}
+
+    def __call__(self, console: Console = QUIET, **changes: Any) -> dict[str, Any]:
+        FakeBench.measure = self.measure
+        return run(replace(FakeBench(out=self.out), **changes), console)
+
+
+def of_file(out: Path) -> list[dict[str, Any]]:
+    return json.loads((out / "fake.json").read_text())["rows"]
+
+
+def names(rows: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
+    return [(row["model"], row["batch"], row["mode"]) for row in rows]
+
+
+EVERY = [(model, batch, mode) for model, batch in JOBS for mode in EACH]
+
+
+@pytest.mark.parametrize("done", [0, 1, 4, 6, 11])
+def test_a_killed_run_goes_on_where_it_was(done: int, tmp_path: Path) -> None:
+    Fake(tmp_path)()
+    (tmp_path / "fake.png").unlink()
+    first, second = Fake(tmp_path, stop_after=done), Fake(tmp_path)
+    with pytest.raises(Killed):
+        first()
+    assert [path.name for path in tmp_path.iterdir()] == ["fake.json"], "no parts of files"
+    assert names(of_file(tmp_path)) == EVERY[:done] == first.measured, "and nothing of the run before"
+    before = of_file(tmp_path)
+    result = second(resume=True)
+    assert second.measured == EVERY[done:], "nothing twice"
+    assert result["rows"][:done] == before and names(result["rows"]) == EVERY
+    assert of_file(tmp_path) == result["rows"] and (tmp_path / "fake.png").is_file()
+    third = Fake(tmp_path)
+    assert third(resume=True) == result and third.measured == []
+
+
+def test_what_is_kept_is_told_and_without_resume_there_is_nothing(tmp_path: Path) -> None:
+    Fake(tmp_path)()
+    again = Fake(tmp_path)
+    again()
+    assert again.measured == EVERY and names(of_file(tmp_path)) == EVERY
+
+    with pytest.raises(Killed):
+        Fake(tmp_path, stop_after=4)()
+    with (tmp_path / "said").open("w") as said:
+        Fake(tmp_path)(Console(file=said, width=400), resume=True)
+    assert f"rows kept from {tmp_path / 'fake.json'}: 4" in (tmp_path / "said").read_text()
+
+
+def test_rows_that_were_skipped_are_tried_again_and_others_are_added(tmp_path: Path) -> None:
+    Fake(tmp_path, skipping="dynamic")(models=("a",))
+    assert [row["mode"] for row in of_file(tmp_path) if "skipped" in row] == ["dynamic"] * 2
+    second = Fake(tmp_path)
+    rows = second(resume=True, batches=(1,), precision="float32")["rows"]
+    assert second.measured == [("a", 1, "dynamic"), *(("b", 1, mode) for mode in EACH)]
+    assert [row[:2] for row in names(rows)] == [("a", 1)] * 3 + [("a", 2)] * 2 + [("b", 1)] * 3, "groups stay together"
+    third = Fake(tmp_path)
+    third(resume=True, batches=(1,), models=("a",), precision="bfloat16")
+    assert third.measured == [("a", 1, mode) for mode in EACH], "the precision is a row's own"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"repeats": 3}, "repeats 2, not 3"),
+        ({"targets": (0.5,)}, r"targets \[0.7, 0.49, 0.343\], not \[0.5\]"),
+        ({"multiple": 16}, "multiple 8, not 16"),
+        ({}, r"torch .*, not 9\.9"),
+    ],
+)
+def test_rows_of_other_settings_are_not_mixed_in(
+    changes: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Fake(tmp_path)()
+    if not changes:
+        monkeypatch.setattr(torch, "__version__", "9.9")
+    before = (tmp_path / "fake.json").read_bytes()
+    refused(rf"fake\.json: its rows have {said}; leave out --resume", Fake(tmp_path), resume=True, **changes)
+    assert (tmp_path / "fake.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [1'])
+def test_what_is_no_file_of_a_bench_is_left_alone(text: str, tmp_path: Path) -> None:
+    (tmp_path / "fake.json").write_text(text)
+    refused(r"fake\.json: is not the file of a bench", Fake(tmp_path), resume=True)
+    assert (tmp_path / "fake.json").read_text() == text
+
+
+def test_a_wrong_option_does_not_cost_the_file(tmp_path: Path) -> None:
+    Fake(tmp_path)()
+    before = (tmp_path / "fake.json").read_bytes()
+    wrong: list[dict[str, Any]] = [
+        {"repeats": 1},
+        {"modes": ("dens",)},
+        {"images": tmp_path / "none"},
+        {"precision": "float"},
+    ]
+    for changes in wrong:
+        with pytest.raises(ConfigError):
+            Fake(tmp_path)(**changes)
+    assert (tmp_path / "fake.json").read_bytes() == before
+    refused("--out; say which folder", Fake(None), resume=True)
+
+
+def test_a_bench_loses_no_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A mode that is measured stands in the file before the next one begins."""
+    monkeypatch.setitem(SIZES, "tiny", ViTConfig(grid=(4, 4), embed_dim=32, depth=6, num_heads=2))
+    config = BlocksBench(models=("tiny",), sizes=((64, 64),), batches=(8,), repeats=2, out=tmp_path)
+    measure, calls = timing._time_mode, []
+
+    def stopped(timed: Any, mode: RunMode, *args: Any) -> dict[str, Any]:
+        calls.append(mode.name)
+        if len(calls) == 2:
+            raise Killed
+        return measure(timed, mode, *args)
+
+    monkeypatch.setattr(timing, "_time_mode", stopped)
+    with pytest.raises(Killed):
+        bench_blocks(config, QUIET)
+    (dense,) = json.loads((tmp_path / "blocks.json").read_text())["rows"]
+    rows = bench_blocks(replace(config, resume=True), QUIET)["rows"]
+    assert calls == ["dense", "dynamic", "dynamic", "static"]
+    assert rows[0] == dense and [row["mode"] for row in rows] == list(EACH) and rows[1]["batch"] == 8

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from sievit.config import ConfigError
 from sievit.engine.checkpoint import CsvLog, RunFolder, read_log, write_json
 from sievit.files import write_atomically
+from sievit.models.build import build, save
 from sievit.recipes import recipe
+from tiny import refused, tiny_segmenter
 
 
-def test_a_log_grows_by_rows_and_by_columns(tmp_path: Path):
+def test_a_log_grows_by_rows_and_columns_and_forgets_a_row_cut_short(tmp_path: Path):
     path = tmp_path / "log.csv"
     log = CsvLog(path, step=0)
     assert read_log(path) == []
@@ -32,9 +33,7 @@ def test_a_log_grows_by_rows_and_by_columns(tmp_path: Path):
     resumed.write({"step": 5, "loss": 3.0})
     assert [row["step"] for row in read_log(path)] == ["2", "4", "5"]
 
-
-def test_a_row_cut_short_by_a_kill_is_forgotten(tmp_path: Path):
-    path = tmp_path / "log.csv"
+    path = tmp_path / "cut.csv"
     log = CsvLog(path, step=0)
     for step in (10, 20, 120):
         log.write({"step": step, "loss": 1.5})
@@ -60,30 +59,33 @@ def test_a_state_comes_back(tmp_path: Path):
     assert (loaded["step"], loaded["best"]) == (5, -float("inf"))
 
 
-def test_nothing_is_unpickled(tmp_path: Path):
-    torch.save({"step": Path("anything")}, tmp_path / "state.pt")
-    with pytest.raises(ConfigError, match=r"state\.pt: damaged"):
-        RunFolder(tmp_path).load_state()
+@pytest.mark.parametrize("content", [{"step": Path("anything")}, {"step": 1, "weights": torch.rand(1000)}])
+def test_nothing_is_unpickled_and_a_damaged_state_is_named(content: dict[str, object], tmp_path: Path):
+    path = tmp_path / "state.pt"
+    torch.save(content, path)
+    if "weights" in content:
+        path.write_bytes(path.read_bytes()[:-500])
+    refused(r"state\.pt: damaged", RunFolder(tmp_path).load_state)
 
 
-@pytest.mark.parametrize("at", ["write", "fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = tmp_path / "file"
+@pytest.mark.parametrize("what", ["bytes", "a model"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("at", [(Path, "open"), (os, "fsync"), (Path, "replace")], ids=["write", "fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file(
+    at: tuple[object, str], error: BaseException, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path, model = tmp_path / "file", build(tiny_segmenter())
     write_atomically(path, b"old")
 
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def fail(*_: object) -> None:
+        raise error
 
+    words = r"No space left on device, and nothing was changed.*file" if isinstance(error, OSError) else None
     with monkeypatch.context() as patched:
-        if at == "fsync":
-            patched.setattr(os, "fsync", full)
-        elif at == "replace":
-            patched.setattr(Path, "replace", full)
-        else:
-            patched.setattr(Path, "open", full)
-        with pytest.raises(OSError, match=r"No space left on device, and nothing was changed.*file") as failed:
-            write_atomically(path, b"new")
-    assert failed.value.errno == errno.ENOSPC
+        patched.setattr(*at, fail)
+        with pytest.raises(type(error), match=words) as failed:
+            write_atomically(path, b"new") if what == "bytes" else save(model, path)
+    assert not isinstance(failed.value, OSError) or failed.value.errno == errno.ENOSPC
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -97,23 +99,17 @@ def test_a_device_that_is_really_full(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path):
-    (tmp_path / ".state.pt.123.part").write_bytes(b"half")
-    write_json(tmp_path / "metrics.json", {"box_ap": 0.5})
-    folder = RunFolder(tmp_path)
-    folder.remove_parts()
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
-    assert folder.metrics() == {"box_ap": 0.5}
-
-
-def test_a_folder_holds_one_run(tmp_path: Path):
+def test_a_folder_holds_one_run_and_nothing_that_a_killed_process_left(tmp_path: Path):
     folder = RunFolder(tmp_path / "a" / "run")
     folder.start(recipe("nuclei_vit"))
     assert folder.recipe() == recipe("nuclei_vit")
-    with pytest.raises(ConfigError, match="holds a run already"):
-        folder.start(recipe("nuclei_vit"))
-    with pytest.raises(ConfigError, match="is not the folder of a run"):
-        RunFolder(tmp_path).recipe()
+    refused("holds a run already", folder.start, recipe("nuclei_vit"))
+    refused("is not the folder of a run", RunFolder(tmp_path).recipe)
     folder.recipe_file.write_text('{"model": {}, "train": {}')
-    with pytest.raises(ConfigError, match=r"recipe\.json: cannot be read as JSON"):
-        folder.recipe()
+    refused(r"recipe\.json: cannot be read as JSON", folder.recipe)
+
+    folder.recipe_file.rename(folder.path / ".state.pt.123.part")
+    write_json(folder.path / "metrics.json", {"box_ap": 0.5})
+    folder.remove_parts()
+    assert [p.name for p in folder.path.iterdir()] == ["metrics.json"]
+    assert folder.metrics() == {"box_ap": 0.5}

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from sievit.config import ConfigError
 from sievit.convert.pth import read_checkpoint
+from tiny import refused
 
 STATE = {"backbone.w": torch.arange(6.0).view(2, 3), "backbone.n": torch.tensor(3)}
 
@@ -47,13 +48,15 @@ def test_wrappings(tmp_path: Path, wrap: Any, zipped: bool):
     assert same(written(wrap(STATE), tmp_path / "model.pth", zipped=zipped))
 
 
-def test_safetensors(tmp_path: Path):
+def test_safetensors_and_no_such_file(tmp_path: Path):
     save_file(STATE, tmp_path / "model.safetensors")
     assert read_checkpoint(tmp_path / "model.safetensors").state.keys() == STATE.keys()
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes((tmp_path / "model.safetensors").read_bytes()[:-4])
-    with pytest.raises(ConfigError, match=r"cut\.safetensors: damaged"):
-        read_checkpoint(cut)
+    refused(r"cut\.safetensors: damaged", read_checkpoint, cut)
+
+    refused("no such file", read_checkpoint, tmp_path / "m.pth")
+    refused("is a folder", read_checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -149,8 +152,7 @@ def test_a_file_that_runs_code_is_refused_and_runs_none(tmp_path: Path, name: st
         "tensor": Runs(torch.load, str(sign)),
     }[name]
     path = written({"state_dict": STATE, "meta": call}, tmp_path / "evil.pth", zipped=zipped)
-    with pytest.raises(ConfigError, match=r"evil\.pth: wants to load '.*', which is no tensor"):
-        read_checkpoint(path)
+    refused(r"evil\.pth: wants to load '.*', which is no tensor", read_checkpoint, path)
     assert not sign.exists()
 
 
@@ -166,8 +168,7 @@ def test_a_file_that_was_cut_short_or_damaged(tmp_path: Path, zipped: bool):
     path = tmp_path / "part.pth"
     for length in range(0, len(whole) - 1, len(whole) // 40):
         path.write_bytes(whole[:length])
-        with pytest.raises(ConfigError, match=r"part\.pth: (damaged, cut short|wants to load)"):
-            read_checkpoint(path)
+        refused(r"part\.pth: (damaged, cut short|wants to load)", read_checkpoint, path)
     generator = np.random.default_rng(0)
     for _ in range(40):  # whatever comes of it, it is said in our words
         spoilt = bytearray(whole)
@@ -184,8 +185,7 @@ def test_a_file_that_was_cut_short_or_damaged(tmp_path: Path, zipped: bool):
 def test_a_file_that_is_no_checkpoint(tmp_path: Path, content: bytes):
     path = tmp_path / "model.pth"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"model\.pth: damaged, cut short, or no checkpoint"):
-        read_checkpoint(path)
+    refused(r"model\.pth: damaged, cut short, or no checkpoint", read_checkpoint, path)
 
 
 @pytest.mark.parametrize(
@@ -199,12 +199,4 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, content: bytes):
     ],
 )
 def test_a_checkpoint_without_a_state_dict(tmp_path: Path, content: Any, words: str):
-    with pytest.raises(ConfigError, match=words):
-        read_checkpoint(written(content, tmp_path / "m.pth"))
-
-
-def test_no_such_file(tmp_path: Path):
-    with pytest.raises(ConfigError, match="no such file"):
-        read_checkpoint(tmp_path / "m.pth")
-    with pytest.raises(ConfigError, match="is a folder"):
-        read_checkpoint(tmp_path)
+    refused(words, read_checkpoint, written(content, tmp_path / "m.pth"))

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sievit.config import ConfigError
 from sievit.data.coco import CocoDetection
 from sievit.data.scenes import CLASSES, generate
 from sievit.engine.batches import Batch, Losses
@@ -31,8 +30,7 @@ from sievit.necks import NeckConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import DToPConfig, SViTConfig, svit
-from sievit.tasks.detection import CocoData
-from tiny import run_two_processes, tiny_detector, tiny_head, tiny_segmenter, tiny_vit
+from tiny import coco_data, refused, run_two_processes, tiny_detector, tiny_head, tiny_segmenter, tiny_vit
 
 EVERYTHING = 10**6
 ADAPTER = AdapterConfig(conv_inplane=4, deform_num_heads=2, num_interactions=2)
@@ -136,13 +134,7 @@ def gradients(rows: slice, case: str) -> dict[str, Tensor]:
 def recipe(root: Path) -> Recipe:
     return Recipe(
         model=tiny_model(),
-        data=CocoData(
-            train_images=Path("images"),
-            train_annotations=Path("annotations.json"),
-            val_images=Path("images"),
-            val_annotations=Path("annotations.json"),
-            root=root,
-        ),
+        data=coco_data(root, ".", "."),
         train=TrainConfig(epochs=1, batch_size=4, accumulate=1, lr=1e-3, warmup_steps=1, workers=0, ema=0.5),
     )
 
@@ -200,16 +192,12 @@ def test_figures_are_those_of_one_process(folder: Path):
             assert two[name] == pytest.approx(one[name], abs=1e-4), name
 
 
-def test_a_run_of_two_processes_is_resumed_by_two(folder: Path):
-    with pytest.raises(ConfigError, match="was run by 2 processes"):
-        train(None, out=folder / "run", resume=True)
+def test_runs_are_resumed_by_as_many_processes_and_batches_split(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    refused("was run by 2 processes", train, None, out=folder / "run", resume=True)
 
-
-def test_batches_have_to_split(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     changed = replace(recipe(folder / "data"), train=replace(recipe(folder).train, batch_size=4))
-    with pytest.raises(ConfigError, match="does not split over 3 processes"):
-        train(changed, out=folder / "other")
+    refused("does not split over 3 processes", train, changed, out=folder / "other")
     assert not (folder / "other").exists()
 
 

@@ -1,20 +1,25 @@
 """Every plain family of timm, block by block against timm; and that skipping tokens does the same in all of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import pytest
 import timm
 import torch
 from timm.models._registry import _model_to_module
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from sievit.config import ConfigError
 from sievit.convert import from_timm, timm_config
-from sievit.policies import KeepAllConfig, Policy, build_policy
+from sievit.convert.keys import load_strictly
+from sievit.convert.timm import timm_state
+from sievit.policies import Policy
 from sievit.tokens import Tokens, Trace
-from sievit.vit import Execution, ViT
+from sievit.vit import Execution, ViT, ViTConfig
 from sievit.vit.execution import AttentionName, Mode
+from tiny import dense, each_block, refused
 
 REGISTERED = [
     name
@@ -93,19 +98,6 @@ def randomised(model: Any) -> Any:
     return model.eval()
 
 
-def dense(vit: ViT) -> Policy:
-    return build_policy(KeepAllConfig(), embed_dim=vit.config.embed_dim, depth=vit.config.depth)
-
-
-def each_block(vit: ViT, images: Tensor) -> Iterator[Tensor]:
-    tokens = vit.embed(images)
-    trace = Trace.start(tokens)
-    for index in range(vit.config.depth):
-        tokens, trace = vit.run_blocks(tokens, dense(vit), trace, start=index, stop=index + 1)
-        yield tokens.x
-    yield vit.norm(tokens.x)
-
-
 def timm_blocks(model: Any, images: Tensor) -> list[Tensor]:
     """All tokens after every block, and after the last norm."""
     prefix = {"return_prefix_tokens": True} if model.num_prefix_tokens else {}
@@ -114,9 +106,10 @@ def timm_blocks(model: Any, images: Tensor) -> list[Tensor]:
 
 
 def assert_same_blocks(model: Any, vit: ViT, images: Tensor) -> None:
-    for ours, theirs in zip(each_block(vit, images), timm_blocks(model, images), strict=True):
+    ours = islice(each_block(vit, images), 1, None)
+    for own, theirs in zip(ours, timm_blocks(model, images), strict=True):
         assert theirs.std() > 0.1, "features of some size, or nothing is compared"
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(own, theirs, atol=1e-4, rtol=1e-5)
 
 
 def of_grid(vit: ViT, grid: tuple[int, int], count: int = 3) -> Tensor:
@@ -130,11 +123,28 @@ def test_every_registered_plain_vit(name: str) -> None:
     model = small(name)
     reason = next((words for part, words in REFUSED.items() if part in name), None)
     if reason is not None:
-        with pytest.raises(ConfigError, match=f"cannot be run exactly: .*{reason}"):
-            from_timm(model)
+        refused(f"cannot be run exactly: .*{reason}", from_timm, model)
         return
     vit = from_timm(model)
     for grid in ((5, 5), (3, 7)):
+        assert_same_blocks(model, vit, of_grid(vit, grid, count=2))
+
+
+@torch.inference_mode()
+def test_a_rectangle_without_biases_and_a_wide_mlp() -> None:
+    """Positions that are stored for another shape than a square, and what no registered model sets."""
+    options: dict[str, Any] = {
+        "embed_dim": 48,
+        "num_heads": 4,
+        "depth": 3,
+        "patch_size": 8,
+        "qkv_bias": False,
+        "mlp_ratio": 3.0,
+    }
+    model = randomised(timm.models.VisionTransformer(img_size=(40, 72), dynamic_img_size=True, **options))
+    vit = from_timm(model)
+    assert vit.config.grid == (5, 9)
+    for grid in ((5, 9), (3, 4)):
         assert_same_blocks(model, vit, of_grid(vit, grid, count=2))
 
 
@@ -148,32 +158,26 @@ def test_true_configurations(name: str) -> None:
         assert_same_blocks(model, vit, of_grid(vit, grid, count=1))
 
 
-class Half(Policy):
-    """Half of the tokens in each block, other ones each time and in every image; `first` is the number of the first."""
+class Chosen(Policy):
+    """Tokens by a rule of the block, the image (b, 1) and the place (1, n); None are all."""
 
-    def __init__(self, first: int = 0) -> None:
+    def __init__(self, rule: Callable[[int, Tensor, Tensor], Tensor | None]) -> None:
         super().__init__()
-        self.first = first
+        self.rule = rule
 
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
         b, n = tokens.valid_or_all().shape
-        place = torch.arange(n) + (torch.arange(b) + self.first)[:, None] * 3
-        return tokens.select((place * 7 + index * 5) % 4 < 2), {}
+        return tokens.select(self.rule(index, torch.arange(b)[:, None], torch.arange(n)[None])), {}
 
 
-class All(Policy):
-    """Every token, by name."""
-
-    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
-        return tokens.select(torch.ones_like(tokens.valid_or_all())), {}
+def half(first: int = 0) -> Policy:
+    """Half of the tokens in each block, other ones each time and in every image; `first` is the number of the first."""
+    return Chosen(lambda index, image, place: ((place + 3 * (image + first)) * 7 + index * 5) % 4 < 2)
 
 
-class Blink(Policy):
-    """In block 1 the odd tokens rest; everywhere else all take part."""
-
-    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Tensor]]:
-        even = (torch.arange(tokens.valid_or_all().shape[1]) % 2 == 0).expand(len(tokens.x), -1)
-        return tokens.select(even if index == 1 else None), {}
+EVERYONE = Chosen(lambda index, image, place: image + place >= 0)
+BLINK = Chosen(lambda index, image, place: (place + 0 * image) % 2 == 0 if index == 1 else None)
+"""In block 1 the odd tokens rest; everywhere else all take part."""
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
@@ -189,7 +193,7 @@ def test_choosing_all_is_dense(pair) -> None:
     expected, _ = vit(images, dense(vit))
     for mode in ("packed", "padded", "masked"):
         torch.testing.assert_close(
-            vit(images, All(), execution=Execution(mode=mode))[0].x, expected.x, atol=2e-5, rtol=1e-4
+            vit(images, EVERYONE, execution=Execution(mode=mode))[0].x, expected.x, atol=2e-5, rtol=1e-4
         )
 
 
@@ -201,10 +205,10 @@ def test_choosing_all_is_dense(pair) -> None:
 def test_half_of_a_batch_equals_image_by_image(pair, mode: Mode, attention: AttentionName) -> None:
     vit = pair[1]
     images = of_grid(vit, GRID)
-    got, trace = vit(images, Half(), execution=Execution(mode=mode, attention=attention))
+    got, trace = vit(images, half(), execution=Execution(mode=mode, attention=attention))
     assert 0.4 < trace.shares().min() <= trace.shares().max() < 0.6, "the policy skips half of the tokens"
     for i, image in enumerate(images):
-        alone, _ = vit(image[None], Half(i))
+        alone, _ = vit(image[None], half(i))
         torch.testing.assert_close(got.x[i], alone.x[0], atol=2e-5, rtol=1e-4)
 
 
@@ -224,7 +228,7 @@ def test_a_token_that_comes_back_has_its_own_position(pair) -> None:
     """Skipped in block 1, computed in 2 and 3; the same by timm's blocks, given rows of its rotary table."""
     model, vit = pair
     images = of_grid(vit, GRID)
-    got, _ = vit(images, Blink())
+    got, _ = vit(images, BLINK)
     x, rope = model._pos_embed(model.patch_embed(images)), None
     if isinstance(x, tuple):
         x, rope = x
@@ -237,3 +241,62 @@ def test_a_token_that_comes_back_has_its_own_position(pair) -> None:
         x = x.clone()
         x[:, seen] = block(x[:, seen], **told)
     torch.testing.assert_close(got.x, model.norm(x), atol=1e-4, rtol=1e-5)
+
+
+# Strict loading, images that do not fit, stochastic depth, gradients.
+
+
+def test_a_state_dict_loads_strictly() -> None:
+    oracle = randomised(VisionTransformer(embed_dim=48, num_heads=2, depth=2, img_size=64))
+    config, state = timm_config(oracle), oracle.state_dict()
+
+    def load(state: dict[str, Tensor]) -> None:
+        load_strictly(ViT(config), timm_state(state, config, source="a file"), source="a file")
+
+    load(state)
+    rest = {k: v for k, v in state.items() if k != "blocks.1.norm1.bias"}
+    for wrong, words in (
+        (rest, r"missing: blocks\.1\.norm1\.bias"),
+        ({**state, "blocks.0.ls1.gamma": torch.ones(48)}, r"surplus: blocks\.0\.ls1\.gamma"),
+        ({**state, "blocks.0.norm3.weight": torch.ones(48)}, r"blocks\.0\.norm3"),
+        ({**state, "blocks.0.mlp.fc1.bias": torch.ones(47)}, "another shape"),
+    ):
+        refused(words, load, wrong)
+
+
+@pytest.mark.parametrize("stored", [(4, 4), (6, 6)])
+def test_what_the_config_does_without_is_left_out(stored: tuple[int, int]) -> None:
+    oracle = randomised(VisionTransformer(embed_dim=48, num_heads=2, depth=2, img_size=16 * stored[0]))
+    config = replace(timm_config(oracle), class_token=False, final_norm=False, grid=(4, 4))
+    state = timm_state(oracle.state_dict(), config, source="a file")
+    load_strictly(ViT(config), state, source="a file")
+    if stored == (4, 4):
+        torch.testing.assert_close(state["pos_embed"], oracle.state_dict()["pos_embed"][:, 1:])
+
+
+def test_images_are_whole_patches_and_stochastic_depth_drops_them_whole() -> None:
+    vit = ViT(ViTConfig(embed_dim=24, num_heads=2, depth=1))
+    with pytest.raises(ValueError, match="50x64"):
+        vit.embed(torch.zeros(1, 3, 50, 64))
+    with pytest.raises(ValueError, match="does not fit"):
+        vit.embed(torch.zeros(1, 3, 64, 64), [(80, 64)])
+
+    vit = ViT(ViTConfig(grid=(4, 4), embed_dim=24, num_heads=2, depth=2, drop_path_rate=0.5)).train()
+    images = torch.randn(1, 3, 64, 64).expand(64, -1, -1, -1)
+    out = vit(images, dense(vit))[0].x
+    kinds = {tuple(row.flatten()[:4].mul(1e4).round().tolist()) for row in out}
+    assert 2 <= len(kinds) <= 4, "each of the last block's two branches is there or not, for a whole image"
+
+
+def test_packed_gradients_equal_masked_ones() -> None:
+    torch.manual_seed(3)
+    vit = ViT(ViTConfig(grid=(4, 4), embed_dim=24, num_heads=2, depth=3))
+    images = torch.randn(2, 3, 64, 64)
+    gradients = []
+    for mode in ("packed", "masked", "padded"):
+        vit.zero_grad()
+        vit(images, half(), execution=Execution(mode=mode))[0].x.square().sum().backward()
+        gradients.append([p.grad.clone() for p in vit.parameters() if p.grad is not None])
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

@@ -14,8 +14,9 @@ from sievit.convert import from_timm
 from sievit.measure.flops import blocks_gflops
 from sievit.models.backbone import build_backbone
 from sievit.necks.pyramid import PyramidConfig
-from sievit.policies import AttentionConfig, KeepAllConfig, build_policy
+from sievit.policies import AttentionConfig, KeepAllConfig
 from sievit.vit import ViT, ViTConfig
+from tiny import dense, refused
 
 ARCHITECTURES = {
     "class token": "vit_tiny_patch16_224",
@@ -31,10 +32,6 @@ def model_of(name: str, **options: Any) -> Any:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=min(0.15, parameter.shape[-1] ** -0.5))
     return model.eval()
-
-
-def dense(vit: ViT) -> Any:
-    return build_policy(KeepAllConfig(), embed_dim=vit.config.embed_dim, depth=vit.config.depth)
 
 
 @pytest.mark.parametrize("policy", ["attention", "top_norm", "random"])
@@ -113,18 +110,16 @@ def test_a_choice_stands_until_the_share_changes() -> None:
 
 def test_what_cannot_be_sieved() -> None:
     model = model_of("vit_tiny_patch16_224")
-    with pytest.raises(ConfigError, match=r"no such option.*share"):
-        sievit.sieve(model, "attention", share=0.5)
-    with pytest.raises(ConfigError, match="did you mean 'attention'"):
-        sievit.sieve(model, "atention")
-    with pytest.raises(ConfigError, match="goes with a segmenter"):
-        sievit.sieve(model, "dtop")
-    with pytest.raises(ConfigError, match="a Conv2d of 'torch'"):
-        sievit.sieve(nn.Conv2d(3, 3, 1))
-    with pytest.raises(ConfigError, match="timm knows no model called 'vit_tiny_patch15'"):
-        sievit.sieve("vit_tiny_patch15")
-    with pytest.raises(ConfigError, match="not a multiple of patch 16"):
-        sievit.sieve(model)(torch.randn(1, 3, 100, 112))
+    wrong: list[tuple[Any, str, dict[str, Any], str]] = [
+        (model, "attention", {"share": 0.5}, r"no such option.*share"),
+        (model, "atention", {}, "did you mean 'attention'"),
+        (model, "dtop", {}, "goes with a segmenter"),
+        (nn.Conv2d(3, 3, 1), "random", {}, "a Conv2d of 'torch'"),
+        ("vit_tiny_patch15", "random", {}, "timm knows no model called 'vit_tiny_patch15'"),
+    ]
+    for backbone, policy, options, message in wrong:
+        refused(message, sievit.sieve, backbone, policy, **options)
+    refused("not a multiple of patch 16", sievit.sieve(model), torch.randn(1, 3, 100, 112))
 
 
 def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

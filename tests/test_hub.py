@@ -12,41 +12,30 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import save_file
 
 import sievit
-from sievit import Card, cli
+from sievit import Card
 from sievit.config import ConfigError
 from sievit.engine.initial import start_from
-from sievit.heads import ATMConfig, MaskRCNNConfig
-from sievit.heads.config import BoxConfig, MaskConfig
 from sievit.hub import model_file, shipped
 from sievit.hub.card import read_figures
 from sievit.hub.file import read
-from sievit.models.detector import Detector, DetectorConfig
+from sievit.models.detector import Detector
 from sievit.models.inputs import InputConfig
-from sievit.models.segmenter import Segmenter, SegmenterConfig
-from sievit.necks.pyramid import PyramidConfig
+from sievit.models.segmenter import Segmenter
 from sievit.policies import DToPConfig, SViTConfig
-from sievit.vit import ViTConfig
+from tiny import assert_same_weights, refused, tiny_detector, tiny_head, tiny_segmenter, tiny_vit
 
-VIT = ViTConfig(grid=(6, 6), embed_dim=16, depth=4, num_heads=2)
-DETECTOR = DetectorConfig(
+VIT = tiny_vit(grid=(6, 6))
+INPUT = InputConfig(min_size=96, max_size=160)
+DETECTOR = tiny_detector(
     vit=VIT,
-    neck=PyramidConfig(out_channels=16),
     policy=SViTConfig(first_block=1, targets=(0.7, 0.5, 0.3)),
-    head=MaskRCNNConfig(
-        num_classes=2, fpn_channels=16, box=BoxConfig(fc=32, min_score=0.1), mask=MaskConfig(convs=(16,), deconv=16)
-    ),
-    input=InputConfig(min_size=96, max_size=160),
+    head=tiny_head(box={"min_score": 0.1}),
+    input=INPUT,
     classes=("ball", "box"),
     category_ids=(1, 4),
 )
-SEGMENTER = SegmenterConfig(
-    vit=VIT,
-    policy=DToPConfig(thresholds=(0.9,), keep_per_class=1),
-    input=InputConfig(min_size=96, max_size=160),
-    classes=("sky", "sea"),
-    head=ATMConfig(channels=16, num_heads=2),
-    out_indices=(1, 3),
-)
+EXITS = DToPConfig(thresholds=(0.9,), keep_per_class=1)
+SEGMENTER = tiny_segmenter(vit=VIT, policy=EXITS, input=INPUT, classes=("sky", "sea"), out_indices=(1, 3))
 FIGURES = {
     "box_ap": 0.41234,
     "mask_ap": 0.37,
@@ -87,12 +76,6 @@ def in_cache(cache: Path, repo_id: str, model: Detector | Segmenter, revision: s
     (folder / "refs" / revision).write_text(commit)
 
 
-def assert_same_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
-    ours, theirs = a.state_dict(), b.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
 @pytest.mark.parametrize("config", [DETECTOR, SEGMENTER])
 def test_a_folder_holds_the_model(config, tmp_path) -> None:
     model = sievit.build(config).eval()
@@ -105,17 +88,9 @@ def test_a_folder_holds_the_model(config, tmp_path) -> None:
         assert_same_weights(again, model)
         for one, other in zip(again.predict(images), model.predict(images), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
-def test_the_file_is_the_one_that_save_writes(detector, tmp_path) -> None:
-    detector.save_pretrained(tmp_path)
-    sievit.save(detector, tmp_path / "alone.safetensors")
-    (config, tensors), (other_config, others) = (read(tmp_path / f"{name}.safetensors") for name in ("model", "alone"))
-    assert config == other_config and tensors.keys() == others.keys()
-    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
-    whole = (tmp_path / "model.safetensors").stat().st_size
-    detector.save_pretrained(tmp_path, half=True)
-    assert (tmp_path / "model.safetensors").stat().st_size < 0.6 * whole
+    sievit.save(model, tmp_path / "alone.safetensors")
+    assert read(tmp_path / "alone.safetensors")[0] == read(tmp_path / "a/b/model.safetensors")[0]
+    assert_same_weights(sievit.load(tmp_path / "alone.safetensors"), model)
 
 
 def test_config_json_is_readable_and_optional(detector, tmp_path) -> None:
@@ -132,34 +107,20 @@ def edited(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_a_config_json_that_differs_is_an_error(detector, tmp_path, capsys) -> None:
+def test_a_config_json_that_differs_is_an_error(detector, tmp_path, command) -> None:
     detector.save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     edited(config, classes=["ball", "cube"], input={"min_size": 64, "max_size": 160})
     message = r"config\.json: .*what counts: .*input\.min_size is 64, not 96.*classes is \['ball', 'cube'\]"
     for load in (Detector.from_pretrained, sievit.load):
-        with pytest.raises(ConfigError, match=message):
-            load(tmp_path)
-    assert cli.main(["flops", str(tmp_path)]) == 2
-    assert "min_size is 64, not 96" in capsys.readouterr().err
+        refused(message, load, tmp_path)
+    assert "min_size is 64, not 96" in command("flops", tmp_path, status=2).err
     edited(config, nonsense=1)
-    with pytest.raises(ConfigError, match=r"config\.json: unknown field 'nonsense'"):
-        sievit.load(tmp_path)
+    refused(r"config\.json: unknown field 'nonsense'", sievit.load, tmp_path)
     config.write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json: cannot be read as JSON"):
-        sievit.load(tmp_path)
+    refused(r"config\.json: cannot be read as JSON", sievit.load, tmp_path)
     detector.save_pretrained(tmp_path)
     assert sievit.load(tmp_path).config == DETECTOR
-
-
-def test_folders_without_a_model_of_ours(tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"has neither model\.safetensors"):
-        Detector.from_pretrained(tmp_path)
-    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    for load in (Detector.from_pretrained, sievit.load):
-        with pytest.raises(ConfigError, match="not one that sievit wrote"):
-            load(tmp_path)
 
 
 def test_a_published_folder_goes_before_a_run_s(detector, tmp_path) -> None:
@@ -172,23 +133,17 @@ def test_a_published_folder_goes_before_a_run_s(detector, tmp_path) -> None:
     assert_same_weights(Detector.from_pretrained(tmp_path / "model.safetensors"), detector)
 
 
-def test_each_class_takes_its_own(detector, segmenter, tmp_path) -> None:
+def test_each_class_takes_its_own_and_nothing_else(detector, segmenter, tmp_path) -> None:
     detector.save_pretrained(tmp_path / "d")
     segmenter.save_pretrained(tmp_path / "s")
-    with pytest.raises(ConfigError, match=r"holds a detector, not a segmenter; sievit\.load takes either"):
-        Segmenter.from_pretrained(tmp_path / "d")
-    with pytest.raises(ConfigError, match="holds a segmenter, not a detector"):
-        Detector.from_pretrained(tmp_path / "s")
+    refused(r"holds a detector, not a segmenter; sievit\.load takes either", Segmenter.from_pretrained, tmp_path / "d")
+    refused("holds a segmenter, not a detector", Detector.from_pretrained, tmp_path / "s")
 
-
-def test_another_policy(detector, tmp_path) -> None:
-    detector.save_pretrained(tmp_path)
-    other = Detector.from_pretrained(tmp_path, policy="keep_all")
-    assert not list(other.policy.parameters())
-    with pytest.raises(ConfigError, match="did you mean 'svit'"):
-        Detector.from_pretrained(tmp_path, policy="sviit")
-    with pytest.raises(TypeError, match="no argument 'polciy'"):
-        Detector.from_pretrained(tmp_path, polciy="svit")
+    refused(r"has neither model\.safetensors", Detector.from_pretrained, tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    for load in (Detector.from_pretrained, sievit.load):
+        refused("not one that sievit wrote", load, tmp_path)
 
 
 def test_from_the_hub_s_cache(detector, segmenter, tmp_path, monkeypatch) -> None:
@@ -199,13 +154,12 @@ def test_from_the_hub_s_cache(detector, segmenter, tmp_path, monkeypatch) -> Non
     assert_same_weights(Detector.from_pretrained("user/balls", **here), detector)
     assert_same_weights(Detector.from_pretrained("user/balls", revision="v1", **here), other)
     assert not list(Detector.from_pretrained("user/balls", policy="keep_all", **here).policy.parameters())
-    with pytest.raises(ConfigError, match="holds a detector"):
-        Segmenter.from_pretrained("user/balls", **here)
+    refused("holds a detector", Segmenter.from_pretrained, "user/balls", **here)
     with pytest.raises(ConfigError, match="hf:user/balls@v2: not in the local cache, and local_files_only is set"):
         Detector.from_pretrained("user/balls", revision="v2", **here)
 
 
-def test_what_the_hub_is_asked(detector, tmp_path, monkeypatch, capsys) -> None:
+def test_what_the_hub_is_asked(detector, tmp_path, monkeypatch, command) -> None:
     """Every option reaches huggingface_hub, and hf: is understood wherever a path is."""
     asked: list[tuple[str, dict]] = []
     detector.save_pretrained(tmp_path)
@@ -228,15 +182,13 @@ def test_what_the_hub_is_asked(detector, tmp_path, monkeypatch, capsys) -> None:
     assert given["allow_patterns"] == ["model.safetensors", "config.json"]
     assert_same_weights(sievit.load("hf:user/balls@v2"), detector)
     assert_same_weights(Detector.from_pretrained("hf:user/balls@v2"), detector)
-    assert cli.main(["flops", "hf:user/balls@v2"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["policy"] == "svit"
+    assert command("flops", "hf:user/balls@v2").figures["policy"] == "svit"
     assert {(repo_id, given["revision"]) for repo_id, given in asked} == {("user/balls", "v2")}
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"hf:user/balls: has no model\.safetensors; is it a model of sievit"):
-        sievit.load("hf:user/balls")
+    refused(r"hf:user/balls: has no model\.safetensors; is it a model of sievit", sievit.load, "hf:user/balls")
 
 
-def test_shipped_models_are_found_by_name(detector, tmp_path, monkeypatch, capsys) -> None:
+def test_shipped_models_are_found_by_name(detector, tmp_path, monkeypatch, command) -> None:
     """By every command and function that takes a model; a file or folder of that name goes first."""
     (tmp_path / "models").mkdir()
     sievit.save(detector, tmp_path / "models/balls.safetensors")
@@ -247,26 +199,23 @@ def test_shipped_models_are_found_by_name(detector, tmp_path, monkeypatch, capsy
     for load in (sievit.load, Detector.from_pretrained):
         assert_same_weights(load("balls"), detector)
     assert start_from(sievit.build(DETECTOR), Path("balls")) == ()
-    assert cli.main(["flops", "balls"]) == 0
-    capsys.readouterr()
-    with pytest.raises(ConfigError, match=r"ball: no such file or folder, and no model .* did you mean 'balls'\?"):
-        sievit.load("ball")
-    assert cli.main(["train", "nuclei_vit", "--train.init-from", "bals", "--out", "run"]) == 2
-    assert "did you mean 'balls'?" in capsys.readouterr().err
+    command("flops", "balls")
+    refused(r"ball: no such file or folder, and no model .* did you mean 'balls'\?", sievit.load, "ball")
+    printed = command("train", "nuclei_vit", "--train.init-from", "bals", "--out", "run", status=2)
+    assert "did you mean 'balls'?" in printed.err
     assert not (tmp_path / "run").exists()
     other = sievit.build(DETECTOR)
     other.save_pretrained("balls")
     assert_same_weights(sievit.load("balls"), other)
     monkeypatch.setenv("SIEVIT_MODELS", str(tmp_path / "gone"))
-    with pytest.raises(ConfigError, match=r"and no model in models/ has that name$"):
-        sievit.load("nuclei_vit")
+    refused(r"and no model in models/ has that name$", sievit.load, "nuclei_vit")
 
 
-def test_names_that_the_hub_cannot_have(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="'a/b/c' is neither a folder here nor the id of a model on the hub"):
-        Detector.from_pretrained("a/b/c")
-    with pytest.raises(ConfigError, match="has no revisions"):
-        Detector.from_pretrained(tmp_path, revision="v1")
+def test_names_and_options_that_there_cannot_be(tmp_path) -> None:
+    with pytest.raises(TypeError, match="no argument 'polciy'"):
+        Detector.from_pretrained(tmp_path, polciy="svit")
+    refused("'a/b/c' is neither a folder here nor the id of a model on the hub", Detector.from_pretrained, "a/b/c")
+    refused("has no revisions", Detector.from_pretrained, tmp_path, revision="v1")
 
 
 def header(path: Path) -> dict:
@@ -317,12 +266,6 @@ def test_a_card_invents_nothing(segmenter, tmp_path) -> None:
         assert words in text
 
 
-def test_a_licence_that_the_hub_does_not_know(detector, tmp_path) -> None:
-    detector.save_pretrained(tmp_path, card=Card(license="dinov3", license_link="https://example.org/l"))
-    data = header(tmp_path / "README.md")
-    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "dinov3", "https://example.org/l")
-
-
 def test_the_three_lines_of_a_card_work(segmenter, tmp_path, monkeypatch) -> None:
     segmenter.save_pretrained(tmp_path / "FOLDER")
     text = (tmp_path / "FOLDER/README.md").read_text()
@@ -333,12 +276,16 @@ def test_the_three_lines_of_a_card_work(segmenter, tmp_path, monkeypatch) -> Non
     assert done["answers"][0].shape == (60, 80)
 
 
-def test_a_card_written_by_hand_stays(detector, tmp_path) -> None:
+def test_a_card_written_by_hand_stays_unless_another_is_given(detector, tmp_path) -> None:
     (tmp_path / "README.md").write_text("by hand")
     detector.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "by hand"
     detector.save_pretrained(tmp_path, card=SAID)
     assert header(tmp_path / "README.md")["license"] == "cc-by-nc-4.0"
+
+    detector.save_pretrained(tmp_path, card=Card(license="dinov3", license_link="https://example.org/l"))
+    data = header(tmp_path / "README.md")
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "dinov3", "https://example.org/l")
 
 
 @pytest.mark.parametrize(
@@ -349,8 +296,7 @@ def test_a_card_written_by_hand_stays(detector, tmp_path) -> None:
     ],
 )
 def test_figures_of_another_model(figures, message, detector, tmp_path) -> None:
-    with pytest.raises(ConfigError, match=message):
-        detector.save_pretrained(tmp_path, card=replace(SAID, figures=figures))
+    refused(message, detector.save_pretrained, tmp_path, card=replace(SAID, figures=figures))
     assert not list(tmp_path.iterdir())
 
 
@@ -360,10 +306,8 @@ def test_figures_are_the_last_line(tmp_path) -> None:
     assert read_figures(path) == FIGURES
     for text, message in (("", "last line"), ("[1]\n", "not the object"), ('{"a": 1}\nthe end', "last line")):
         path.write_text(text)
-        with pytest.raises(ConfigError, match=rf"eval\.txt: .*{message}"):
-            read_figures(path)
-    with pytest.raises(ConfigError, match=r"absent\.txt"):
-        read_figures(tmp_path / "absent.txt")
+        refused(rf"eval\.txt: .*{message}", read_figures, path)
+    refused(r"absent\.txt", read_figures, tmp_path / "absent.txt")
 
 
 class Hub:
@@ -394,7 +338,7 @@ class Hub:
         monkeypatch.setattr(HfApi, "file_exists", lambda *_, **__: has_card)
 
 
-def test_what_is_pushed(detector, tmp_path, monkeypatch) -> None:
+def test_what_is_pushed_also_by_saving(detector, tmp_path, monkeypatch) -> None:
     hub = Hub(monkeypatch)
     url = detector.push_to_hub(
         "user/balls", card=SAID, private=True, token="secret", branch="next", commit_message="so"
@@ -411,6 +355,12 @@ def test_what_is_pushed(detector, tmp_path, monkeypatch) -> None:
     assert header(tmp_path / "README.md")["license"] == "cc-by-nc-4.0"
     assert 'sievit.load("hf:user/balls")' in text and "\n# balls\n" in text
 
+    hub = Hub(monkeypatch)
+    assert detector.save_pretrained(tmp_path / "balls", card=SAID, push_to_hub=True, repo_id="user/b", half=True)
+    assert hub.created == [("user/b", None)]
+    assert len(hub.files["model.safetensors"]) == (tmp_path / "balls/model.safetensors").stat().st_size
+    assert b"cc-by-nc-4.0" in hub.files["README.md"]
+
 
 @pytest.mark.parametrize(("card", "ignored"), [(None, ["README.md", "*.log"]), (SAID, "*.log")])
 def test_a_card_on_the_hub_stays_unless_there_is_another(card, ignored, detector, monkeypatch) -> None:
@@ -419,24 +369,15 @@ def test_a_card_on_the_hub_stays_unless_there_is_another(card, ignored, detector
     assert hub.options["ignore_patterns"] == ignored
 
 
-def test_saving_can_push(detector, tmp_path, monkeypatch) -> None:
-    hub = Hub(monkeypatch)
-    assert detector.save_pretrained(tmp_path / "balls", card=SAID, push_to_hub=True, repo_id="user/b", half=True)
-    assert hub.created == [("user/b", None)]
-    assert len(hub.files["model.safetensors"]) == (tmp_path / "balls/model.safetensors").stat().st_size
-    assert b"cc-by-nc-4.0" in hub.files["README.md"]
-
-
-def test_the_command(segmenter, tmp_path, monkeypatch, capsys) -> None:
+def test_the_command(segmenter, tmp_path, monkeypatch, command) -> None:
     hub = Hub(monkeypatch)
     sievit.save(segmenter, tmp_path / "m.safetensors")
     (tmp_path / "eval.json").write_text(json.dumps({"miou": 0.5, "policy": "dtop"}))
     (tmp_path / "notes.md").write_text("Made on a Sunday.")
-    args = ["card", str(tmp_path / "m.safetensors"), "--out", str(tmp_path / "out")]
-    args += ["--license", "mit", "--datasets", "user/sea", "lake", "--figures", str(tmp_path / "eval.json")]
-    args += ["--evaluated-on", "sea, val", "--notes", str(tmp_path / "notes.md"), "--set", "thresholds=0.8"]
-    assert cli.main([*args, "--half", "True"]) == 0
-    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    args = ["card", tmp_path / "m.safetensors", "--out", tmp_path / "out", "--license", "mit"]
+    args += ["--datasets", "user/sea", "lake", "--figures", tmp_path / "eval.json", "--evaluated-on", "sea, val"]
+    args += ["--notes", tmp_path / "notes.md", "--set", "thresholds=0.8"]
+    line = command(*args, "--half", True).figures
     assert line["files"] == ["README.md", "config.json", "model.safetensors"] and line["url"] is None
     assert not hub.created
     data = header(tmp_path / "out/README.md")
@@ -444,12 +385,11 @@ def test_the_command(segmenter, tmp_path, monkeypatch, capsys) -> None:
     assert data["model-index"][0]["results"][0]["dataset"]["name"] == "sea, val"
     assert "Made on a Sunday." in (tmp_path / "out/README.md").read_text()
     assert sievit.load(tmp_path / "out").config.policy == DToPConfig(thresholds=(0.8,), keep_per_class=1)
-    assert cli.main([*args, "--push", "user/sea"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["url"] == "https://hub/user/sea/commit/1"
+    assert command(*args, "--push", "user/sea").figures["url"] == "https://hub/user/sea/commit/1"
     assert hub.files["README.md"] == (tmp_path / "out/README.md").read_bytes()
 
 
-def test_the_command_says_what_is_wrong(tmp_path, capsys) -> None:
-    assert cli.main(["card", str(tmp_path / "absent"), "--out", str(tmp_path / "out"), "--notes", "no.md"]) == 2
-    assert "--notes no.md" in capsys.readouterr().err
+def test_the_command_says_what_is_wrong(tmp_path, command) -> None:
+    printed = command("card", tmp_path / "absent", "--out", tmp_path / "out", "--notes", "no.md", status=2)
+    assert "--notes no.md" in printed.err
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,5 @@
-"""Images and labels that belong together are found, read as they are stored, and what is wrong is named."""
+"""Images and labels that belong together are found, read as they are stored, and what is wrong is named; the classes of
+the papers' data sets are whole."""
 
 import json
 import pickle
@@ -10,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from sievit.config import ConfigError
-from sievit.data.dataset import collate
 from sievit.data.label_files import read_names, read_palette
 from sievit.data.labels import LabelDataset
-from sievit.data.scenes import CLASSES, generate
+from sievit.data.presets import PRESETS, LabelPreset, Part, preset
 from sievit.data.semantic import SemanticAugment, SemanticAugmentConfig
-from tiny import random_pixels, write_image
+from sievit.data.truth import Truth
+from tiny import random_pixels, refused, write_image
 
 SIZE = (6, 9)
 
@@ -51,6 +51,7 @@ def test_images_and_labels_as_they_are_stored(tmp_path: Path):
     images, labels = folders(tmp_path)
     data = LabelDataset(images, labels, classes=4)
     assert len(data) == 3 and data.names == ("a", "b", "c") and len(data.classes) == 4 and data.palette == ()
+    assert pickle.loads(pickle.dumps(data)).names == data.names, "workers may be spawned"
     assert data.path(1) == images / "b.png" and data.label_path(1) == labels / "b.png" and data.source == str(labels)
     for index in range(3):
         image, target = data[index]
@@ -105,14 +106,6 @@ def test_every_way_to_store_labels(tmp_path: Path, kind: str):
     assert np.array_equal(data[0][1]["labels"], values)
 
 
-def test_many_classes_in_16_bits(tmp_path: Path):
-    values = np.arange(54, dtype=np.uint16).reshape(SIZE) * 100
-    values[0, 0] = 65535
-    data = one(tmp_path, values, classes=6000, ignore_index=65535, cache_bytes=10**6)
-    for _ in range(2):
-        assert np.array_equal(data[0][1]["labels"], values)
-
-
 def test_zero_is_ignored_as_in_ade20k(tmp_path: Path):
     values = np.array([[0, 1, 2, 3], [4, 255, 0, 1]], dtype=np.uint8)
     write_image(tmp_path / "images" / "a.png", picture(0, (2, 4)))
@@ -127,19 +120,30 @@ def test_zero_is_ignored_as_in_ade20k(tmp_path: Path):
     assert data[0][1]["labels"].tolist() == [[-100, 0, 1, 2], [3, 254, -100, 0]]
 
 
-def test_label_map(tmp_path: Path):
-    data = one(tmp_path, truth(0), label_map={-1: 255, 1: 0, 3: 1, 2: 255}, classes=2)
-    expected = np.array([255, 0, 255, 1])[truth(0)]
-    assert np.array_equal(data[0][1]["labels"], expected)
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"label_map": {-1: 255, 1: 0, 3: 1, 2: 255}, "classes": 2}, (255, 0, 255, 1)),
+        ({"label_map": {0: 0, 1: 1, 2: 2}, "classes": 3, "ignore_index": -100}, (0, 1, 2, -100)),
+        ({"palette": [(9, 9, 9)] * 4}, (0, 1, 2, 3)),
+    ],
+    ids=["label map", "ignored outside of bytes", "a palette for pictures alone"],
+)
+def test_values_become_classes(tmp_path: Path, options: dict[str, Any], expected: tuple[int, ...]):
+    assert np.array_equal(one(tmp_path, truth(0), **options)[0][1]["labels"], np.array(expected)[truth(0)])
 
 
-def test_ignored_values_outside_of_bytes(tmp_path: Path):
-    values = truth(0)
-    assert (one(tmp_path / "x", values, classes=3, label_map={0: 0, 1: 1, 2: 2}, ignore_index=-100)[0][1]["labels"]
-            == torch.from_numpy(np.where(values == 3, -100, values.astype(int)))).all()  # fmt: skip
+def test_many_classes_and_an_ignored_value_in_16_bits(tmp_path: Path):
+    values = np.arange(54, dtype=np.uint16).reshape(SIZE) * 100
+    values[0, 0] = 65535
+    data = one(tmp_path, values, classes=6000, ignore_index=65535, cache_bytes=10**6)
+    for _ in range(2):
+        assert np.array_equal(data[0][1]["labels"], values)
+    with pytest.raises(ConfigError, match="value 65535"):
+        one(tmp_path, values, classes=6000, ignore_index=65534)[0]
 
 
-def test_rgb_labels_by_palette(tmp_path: Path):
+def test_rgb_labels_need_a_palette(tmp_path: Path):
     colours = np.array([[0, 0, 0], [128, 64, 128], [1, 0, 0], [0, 0, 1]], dtype=np.uint8)
     data = one(tmp_path, colours[truth(0)], palette=[tuple(c) for c in colours.tolist()])
     assert np.array_equal(data[0][1]["labels"], truth(0)) and data.palette[1] == (128, 64, 128)
@@ -152,17 +156,16 @@ def test_rgb_labels_by_palette(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"a\.png: colour \(1, 0, 0\) \(\d+ pixels\) is not in the palette"):
         data[0]
 
-
-def test_rgb_labels_without_a_palette(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"a\.png: is an RGB image.*give a palette"):
         one(tmp_path, picture(0))[0]
     with pytest.raises(ConfigError, match=r"colour \(0, 0, 0\) stands for two classes"):
         one(tmp_path / "x", picture(0), palette=[(0, 0, 0)] * 4)[0]
 
-
-def test_a_palette_for_pictures_leaves_values_alone(tmp_path: Path):
-    data = one(tmp_path, truth(0), palette=[(9, 9, 9)] * 4)
-    assert np.array_equal(data[0][1]["labels"], truth(0))
+    path = tmp_path / "file"
+    path.write_text("[[0, 0], [1, 2, 3]]")
+    refused("is not a list of", read_palette, path)
+    path.write_bytes(b"\xff\xfe\x00")
+    refused("cannot be read", read_names, path)
 
 
 @pytest.mark.parametrize("listing", ["stems", "files", "coco"])
@@ -203,19 +206,6 @@ def test_an_epoch_decides_the_draws_and_nothing_else_does(tmp_path: Path):
     )
 
 
-def test_workers_follow_the_epoch(tmp_path: Path):
-    images, labels = folders(tmp_path)
-    transform = SemanticAugment(SemanticAugmentConfig(crop=(4, 4)))
-    data = LabelDataset(images, labels, classes=4, transform=transform)
-    assert pickle.loads(pickle.dumps(data)).names == data.names  # workers may be spawned
-    loader = DataLoader(data, 3, num_workers=1, collate_fn=collate, persistent_workers=True)
-    for epoch in (0, 1):
-        data.set_epoch(epoch)
-        for _, targets in loader:
-            for index, target in enumerate(targets):
-                assert torch.equal(target["labels"], data.sample(index, epoch=epoch)[1]["labels"])
-
-
 def test_exif_does_not_turn_an_image_away_from_its_label(tmp_path: Path):
     """The labels tell which way up the image was annotated."""
     exif = Image.Exif()
@@ -229,23 +219,6 @@ def test_exif_does_not_turn_an_image_away_from_its_label(tmp_path: Path):
     data = LabelDataset(images, labels, classes=4)
     assert np.array_equal((data[0][0] * 255).round().byte().permute(1, 2, 0), pixels)
     assert np.array_equal((data[1][0] * 255).round().byte().permute(1, 2, 0), np.rot90(pixels, -1))
-
-
-def test_generated_scenes_are_read(tmp_path: Path):
-    generate(tmp_path, num_images=3, size=(48, 64), seed=4)
-    data = LabelDataset(
-        tmp_path / "images",
-        tmp_path / "labels",
-        classes=("ground", *CLASSES),
-        names_file=tmp_path / "annotations.json",
-    )
-    annotations = json.loads((tmp_path / "annotations.json").read_text())["annotations"]
-    for index in range(3):
-        image, target = data[index]
-        assert image.shape == (3, 48, 64)
-        present = {a["category_id"] for a in annotations if a["image_id"] == index + 1}
-        assert set(target["labels"].unique().tolist()) - {0} == present
-    assert annotations, "a series without any object shows nothing"
 
 
 def test_nuclei_split_by_the_coco_file(data_root: Path):
@@ -293,21 +266,21 @@ def empty(root: Path, option: str) -> dict[str, Any]:
         (lambda root: gone(root / "labels/b.png"), r"images: 1 of 3 images have no label in .*labels: b \(.*; add the"),
         (
             lambda root: gone(root / "images/b.png"),
-            r"labels: 1 of 3 labels have no image in .*images: b \(.*names_file",
+            r"1 of 3 labels have no image in .*images: b \(.*names_f",
         ),
         (lambda _: {"label_suffix": "_gt.png"}, r"labels: holds no label images that end with _gt\.png"),
         (
             lambda root: {"labels": write_image(root / "jpeg/a.jpg", truth(0)).parent},
-            r"jpeg: holds no label images .*JPEG changes values",
+            r"jpeg: .*JPEG changes",
         ),
         (
             lambda root: write_image(root / "images/a.jpg", picture(0)) and {},
-            r"a\.jpg and .*a\.png: two images of one name",
+            r"a\.jpg and .*a\.png: two images",
         ),
         (lambda root: listed(root, "a\nx\n"), r"names\.txt: 1 of its 2 names have no image in .*images: x"),
         (
             lambda root: {**gone(root / "labels/a.png"), **listed(root, "a\n")},
-            r"1 of 1 images have no label in .*labels: a",
+            r"1 of 1 images have no label .*: a",
         ),
         (lambda root: listed(root, "a\na.png\n"), r"names\.txt: names a more than once"),
         (lambda root: listed(root, "\n"), r"names\.txt: names no images"),
@@ -326,8 +299,7 @@ def empty(root: Path, option: str) -> dict[str, Any]:
 def test_what_is_wrong_with_a_set_is_said_at_once(tmp_path: Path, change: Change, message: str):
     images, labels = folders(tmp_path)
     options: dict[str, Any] = {"images": images, "labels": labels, "classes": 4, **change(tmp_path)}
-    with pytest.raises(ConfigError, match=message):
-        LabelDataset(**options)
+    refused(message, LabelDataset, **options)
 
 
 def changed(*where: tuple[Any, int], dtype: type = np.uint8) -> np.ndarray:
@@ -345,7 +317,7 @@ def changed(*where: tuple[Any, int], dtype: type = np.uint8) -> np.ndarray:
         (
             "labels",
             changed(((2, slice(3, 5)), 7)),
-            r"labels/a\.png: value 7 \(2 pixels\) is none of the 4 classes and not ignored \(255\)",
+            r"labels/a\.png: value 7 \(2 pixels\) is none of the 4",
         ),
         ("labels", changed(((0, 0), -1), dtype=np.int32), r"labels/a\.png: value -1 \(1 pixels\)"),
         ("labels", 60, r"labels/a\.png: cannot be read as a label image"),
@@ -370,24 +342,6 @@ def test_what_is_wrong_with_a_file_is_said_when_it_is_read(tmp_path: Path, file:
     with pytest.raises(ConfigError, match=message):
         data[0]
     assert np.array_equal(data[1][1]["labels"], truth(1)), "the others are as they were"
-
-
-def test_the_ignored_value_is_no_class_even_where_it_could_be(tmp_path: Path):
-    values = truth(0)
-    values[0, 0] = 255
-    assert one(tmp_path, values)[0][1]["labels"][0, 0] == 255
-    with pytest.raises(ConfigError, match="value 255"):
-        one(tmp_path, values, ignore_index=254)[0]
-
-
-def test_names_and_palettes_that_cannot_be_read(tmp_path: Path):
-    path = tmp_path / "file"
-    path.write_text("[[0, 0], [1, 2, 3]]")
-    with pytest.raises(ConfigError, match="is not a list of"):
-        read_palette(path)
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_names(path)
 
 
 def panoptic(root: Path) -> dict[str, Any]:
@@ -421,11 +375,6 @@ def test_panoptic_segments_are_labels_of_their_categories(tmp_path: Path):
     assert np.array_equal((image * 255).round().byte().permute(1, 2, 0), picture(0, (3, 4)))
 
 
-def of_annotation(**changes: Any) -> Callable[[Path, Any], Any]:
-    """Changes a field of the only annotation."""
-    return lambda _, content: content["annotations"][0].update(changes)
-
-
 def of_segment(**changes: Any) -> Callable[[Path, Any], Any]:
     return lambda _, content: content["annotations"][0]["segments_info"][1].update(changes)
 
@@ -438,7 +387,7 @@ def of_segment(**changes: Any) -> Callable[[Path, Any], Any]:
         (lambda root, _: gone(root / "masks/x.png"), r"masks: 1 of the 1 panoptic PNGs that .* lists are missing: x\."),
         (lambda root, _: gone(root / "images/x.png"), r"images: 1 of the 1 images that .* lists are missing: x\.png"),
         (of_segment(category_id=8), r"segment of image 5 has the category 8"),
-        (of_annotation(image_id=6), r"names the image 6"),
+        (lambda _, c: c["annotations"][0].update(image_id=6), r"names the image 6"),
         (lambda _, c: c["annotations"].extend(c["annotations"]), r"image_id 5 occurs more than once"),
         (lambda _, c: c["images"].append({"id": 6, "file_name": "y.png"}), r"1 images have no annotation: y\.png"),
         (lambda _, c: c["categories"].append(c["categories"][0]), r"id 200 occurs more than once"),
@@ -451,7 +400,7 @@ def of_segment(**changes: Any) -> Callable[[Path, Any], Any]:
         (lambda root, _: "{", r"is not a JSON file"),
         (
             lambda root, _: write_image(root / "images/x.png", picture(0)),
-            r"masks/x\.png: the labels are 4x3 pixels, their image .* is 9x6",
+            r"x\.png: the labels are 4x3 .*image .* 9x6",
         ),
     ],
 )
@@ -480,3 +429,85 @@ def test_real_panoptic_files(data_root: Path):
         labels = data[index][1]["labels"]
         counts = torch.bincount(labels[labels != 255], minlength=133).tolist()
         assert counts == list(areas.values())
+
+
+# The papers' data sets.
+
+
+SIZES = {
+    "ade20k": 150,
+    "coco_stuff10k": 171,
+    "coco_stuff10k_ids": 171,
+    "pascal_context59": 59,
+    "pascal_context60": 60,
+    "cityscapes": 19,
+    "cityscapes_ids": 19,
+}
+
+
+def unpack(root: Path, chosen: LabelPreset, stored: np.ndarray) -> None:
+    """One image for each part with these labels, and a third one that belongs to neither where lists say which do."""
+    for part, stem in ((chosen.train, "one"), (chosen.val, "deep/two")):
+        black = np.zeros((*stored.shape, 3), dtype=np.uint8)
+        for name in (stem, "other") if part.names else (stem,):
+            write_image(root / part.images / f"{name}{chosen.image_suffix}", black)
+            write_image(root / part.labels / f"{name}{chosen.label_suffix}", stored)
+        if part.names:
+            (root / part.names).parent.mkdir(parents=True, exist_ok=True)
+            (root / part.names).write_text(f"{stem}\n")
+
+
+def opened(root: Path, chosen: LabelPreset, part: Part) -> LabelDataset:
+    truth = Truth(
+        labels=root / part.labels,
+        names=None if part.names is None else root / part.names,
+        image_suffix=chosen.image_suffix,
+        label_suffix=chosen.label_suffix,
+        zero_is_ignored=chosen.zero_is_ignored,
+    )
+    return truth.open_labels(root / part.images, chosen.classes, values=chosen.values)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_classes_are_whole(name: str):
+    chosen = preset(name)
+    assert len(chosen.classes) == len(chosen.palette) == SIZES[name]
+    assert len(set(chosen.classes)) == SIZES[name] and all(c == c.strip() and c for c in chosen.classes)
+    assert chosen.values is None or len(set(chosen.values)) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_files_are_read_as_their_classes(name: str, tmp_path: Path):
+    chosen, count = preset(name), SIZES[name]
+    known = np.arange(count) + chosen.zero_is_ignored if chosen.values is None else np.array(chosen.values)
+    unknown = [255] + [0] * (chosen.zero_is_ignored or chosen.values is not None)
+    stored = np.array([*known, *unknown], dtype=np.uint8)[None]
+    unpack(tmp_path, chosen, stored)
+    for part, stem in ((chosen.train, "one"), (chosen.val, "deep/two")):
+        data = opened(tmp_path, chosen, part)
+        assert data.names == (stem,) and data.classes == chosen.classes
+        assert data[0][1]["labels"].tolist() == [[*range(count), *[255] * len(unknown)]]
+
+
+def test_the_lists_agree_with_what_is_known_elsewhere_and_colours_tell_classes_apart():
+    stuff = preset("coco_stuff10k").classes
+    assert (stuff[0], stuff[79]) == ("person", "toothbrush") and list(stuff[80:]) == sorted(stuff[80:])
+    values = preset("coco_stuff10k_ids").values
+    assert values is not None
+    assert (values[0], values[79]) == (1, 90) and values[80:] == tuple(range(92, 183))
+    context = preset("pascal_context60").classes
+    assert context[0] == "background" and context[1:] == preset("pascal_context59").classes
+    assert list(context[1:]) == sorted(context[1:])
+    city = dict(zip(preset("cityscapes_ids").classes, preset("cityscapes_ids").values or (), strict=True))
+    assert city["road"] == 7 and city["sky"] == 23 and city["car"] == 26 and city["bicycle"] == 33
+    assert preset("ade20k").classes[:3] == ("wall", "building", "sky") and preset("ade20k").classes[-1] == "flag"
+
+    for name in ("cityscapes", "pascal_context60", "coco_stuff10k"):
+        assert len(set(preset(name).palette)) == SIZES[name]
+    assert len(set(preset("ade20k").palette)) >= 149, "the data set itself has one colour twice"
+    assert torch.tensor(preset("ade20k").palette).shape == (150, 3)
+
+
+def test_a_data_set_that_is_not_there(tmp_path: Path):
+    refused("'cityscape'; did you mean 'cityscapes'", preset, "cityscape")
+    refused(r"images/training: no such folder", opened, tmp_path, preset("ade20k"), preset("ade20k").train)

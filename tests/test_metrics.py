@@ -1,10 +1,10 @@
-"""Average precision equals pycocotools', whatever the data, and however many processes collected it."""
+"""Average precision is pycocotools', and mIoU its definition, whatever the data and however many processes have it."""
 
 import contextlib
 import copy
 import io
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import Tensor
 
-from sievit.config import ConfigError
 from sievit.data.masks import Masks, encode, tight_patch
-from sievit.tasks.metrics import FIGURES, CocoMetric, coco_results, encode_masks
+from sievit.tasks.metrics import FIGURES, CocoMetric, SegmentationMetric, coco_results, encode_masks
+from tiny import refused, run_two_processes
 
 CATEGORY_IDS = (2, 5, 11)
 
@@ -67,7 +68,7 @@ def detections(rng: np.random.Generator, content: dict[str, Any], *, noise: int 
         masks, labels = [], []
         for annotation in content["annotations"]:
             if annotation["image_id"] == image["id"]:
-                dense = _dense(annotation, size)
+                dense = coco_mask.decode(annotation["segmentation"]).astype(bool)
                 for _ in range(int(rng.integers(0, 3))):
                     masks.append(np.roll(dense, rng.integers(-2, 3, 2), (0, 1)))
                     labels.append(CATEGORY_IDS.index(annotation["category_id"]) + 1)
@@ -81,11 +82,6 @@ def detections(rng: np.random.Generator, content: dict[str, Any], *, noise: int 
         found[image["id"]] = {"boxes": boxes, "labels": torch.tensor(labels, dtype=torch.int64), "scores": scores,
                               "masks": stack[:, None].float()}  # fmt: skip
     return found
-
-
-def _dense(annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
-    assert annotation["segmentation"]["size"] == list(size)
-    return coco_mask.decode(annotation["segmentation"]).astype(bool)
 
 
 def reference(content: dict[str, Any], results: list[dict[str, Any]], kind: str, image_ids: list[int]) -> list[float]:
@@ -176,8 +172,7 @@ def test_nothing_found_and_nothing_to_find():
     for image in content["images"]:
         metric.update(image["id"], nothing)
     assert metric.compute()["box_ap"] == metric.compute()["mask_ap"] == 0
-    with pytest.raises(ConfigError, match="annotations: holds no objects to judge by"):
-        CocoMetric({**content, "annotations": []})
+    refused("annotations: holds no objects to judge by", CocoMetric, {**content, "annotations": []})
     first, *others = {annotation["image_id"] for annotation in content["annotations"]}
     empty = CocoMetric({**content, "annotations": [a for a in content["annotations"] if a["image_id"] == first]})
     found = {"boxes": torch.tensor([[1.0, 2, 8, 9]]), "labels": [1], "scores": [0.5], "masks": torch.ones(1, 20, 20)}
@@ -189,8 +184,7 @@ def test_boxes_alone():
     content = truth(np.random.default_rng(3), num_images=3)
     for annotation in content["annotations"]:
         del annotation["segmentation"]
-    with pytest.raises(ConfigError, match="masks cannot be judged"):
-        CocoMetric(content)
+    refused("masks cannot be judged", CocoMetric, content)
     metric = CocoMetric(content, with_masks=False)
     for image in content["images"]:
         detection = {"boxes": torch.tensor([[1.0, 2, 30, 30]]), "labels": [1], "scores": [0.5]}
@@ -238,37 +232,146 @@ def test_results_are_coco_results():
 
 def test_an_unknown_image_is_named():
     metric = CocoMetric(truth(np.random.default_rng(0), num_images=2))
-    with pytest.raises(ConfigError, match="no image with the id 99"):
-        metric.update(99, {"boxes": torch.zeros(0, 4), "labels": [], "scores": []})
+    refused("no image with the id 99", metric.update, 99, {"boxes": torch.zeros(0, 4), "labels": [], "scores": []})
 
 
-def _collect(store: str, out: str, rank: int) -> None:
-    """One of two processes, which both have image 12."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+# Labels of segmenters.
+
+
+def label_pairs(seed: int, classes: int, count: int = 4, ignored: float = 0.2) -> list[tuple[Tensor, Tensor]]:
+    """Predicted and true labels of a few images of different sizes; some classes are rare or missing."""
+    rng = np.random.default_rng(seed)
+    result = []
+    for _ in range(count):
+        size = tuple(int(edge) for edge in rng.integers(1, 12, 2))
+        true = np.minimum(rng.geometric(0.4, size) - 1, classes - 1)
+        predicted = np.where(rng.random(size) < 0.6, true, rng.integers(0, classes, size))
+        true = np.where(rng.random(size) < ignored, 255, true)
+        result.append((torch.from_numpy(predicted), torch.from_numpy(true)))
+    return result
+
+
+def judged(pairs: list[tuple[Tensor, Tensor]], classes: int) -> dict:
+    metric = SegmentationMetric(classes)
+    for predicted, true in pairs:
+        metric.update(predicted, true)
+    return metric.compute()
+
+
+def brute_force(pairs: list[tuple[Tensor, Tensor]], classes: int) -> dict:
+    """Class by class over the pixels of all images, in float64."""
+    predicted = np.concatenate([p.numpy().ravel() for p, _ in pairs])
+    true = np.concatenate([t.numpy().ravel() for _, t in pairs])
+    predicted, true = predicted[true != 255], true[true != 255]
+    iou, accuracy = [], []
+    for label in range(classes):
+        both = np.float64(((predicted == label) & (true == label)).sum())
+        either = np.float64(((predicted == label) | (true == label)).sum())
+        iou.append(float(both / either) if either else -1.0)
+        if (true == label).any():
+            accuracy.append(float(both / np.float64((true == label).sum())))
+    known = [value for value in iou if value >= 0]
+    return {
+        "miou": sum(known) / len(known) if known else -1.0,
+        "pixel_accuracy": float((predicted == true).mean()) if len(true) else -1.0,
+        "mean_accuracy": sum(accuracy) / len(accuracy) if accuracy else -1.0,
+        "iou": iou,
+    }
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(1, 9), st.integers(1, 5), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 10**6))
+def test_figures_are_those_of_the_definition(classes: int, count: int, ignored: float, seed: int):
+    pairs = label_pairs(seed, classes, count, ignored)
+    found, expected = judged(pairs, classes), brute_force(pairs, classes)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-12), name
+    assert judged(pairs[::-1], classes) == found
+
+
+def test_the_data_set_is_judged_and_a_class_that_is_nowhere_does_not_count():
+    true = torch.tensor([[0, 0, 1, 1]])
+    found = judged([(torch.tensor([[0, 0, 1, 3]]), true)], 4)
+    assert found["iou"] == [1.0, 0.5, -1.0, 0.0]
+    assert found["miou"] == 0.5 and found["mean_accuracy"] == 0.75 and found["pixel_accuracy"] == 0.75
+
+    zero = torch.zeros(1, 1, dtype=torch.int64)
+    pairs = [(zero, zero), (torch.tensor([[0, 1, 1]]), torch.tensor([[0, 0, 1]]))]
+    assert judged(pairs, 2)["miou"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+
+
+def test_ignored_pixels_and_nothing_at_all():
+    true = torch.tensor([[255, 255], [0, 1]], dtype=torch.uint8)
+    found = judged([(torch.tensor([[1, 0], [0, 1]], dtype=torch.int32), true)], 2)
+    assert found["miou"] == found["pixel_accuracy"] == 1.0
+    nothing = {"miou": -1.0, "pixel_accuracy": -1.0, "mean_accuracy": -1.0, "iou": [-1.0, -1.0]}
+    assert SegmentationMetric(2).compute() == nothing
+    assert judged([(torch.zeros(2, 2, dtype=torch.int64), torch.full((2, 2), 255))], 2) == nothing
+    metric = SegmentationMetric(2, ignore_index=-100)
+    metric.update(torch.tensor([[0, 7]]), torch.tensor([[0, -100]]))  # what is predicted there does not matter
+    assert metric.compute()["miou"] == 1.0
+
+
+def test_reset_and_compute_leave_no_trace():
+    metric = SegmentationMetric(2)
+    metric.update(torch.tensor([[0, 1]]), torch.tensor([[1, 1]]))
+    assert metric.compute() == metric.compute()
+    assert metric.matrix.dtype == torch.int64 and metric.matrix.tolist() == [[0, 0], [1, 1]]
+    metric.reset()
+    metric.update(torch.tensor([[0, 1]]), torch.tensor([[0, 1]]))
+    assert metric.compute()["miou"] == 1.0
+    json.dumps(metric.compute())
+
+
+@pytest.mark.parametrize(
+    ("predicted", "true", "message"),
+    [
+        ([[0, 1]], [[0], [1]], r"predicted labels \(1, 2\) and true labels \(2, 1\) differ"),
+        ([[0, 2]], [[0, 1]], "predicted label 2 is none of the 2 classes"),
+        ([[0, -1]], [[0, 1]], "predicted label -1 is none of the 2 classes"),
+        ([[0, 1]], [[0, 3]], "true label 3 is none of the 2 classes"),
+        ([[0, 1]], [[0, -2]], "true label -2 is none of the 2 classes"),
+    ],
+)
+def test_labels_that_do_not_fit_change_nothing(predicted: list, true: list, message: str):
+    metric = SegmentationMetric(2)
+    metric.update(torch.tensor([[0, 1]]), torch.tensor([[0, 1]]))
+    before = metric.compute()
+    refused(message, metric.update, torch.tensor(predicted), torch.tensor(true))
+    assert metric.compute() == before
+    refused("at least 1", SegmentationMetric, 0)
+
+
+def worker(folder: Path) -> None:
+    """What each of two processes does: both have image 12, and every other pair of labels."""
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     rng = np.random.default_rng(7)
     content = truth(rng, num_images=5)
     found = detections(rng, content)
-    metric = CocoMetric(content)
+    metric, labels = CocoMetric(content), SegmentationMetric(5)
     for image_id in ((10, 11, 12), (12, 13, 14))[rank]:
         metric.update(image_id, found[image_id])
-    values = metric.compute()
-    Path(out, f"{rank}.json").write_text(json.dumps([values, metric.results]))
+    for pair in label_pairs(3, 5, count=7)[rank::2]:
+        labels.update(*pair)
+    values = labels.compute()
+    assert labels.compute() == values
+    (folder / f"{rank}.json").write_text(json.dumps([metric.compute(), metric.results, values]))
+    dist.barrier()
     dist.destroy_process_group()
 
 
 def test_several_processes_like_one(tmp_path: Path):
-    run = [sys.executable, __file__, str(tmp_path / "store"), str(tmp_path)]
-    processes = [subprocess.Popen([*run, str(rank)]) for rank in range(2)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    run_two_processes(__file__, tmp_path)
     rng = np.random.default_rng(7)
     content = truth(rng, num_images=5)
     metric = CocoMetric(content)
     for image_id, detection in detections(rng, content).items():
         metric.update(image_id, detection)
-    for rank in range(2):
-        values, results = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert values == metric.compute() and results == metric.results
+    one = [metric.compute(), metric.results, judged(label_pairs(3, 5, count=7), 5)]
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [one, one]
 
 
 if __name__ == "__main__":
-    _collect(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    worker(Path(sys.argv[1]))

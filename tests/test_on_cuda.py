@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from sievit.heads import ATMConfig, build_head
 from sievit.models.backbone import build_backbone
-from sievit.models.segmenter import SegmentationNet
+from sievit.models.segmenter import build_net
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import DToPConfig, KeepAllConfig, PolicyConfig, SViTConfig
 from sievit.tokens import Tokens
-from sievit.vit import ViT, ViTConfig
+from sievit.vit import ViTConfig
 from sievit.vit.packed import Packed, Packing
 
 
@@ -89,10 +89,8 @@ def test_a_backbone_with_static_counts_stays_on_the_device(policy: PolicyConfig,
     ],
 )
 def test_a_segmenter_with_static_exits_stays_on_the_device(policy: PolicyConfig, dtype: torch.dtype) -> None:
-    vit = ViT(ViTConfig(grid=(6, 8), patch_size=4, embed_dim=32, num_heads=2, depth=6))
-    head = ATMConfig(channels=16, num_heads=2, num_layers=2)
-    heads = [build_head(head, embed_dim=32, num_classes=4) for _ in range(3)]
-    net = SegmentationNet(vit=vit, policy=policy, heads=heads, out_indices=(1, 3, 5))
+    vit = ViTConfig(grid=(6, 8), patch_size=4, embed_dim=32, num_heads=2, depth=6)
+    net = build_net(vit, policy, ATMConfig(channels=16, num_heads=2, num_layers=2), (1, 3, 5), 4)
     (scores,), host = on_cuda(net, (2, 3, 24, 32), dtype)
     assert not host
     assert scores.is_cuda and scores.shape == (2, 4, 24, 32)

@@ -67,8 +67,3 @@ def test_masked_keys_are_invisible_and_an_empty_image_is_finite() -> None:
     torch.testing.assert_close(out[0, part[0]], expected, atol=1e-5, rtol=1e-5)
     out.sum().backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
-
-
-def test_values_per_image_reach_their_tokens() -> None:
-    packing = Packing.of(torch.tensor([[True, True], [False, False], [False, True]]))
-    assert Packed(packing).per_image(torch.tensor([1.0, 2.0, 3.0])).tolist() == [[1.0], [1.0], [3.0]]

@@ -1,4 +1,4 @@
-"""The README and the guides are tests: their Python runs, and their commands are commands."""
+"""The README and the guides are tests: their Python runs, their commands are commands, files stand as they are."""
 
 import re
 import shlex
@@ -43,12 +43,29 @@ def test_the_options_of_the_readme_exist(args: list[str], capsys: pytest.Capture
     assert all(option in text for option in args if option.startswith("--"))
 
 
-def test_make_targets_of_the_readme_exist():
+def test_make_targets_and_files_of_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"^make ([a-z-]+)$|`make ([a-z-]+)`", README, flags=re.MULTILINE)):
         assert re.search(rf"^{''.join(target)}:", makefile, flags=re.MULTILINE), target
 
-
-def test_files_of_the_readme_exist():
     for name in re.findall(r"`((?:src|docs|scripts|models|examples)/[\w./]+)`", README):
         assert (ROOT / name).exists(), name
+
+
+# Files on pages.
+
+
+SHOWN = [
+    (page, name, text)
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for name, text in re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+]
+
+
+@pytest.mark.parametrize(("page", "name", "text"), SHOWN, ids=[name for _, name, _ in SHOWN])
+def test_a_file_on_a_page_is_the_file(page: Path, name: str, text: str) -> None:
+    assert text == (ROOT / name).read_text(encoding="utf-8"), f"copy {name} into {page.name}"
+
+
+def test_there_is_one() -> None:
+    assert any(page.name == "add-a-policy.md" for page, _, _ in SHOWN)

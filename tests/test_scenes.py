@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sievit.config import ConfigError
 from sievit.data.coco import CocoDetection
 from sievit.data.scenes import CLASSES, draw, generate
+from tiny import refused
 
 SIZE = (128, 160)
 DRAWN = [draw(seed=3, index=index, size=SIZE) for index in range(30)]
@@ -67,12 +67,6 @@ def test_files_are_a_coco_data_set(tmp_path: Path):
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
 
 
-def test_a_folder_that_holds_a_data_set_is_refused(tmp_path: Path):
-    generate(tmp_path, num_images=1, size=(32, 32), seed=1)
-    with pytest.raises(ConfigError, match="holds a data set"):
-        generate(tmp_path, num_images=1, size=(32, 32), seed=1)
-
-
 def test_a_killed_run_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls = []
 
@@ -92,10 +86,10 @@ def test_a_killed_run_leaves_nothing_half_written(tmp_path: Path, monkeypatch: p
     assert len(CocoDetection(tmp_path / "images", tmp_path / "annotations.json")) == 4
 
 
-def test_numbers_that_make_no_sense(tmp_path: Path):
-    with pytest.raises(ConfigError, match="at least 16 pixels"):
-        draw(seed=0, index=0, size=(8, 64))
-    with pytest.raises(ConfigError, match="seed"):
-        draw(seed=-1, index=0, size=(64, 64))
-    with pytest.raises(ConfigError, match="num_images"):
-        generate(tmp_path, num_images=0)
+def test_numbers_that_make_no_sense_and_folders_in_use(tmp_path: Path):
+    refused("at least 16 pixels", draw, seed=0, index=0, size=(8, 64))
+    refused("seed", draw, seed=-1, index=0, size=(64, 64))
+    refused("num_images", generate, tmp_path, num_images=0)
+
+    generate(tmp_path, num_images=1, size=(32, 32), seed=1)
+    refused("holds a data set", generate, tmp_path, num_images=1, size=(32, 32), seed=1)

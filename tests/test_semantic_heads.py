@@ -18,9 +18,10 @@ from sievit.heads import (
     SETRPUPConfig,
     build_head,
 )
-from sievit.heads.atm import DecoderLayer, Memory
-from sievit.heads.semantic import extents, repeat_edges, resize
+from sievit.heads.atm import DecoderLayer
+from sievit.heads.semantic import resize
 from sievit.tokens import Prediction, Tokens
+from tiny import refused, scattered
 
 GRID = (3, 4)
 DIM, CLASSES = 8, 3
@@ -30,21 +31,10 @@ def canvas(b: int = 2, valid: Tensor | None = None) -> Tokens:
     return Tokens(torch.randn(b, GRID[0] * GRID[1], DIM), GRID, valid=valid)
 
 
-def randomised(head: nn.Module) -> nn.Module:
-    for parameter in head.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    for name, buffer in head.named_buffers():
-        if name.endswith("running_var"):
-            buffer.uniform_(0.5, 2)
-        elif name.endswith("running_mean"):
-            buffer.normal_()
-    return head.eval()
-
-
 def test_attention_to_mask_is_as_written_out() -> None:
     """Query by query and head by head; the maps are the mean of the scaled products before the softmax."""
     head = build_head(ATMConfig(channels=6, num_heads=2, num_layers=2), embed_dim=DIM, num_classes=CLASSES)
-    randomised(head)
+    scattered(head, 0.5)
     assert isinstance(head, ATM)
     tokens = canvas(1)
     with torch.inference_mode():
@@ -82,7 +72,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_an_image_without_tokens_keeps_what_was_said_of_it() -> None:
     head = build_head(ATMConfig(channels=6, num_heads=2), embed_dim=DIM, num_classes=CLASSES)
-    randomised(head)
+    scattered(head, 0.5)
     part = torch.ones(3, 12, dtype=torch.bool)
     part[1] = False
     part[2, 3:] = False
@@ -94,13 +84,6 @@ def test_an_image_without_tokens_keeps_what_was_said_of_it() -> None:
     assert not torch.equal(said.classes[0], previous.classes[0])
     (said.maps.sum() + said.classes.sum()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
-
-
-def test_memory_pads_by_image() -> None:
-    memory = Memory(None)
-    x = torch.randn(2, 5, 3)
-    assert memory.by_image(x) is x
-    assert memory.mask is None
 
 
 def test_dropout_acts_in_training_alone() -> None:
@@ -117,13 +100,15 @@ def test_dropout_acts_in_training_alone() -> None:
         assert torch.equal(head(tokens).maps, head(tokens).maps), config
 
 
-def test_the_heads_of_a_decoder_divide_its_channels() -> None:
-    with pytest.raises(ConfigError, match="channels 10 is not a multiple of num_heads 4"):
-        ATMConfig(channels=10, num_heads=4)
+def test_heads_that_there_cannot_be() -> None:
+    refused("channels 10 is not a multiple of num_heads 4", ATMConfig, channels=10, num_heads=4)
+
+    with pytest.raises(ConfigError, match=r"no head is registered for SemanticHeadConfig.*atm"):
+        build_head(SemanticHeadConfig(), embed_dim=DIM, num_classes=CLASSES)
 
 
 def test_mlp_is_linear_layers() -> None:
-    head = randomised(build_head(MLPConfig(hidden_dim=5, num_layers=2), embed_dim=DIM, num_classes=CLASSES))
+    head = scattered(build_head(MLPConfig(hidden_dim=5, num_layers=2), embed_dim=DIM, num_classes=CLASSES), 0.5)
     assert isinstance(head, MLP)
     tokens = canvas()
     with torch.inference_mode():
@@ -134,7 +119,7 @@ def test_mlp_is_linear_layers() -> None:
 
 def test_naive_setr_equals_its_convolutions() -> None:
     """On the whole map, and with up-sampling before the last convolution: they commute."""
-    head = randomised(build_head(SETRNaiveConfig(channels=5), embed_dim=DIM, num_classes=CLASSES))
+    head = scattered(build_head(SETRNaiveConfig(channels=5), embed_dim=DIM, num_classes=CLASSES), 0.5)
     assert isinstance(head, SETRNaive)
     tokens = canvas()
     with torch.inference_mode():
@@ -158,7 +143,7 @@ def test_naive_setr_trains_on_hardly_any_token() -> None:
 
 
 def test_pup_equals_its_convolutions() -> None:
-    head = randomised(build_head(SETRPUPConfig(channels=5, num_convs=2), embed_dim=DIM, num_classes=CLASSES))
+    head = scattered(build_head(SETRPUPConfig(channels=5, num_convs=2), embed_dim=DIM, num_classes=CLASSES), 0.5)
     assert isinstance(head, SETRPUP)
     tokens = canvas()
     with torch.inference_mode():
@@ -170,41 +155,3 @@ def test_pup_equals_its_convolutions() -> None:
     assert said.fine is not None
     torch.testing.assert_close(said.fine, fine)
     torch.testing.assert_close(said.maps, F.avg_pool2d(fine, 4).flatten(2))
-
-
-def test_every_image_ends_where_it_ends_alone() -> None:
-    own = [(3, 4), (2, 3), (1, 4), (3, 1)]
-    valid = torch.zeros(4, *GRID, dtype=torch.bool)
-    for row, (h, w) in zip(valid, own, strict=True):
-        row[:h, :w] = True
-    rows, columns = extents(valid.flatten(1), GRID)
-    assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == own
-    maps = torch.randn(4, 2, *GRID)
-    repeated = repeat_edges(maps, rows, columns)
-    for i, (h, w) in enumerate(own):
-        assert torch.equal(repeated[i, :, :h, :w], maps[i, :, :h, :w])
-        whole = resize(repeated[i : i + 1], (4 * GRID[0], 4 * GRID[1]))[..., : 4 * h, : 4 * w]
-        torch.testing.assert_close(whole, resize(maps[i : i + 1, :, :h, :w], (4 * h, 4 * w)), atol=1e-6, rtol=1e-6)
-    assert torch.equal(repeated[1, :, 2], repeated[1, :, 1])
-
-
-@pytest.mark.parametrize("config", [SETRPUPConfig(channels=5, num_convs=2), SETRNaiveConfig(channels=5)])
-def test_padding_changes_nothing(config: SemanticHeadConfig) -> None:
-    head = randomised(build_head(config, embed_dim=DIM, num_classes=CLASSES))
-    valid = torch.zeros(2, *GRID, dtype=torch.bool)
-    valid[0] = True
-    valid[1, :2, :3] = True
-    tokens = canvas(2, valid.flatten(1))
-    with torch.inference_mode():
-        said = head(tokens, tokens.valid)
-        alone = head(Tokens(tokens.map()[1:, :, :2, :3].flatten(2).transpose(1, 2), (2, 3)))
-        own = said.maps[1].unflatten(1, GRID)[:, :2, :3].flatten(1)
-        torch.testing.assert_close(own, alone.maps[0], atol=1e-5, rtol=1e-5)
-        if alone.fine is not None:
-            assert said.fine is not None
-            torch.testing.assert_close(said.fine[1, :, :8, :12], alone.fine[0], atol=1e-5, rtol=1e-5)
-
-
-def test_an_unregistered_head_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"no head is registered for SemanticHeadConfig.*atm"):
-        build_head(SemanticHeadConfig(), embed_dim=DIM, num_classes=CLASSES)

@@ -1,31 +1,30 @@
 """Static counts: the same numbers, and no shape, branch or synchronisation that depends on the image."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sievit.config import ConfigError
-from sievit.heads import ATMConfig, build_head
+from sievit.heads import ATMConfig
 from sievit.models.backbone import build_backbone
-from sievit.models.segmenter import SegmentationNet
+from sievit.models.segmenter import SegmentationNet, build_net
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import DToPConfig, Policy, SViTConfig, TopNormConfig, build_policy
 from sievit.tokens import Tokens
 from sievit.vit import Execution, RopeConfig, ViT, ViTConfig, execute
 from sievit.vit.execution import Mode
+from tiny import refused, scattered
 
 DEPTH = 6
+VIT = ViTConfig(grid=(6, 8), patch_size=4, embed_dim=32, num_heads=2, depth=DEPTH)
 
 
 def backbone(**options: Any) -> ViT:
     torch.manual_seed(0)
-    config = ViTConfig(grid=(6, 8), patch_size=4, embed_dim=32, num_heads=2, depth=DEPTH, class_token=True, **options)
-    vit = ViT(config)
-    for parameter in vit.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return vit.eval()
+    return scattered(ViT(replace(VIT, class_token=True, **options)), 0.3)
 
 
 def gates(**options: Any) -> Policy:
@@ -51,20 +50,15 @@ def test_the_whole_backbone_is_one_graph(options: dict[str, Any]) -> None:
     assert counts[:, 0].tolist() == [49, 49, 41, 25, 49, 17], "rounded up to multiples of 8, and the class token"
 
 
-def a_segmenter(policy: DToPConfig) -> SegmentationNet:
+def exits(**options: Any) -> SegmentationNet:
     torch.manual_seed(0)
-    vit = ViT(ViTConfig(grid=(6, 8), patch_size=4, embed_dim=32, num_heads=2, depth=DEPTH))
-    head = ATMConfig(channels=16, num_heads=2, num_layers=2)
-    heads = [build_head(head, embed_dim=32, num_classes=4) for _ in range(3)]
-    net = SegmentationNet(vit=vit, policy=policy, heads=heads, out_indices=(1, 3, DEPTH - 1))
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return net.eval()
+    net = build_net(VIT, DToPConfig(**options), ATMConfig(channels=16, num_heads=2, num_layers=2), (1, 3, DEPTH - 1), 4)
+    return scattered(net, 0.3)
 
 
 @torch.no_grad()
 def test_a_segmenter_with_static_exits_is_one_graph() -> None:
-    net = a_segmenter(DToPConfig(static_left=(0.35, 0.6), multiple=4, keep_per_class=1))
+    net = exits(static_left=(0.35, 0.6), multiple=4, keep_per_class=1)
 
     def run(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scores, trace = net(images)
@@ -79,7 +73,7 @@ def test_a_segmenter_with_static_exits_is_one_graph() -> None:
 
 @torch.no_grad()
 def test_those_with_the_highest_grades_leave_and_each_class_is_represented() -> None:
-    net = a_segmenter(DToPConfig(static_left=(0.35, 0.6), keep_per_class=2))
+    net = exits(static_left=(0.35, 0.6), keep_per_class=2)
     _, trace = net(torch.randn(3, 3, 24, 32))
     grades, cls = trace.predictions[0].scores().max(1)
     for i, gone in enumerate(trace.exited[0]):
@@ -89,33 +83,6 @@ def test_those_with_the_highest_grades_leave_and_each_class_is_represented() -> 
         ordinary = [t for tokens in of_class for t in tokens[2:]]
         expected = sorted(ordinary, key=lambda t: -float(grades[i, t]))[: int(gone.sum())]
         assert set(gone.nonzero().flatten().tolist()) == set(expected)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"static_left": (0.5,)}, "1 shares for 2 auxiliary heads"),
-        ({"static_left": (0.5, 0.4)}, "rising shares"),
-        ({"static_left": (0.5, 1.0)}, "rising shares"),
-        ({"static_left": (0.5, 0.6), "preserve": True}, "preserve"),
-        ({"multiple": 0}, "multiple is at least 1"),
-    ],
-)
-def test_exits_that_make_no_sense(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        a_segmenter(DToPConfig(**options))
-
-
-@torch.no_grad()
-def test_what_left_keeps_what_was_said_of_it() -> None:
-    net = a_segmenter(DToPConfig(static_left=(0.35, 0.6)))
-    _, trace = net(torch.randn(2, 3, 24, 32))
-    first, second, last = trace.predictions
-    for gone, earlier in ((trace.exited[0], first), (trace.exited[1] & ~trace.exited[0], second)):
-        where = gone[:, None].expand_as(last.maps)
-        torch.testing.assert_close(last.maps[where], earlier.maps[where])
-    stayed = ~trace.exited[1][:, None].expand_as(last.maps)
-    assert (last.maps[stayed] != second.maps[stayed]).all()
 
 
 @torch.no_grad()
@@ -147,17 +114,6 @@ def test_the_highest_logits_are_chosen() -> None:
         margin = aux["logits"][..., 0] - aux["logits"][..., 1]
         assert keep.sum(1).eq(24).all()
         assert (margin.masked_fill(~keep, 1e9).amin(1) >= margin.masked_fill(keep, -1e9).amax(1)).all()
-
-
-@torch.no_grad()
-def test_a_small_image_of_a_padded_batch_keeps_its_own_share() -> None:
-    vit, policy = backbone(), gates(static_shares=(0.5,) * 4)
-    images, sizes = torch.randn(2, 3, 24, 32), [(24, 32), (12, 20)]
-    images[1, :, 12:] = images[1, :, :, 20:] = 0
-    got, trace = vit(images, policy, sizes)
-    alone, alone_trace = vit(images[1:, :, :12, :20], policy)
-    assert trace.counts()[:, 1].tolist() == alone_trace.counts()[:, 0].tolist() == [16, 16, 9, 9, 9, 9]
-    torch.testing.assert_close(got.map()[1, :, :3, :5], alone.map()[0], atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -198,17 +154,21 @@ def test_buckets_are_few_and_change_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("make", "config", "message"),
     [
-        ({"static_shares": (0.5,)}, "4, one per gated block"),
-        ({"static_shares": (0.5, 0.5, 0.0, 0.5)}, "above 0"),
-        ({"static_shares": (0.5,) * 4, "sample": True}, "go with the arg-max"),
-        ({"multiple": 0}, "multiple is at least 1"),
+        (gates, {"static_shares": (0.5,)}, "4, one per gated block"),
+        (gates, {"static_shares": (0.5, 0.5, 0.0, 0.5)}, "above 0"),
+        (gates, {"static_shares": (0.5,) * 4, "sample": True}, "go with the arg-max"),
+        (gates, {"multiple": 0}, "multiple is at least 1"),
+        (exits, {"static_left": (0.5,)}, "1 shares for 2 auxiliary heads"),
+        (exits, {"static_left": (0.5, 0.4)}, "rising shares"),
+        (exits, {"static_left": (0.5, 1.0)}, "rising shares"),
+        (exits, {"static_left": (0.5, 0.6), "preserve": True}, "preserve"),
+        (exits, {"multiple": 0}, "multiple is at least 1"),
     ],
 )
-def test_what_makes_no_sense(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        gates(**options)
+def test_what_makes_no_sense(make: Callable[..., Any], config: dict[str, Any], message: str) -> None:
+    refused(message, make, **config)
 
 
 def test_gradients_of_selected_tokens_equal_those_of_masking_where_nothing_is_skipped() -> None:

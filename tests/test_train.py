@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +18,12 @@ from rich.console import Console
 from torch import Tensor
 
 from sievit.config import ConfigError
-from sievit.data.scenes import CLASSES, generate
+from sievit.data.scenes import CLASSES
 from sievit.data.transforms import AugmentConfig
 from sievit.engine import train as engine
-from sievit.engine.batches import Batch, EpochBatches, Losses, loading
+from sievit.engine.batches import Batch, EpochBatches, Losses
 from sievit.engine.checkpoint import RunFolder, read_log
-from sievit.engine.initial import start_from, start_vit_from
+from sievit.engine.initial import dense_teacher, start_from, start_vit_from
 from sievit.engine.recipe import Recipe, TrainConfig
 from sievit.engine.train import Interrupted, train
 from sievit.heads.config import BoxConfig
@@ -31,19 +31,11 @@ from sievit.models.build import build, load, save
 from sievit.models.detector import Detector, DetectorConfig
 from sievit.models.inputs import InputConfig
 from sievit.necks.adapter import AdapterConfig
-from sievit.policies import KeepAllConfig, SViTConfig
+from sievit.policies import KeepAllConfig, SViTConfig, register
+from sievit.policies.selection import SharesConfig, SharesPolicy
 from sievit.tasks.detection import CocoData
-from tiny import tiny_detector, tiny_head, tiny_vit
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The root of a data set of 12 and 3 scenes of 64 x 64 pixels."""
-    root = tmp_path_factory.mktemp("data")
-    for seed, (part, number) in enumerate((("train", 12), ("val", 3)), start=1):
-        generate(root / "scenes" / part, num_images=number, size=(64, 64), seed=seed)
-    return root
-
+from sievit.tokens import Tokens, Trace
+from tiny import coco_data, count, killed_at, refused, stopping_at, tiny_detector, tiny_head, tiny_segmenter, tiny_vit
 
 MODEL = tiny_detector(
     vit=tiny_vit(drop_path_rate=0.1),
@@ -55,16 +47,12 @@ MODEL = tiny_detector(
 
 
 @pytest.fixture(scope="module")
-def recipe(scenes: Path) -> Recipe:
+def recipe(scenes_of: Callable[..., Path]) -> Recipe:
     """Everything that draws random numbers or keeps a state is on: drop path, gates, augmentation, averages, parts."""
     return Recipe(
         model=MODEL,
-        data=CocoData(
-            train_images=Path("scenes/train/images"),
-            train_annotations=Path("scenes/train/annotations.json"),
-            val_images=Path("scenes/val/images"),
-            val_annotations=Path("scenes/val/annotations.json"),
-            root=scenes,
+        data=coco_data(
+            scenes_of(12, (64, 64), val=3),
             augment=AugmentConfig(scales=(64, 80), crop=(64, 64), rot90=True, brightness=0.1),
         ),
         train=TrainConfig(
@@ -103,32 +91,6 @@ def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunFolder
     return RunFolder(out)
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
-    """Have `act` called when the step is done."""
-    original = engine._Run._step
-
-    def patched(self: engine._Run, parts: tuple) -> dict[str, float]:
-        figures = original(self, parts)
-        if self.step + 1 == step:
-            act()
-        return figures
-
-    monkeypatch.setattr(engine._Run, "_step", patched)
-
-
-def killed_at(monkeypatch: pytest.MonkeyPatch, step: int, recipe: Recipe, out: Path) -> None:
-    """A run whose process ends without a word when the step is done."""
-
-    def die() -> None:
-        raise SystemExit
-
-    with monkeypatch.context() as patched:
-        stop_at(patched, step, die)
-        with pytest.raises(SystemExit):
-            train(recipe, out=out)
-    torch.rand(7)  # whatever the process did in between
-
-
 def same(a: Any, b: Any, *, where: str = "state") -> None:
     """Bit for bit."""
     if isinstance(a, Tensor):
@@ -162,11 +124,9 @@ def test_a_run_leaves_a_model_a_log_and_figures(recipe: Recipe, whole: RunFolder
 
 
 @pytest.mark.parametrize(("workers", "step"), [(0, 2), (1, 5)])
-def test_a_killed_run_goes_on_exactly(
-    workers: int, step: int, recipe: Recipe, whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_killed_run_goes_on_exactly(workers: int, step: int, recipe: Recipe, whole: RunFolder, tmp_path: Path):
     killed = RunFolder(tmp_path / "killed")
-    killed_at(monkeypatch, step, trained(recipe, workers=workers, save_every=0.0), killed.path)
+    killed_at(step, trained(recipe, workers=workers, save_every=0.0), killed.path)
     train(None, out=killed.path, resume=True)
     same(whole.load_state(), killed.load_state())
     for file in ("best.safetensors", "last.safetensors"):
@@ -200,7 +160,7 @@ def test_selected_tokens_alone_after_so_many_steps_and_a_killed_run_goes_on_exac
     selected = state_of(tmp_path / "whole")
     for step in (1, 4):
         out = tmp_path / f"killed{step}"
-        killed_at(monkeypatch, step, cheap, out)
+        killed_at(step, cheap, out)
         train(None, out=out, resume=True)
         same(selected, state_of(out))
     train(trained(cheap, selected_after=None), out=tmp_path / "masked")
@@ -254,7 +214,7 @@ def vit_file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("what", ["vit", 2])
 def test_what_is_frozen_stays_and_a_killed_run_goes_on_exactly(
-    what: Literal["vit"] | int, recipe: Recipe, vit_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: Literal["vit"] | int, recipe: Recipe, vit_file: Path, tmp_path: Path
 ):
     recipe = trained(recipe, vit_from=vit_file, freeze=what, save_every=0.0)
     said = io.StringIO()
@@ -270,28 +230,23 @@ def test_what_is_frozen_stays_and_a_killed_run_goes_on_exactly(
     model = build(MODEL)
     assert len(moved) == len(list(model.parameters())) - len(fixed)
     learned = sum(p.numel() for name, p in model.named_parameters() if name not in fixed)
-    total = sum(p.numel() for p in model.parameters())
-    assert f"training {learned:,} of {total:,} parameters" in said.getvalue()
+    assert f"training {learned:,} of {count(model):,} parameters" in said.getvalue()
     torch.manual_seed(recipe.train.seed)
     first = build(MODEL).policy.state_dict()
     for name, value in first.items():
         assert not torch.equal(whole["model"][f"backbone.policy.{name}"], value), f"{name}: the gates learn"
-    killed_at(monkeypatch, 5, recipe, tmp_path / "killed")
+    killed_at(5, recipe, tmp_path / "killed")
     vit_file.unlink()
     train(None, out=tmp_path / "killed", resume=True)
     same(whole, state_of(tmp_path / "killed"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_state(
-    number: signal.Signals, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_signal_saves_the_state(number: signal.Signals, recipe: Recipe, tmp_path: Path):
     out = tmp_path / "run"
     handler = signal.getsignal(number)
-    with monkeypatch.context() as patched:
-        stop_at(patched, 2, lambda: os.kill(os.getpid(), number))
-        with pytest.raises(Interrupted, match=f"--resume {out}"):
-            train(trained(recipe, workers=1), out=out)
+    with stopping_at(2, lambda: os.kill(os.getpid(), number)), pytest.raises(Interrupted, match=f"--resume {out}"):
+        train(trained(recipe, workers=1), out=out)
     assert signal.getsignal(number) is handler
     assert state_of(out)["step"] == 2
 
@@ -332,31 +287,15 @@ def test_a_process_killed_outright_goes_on_exactly(recipe: Recipe, tmp_path: Pat
     same(state_of(tmp_path / "whole"), state_of(tmp_path / "killed"))
 
 
-def test_a_folder_with_a_run_is_not_overwritten(recipe: Recipe, tmp_path: Path):
+def test_a_folder_with_a_run_stays_as_it_is(recipe: Recipe, tmp_path: Path, whole: RunFolder):
     RunFolder(tmp_path).start(recipe)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ConfigError, match=r"holds a run already.*--resume.*--out"):
-        train(recipe, out=tmp_path)
+    refused(r"holds a run already.*--resume.*--out", train, recipe, out=tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
-
-def test_what_is_no_run_is_not_resumed(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"recipe\.json"):
-        train(None, out=tmp_path, resume=True)
-
-
-def test_a_finished_run_stays_as_it_is(whole: RunFolder):
     files = {p.name: p.read_bytes() for p in whole.path.iterdir()}
     assert train(None, out=whole.path, resume=True) == whole.metrics()
     assert {p.name: p.read_bytes() for p in whole.path.iterdir()} == files
-
-
-def test_a_damaged_state_is_named(recipe: Recipe, tmp_path: Path):
-    RunFolder(tmp_path).start(recipe)
-    torch.save({"step": 1, "weights": torch.rand(1000)}, tmp_path / "state.pt")
-    (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:-500])
-    with pytest.raises(ConfigError, match=r"state\.pt: damaged"):
-        train(None, out=tmp_path, resume=True)
 
 
 def test_a_full_disk_keeps_the_last_state(
@@ -379,12 +318,7 @@ def test_a_full_disk_keeps_the_last_state(
     same(whole.load_state(), RunFolder(out).load_state())
 
 
-def test_a_loss_that_is_no_number_stops(recipe: Recipe, tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"is (nan|inf) at step \d+; lower train.lr"):
-        train(trained(recipe, lr=1e30, clip_norm=None, warmup_steps=0), out=tmp_path)
-
-
-def test_an_image_that_is_missing_is_named(recipe: Recipe, tmp_path: Path):
+def test_a_missing_image_and_a_loss_that_is_no_number_stop(recipe: Recipe, tmp_path: Path):
     assert recipe.data.root is not None and isinstance(recipe.data, CocoData)
     source = json.loads((recipe.data.root / recipe.data.train_annotations).read_text())
     source["images"][5]["file_name"] = "gone.png"
@@ -395,6 +329,9 @@ def test_an_image_that_is_missing_is_named(recipe: Recipe, tmp_path: Path):
         with pytest.raises(ConfigError, match=r"gone\.png") as failed:
             train(trained(replace(recipe, data=data), workers=workers), out=tmp_path / f"broken{workers}")
         assert "Traceback" not in str(failed.value)
+
+    with pytest.raises(ConfigError, match=r"is (nan|inf) at step \d+; lower train.lr"):
+        train(trained(recipe, lr=1e30, clip_norm=None, warmup_steps=0), out=tmp_path)
 
 
 def test_classes_come_from_the_annotations(recipe: Recipe, tmp_path: Path):
@@ -429,8 +366,7 @@ def test_classes_come_from_the_annotations(recipe: Recipe, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"are not the model's \(1: thing\); --data\.own-classes takes those"):
         train(replace(own, data=replace(data, own_classes=False)), out=tmp_path / "other")
     (tmp_path / "mine.json").write_text(json.dumps({**source, "categories": []}))
-    with pytest.raises(ConfigError, match=r"mine\.json: 'categories' is empty"):
-        train(own, out=tmp_path / "other")
+    refused(r"mine\.json: 'categories' is empty", train, own, out=tmp_path / "other")
 
 
 def test_sparse_training_starts_from_dense(tmp_path: Path):
@@ -445,10 +381,8 @@ def test_sparse_training_starts_from_dense(tmp_path: Path):
     save(sparse, tmp_path / "sparse.safetensors")
     start_from(dense, tmp_path / "sparse.safetensors")  # the gates are left out
     other = build(replace(MODEL, head=replace(MODEL.head, box=BoxConfig(fc=24))))
-    with pytest.raises(ConfigError, match=r"another model.*box_head"):
-        start_from(other, tmp_path / "dense.safetensors")
-    with pytest.raises(ConfigError, match="no such file"):
-        start_from(other, tmp_path / "nowhere.safetensors")
+    refused(r"another model.*box_head", start_from, other, tmp_path / "dense.safetensors")
+    refused("no such file", start_from, other, tmp_path / "nowhere.safetensors")
 
 
 def test_training_starts_from_a_model_of_other_classes(tmp_path: Path):
@@ -466,8 +400,7 @@ def test_training_starts_from_a_model_of_other_classes(tmp_path: Path):
             assert torch.equal(value, before[name] if name in new else known.state_dict()[name]), name
     boxes = build(replace(two, head=replace(head, with_masks=False)))
     save(boxes, tmp_path / "boxes.safetensors")
-    with pytest.raises(ConfigError, match=r"another model.*mask_head"):
-        start_from(known, tmp_path / "boxes.safetensors")
+    refused(r"another model.*mask_head", start_from, known, tmp_path / "boxes.safetensors")
 
 
 def test_a_run_starts_from_a_run(recipe: Recipe, tmp_path: Path):
@@ -478,8 +411,7 @@ def test_a_run_starts_from_a_run(recipe: Recipe, tmp_path: Path):
     first, second = load(tmp_path / "dense"), load(tmp_path / "sparse")
     for name, value in first.named_parameters():
         assert torch.equal(second.get_parameter(name), value), name
-    with pytest.raises(ConfigError, match="leave out"):
-        replace(recipe.train, init_from=tmp_path, vit_from=tmp_path)
+    refused("leave out", replace, recipe.train, init_from=tmp_path, vit_from=tmp_path)
 
 
 def test_a_pretrained_vit_is_loaded(tmp_path: Path):
@@ -492,13 +424,10 @@ def test_a_pretrained_vit_is_loaded(tmp_path: Path):
     assert torch.equal(vit.blocks[3].get_parameter("mlp.fc2.weight"), source.blocks[3].mlp.fc2.weight)
     assert torch.equal(vit.get_parameter("pos_embed"), source.pos_embed[:, 1:])
     wide = build(replace(MODEL, vit=replace(MODEL.vit, embed_dim=32))).vit
-    with pytest.raises(ConfigError, match=r"vit\.pth: not the recipe's ViT; of another shape"):
-        start_vit_from(wide, tmp_path / "vit.pth")
+    refused(r"vit\.pth: not the recipe's ViT; of another shape", start_vit_from, wide, tmp_path / "vit.pth")
     (tmp_path / "vit.pth").write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match="damaged"):
-        start_vit_from(vit, tmp_path / "vit.pth")
-    with pytest.raises(ConfigError, match="no such file"):
-        start_vit_from(vit, tmp_path / "gone.pth")
+    refused("damaged", start_vit_from, vit, tmp_path / "vit.pth")
+    refused("no such file", start_vit_from, vit, tmp_path / "gone.pth")
 
 
 def test_an_epoch_is_a_permutation_that_processes_share():
@@ -515,17 +444,7 @@ def test_an_epoch_is_a_permutation_that_processes_share():
     assert list(alone) == whole[1:]
     alone.start, alone.epoch = 0, 1
     assert list(alone) != whole
-    with pytest.raises(ConfigError, match="more than the 7 training images"):
-        EpochBatches(7, config, rank=0, processes=1)
-
-
-def test_errors_of_workers_are_those_of_the_data():
-    def fail():
-        yield from ()
-        raise ConfigError("Caught ConfigError in worker 0.\nTraceback ...\nsievit.config.ConfigError: a.png: gone\n")
-
-    with pytest.raises(ConfigError, match=r"^a\.png: gone$"):
-        list(loading(fail()))
+    refused("more than the 7 training images", EpochBatches, 7, config, rank=0, processes=1)
 
 
 @pytest.mark.parametrize(
@@ -536,11 +455,14 @@ def test_errors_of_workers_are_those_of_the_data():
         ({"batch_size": 5}, "does not split into 2 parts"),
         ({"ema": 1.0}, "ema is a decay"),
         ({"selected_after": -1}, r"train\.selected_after is at least 0, not -1"),
+        ({"layer_decay": 0.0}, "layer_decay is a factor above 0 and up to 1"),
+        ({"layer_decay": 1.1}, "layer_decay is a factor"),
+        ({"freeze": 0}, "freeze is none, vit, or a number of first blocks from 1 on"),
+        ({"freeze": -2}, "freeze is none"),
     ],
 )
 def test_settings_that_make_no_sense(change: dict[str, Any], words: str, recipe: Recipe):
-    with pytest.raises(ConfigError, match=words):
-        replace(recipe.train, **change)
+    refused(words, replace, recipe.train, **change)
 
 
 @pytest.mark.parametrize(
@@ -566,6 +488,57 @@ def test_a_recipe_that_cannot_start_leaves_no_run_behind(
         wrong = replace(recipe, data=replace(recipe.data, **change))
     else:
         wrong = trained(recipe, **change)
-    with pytest.raises(ConfigError, match=words):
-        train(wrong, out=tmp_path / "run")
+    refused(words, train, wrong, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# Losses of a policy that compare with the dense model (distillation).
+
+
+@dataclass(frozen=True)
+class DistilledConfig(SharesConfig):
+    """Tokens at the left."""
+
+
+@register(DistilledConfig)
+class Distilled(SharesPolicy):
+    """Its tokens are to be those of the dense model (DynamicViT, arXiv 2106.02034, equation 11)."""
+
+    needs_teacher = True
+
+    def scores(self, index: int, tokens: Tokens) -> Tensor:
+        return -torch.arange(tokens.patches.shape[1]).expand(len(tokens.x), -1)
+
+    def loss(
+        self, trace: Trace, *, teacher: Trace | None = None, targets: Sequence[Mapping[str, Tensor]] | None = None
+    ) -> dict[str, Tensor]:
+        assert teacher is not None and trace.tokens is not None and teacher.tokens is not None and targets is not None
+        return {"distilled": (trace.tokens.x - teacher.tokens.x).square().mean()}
+
+
+@pytest.mark.parametrize("kind", ["detector", "segmenter"])
+def test_a_policy_learns_from_the_dense_model(kind: str, tmp_path: Path) -> None:
+    config = (tiny_detector if kind == "detector" else tiny_segmenter)(policy=KeepAllConfig())
+    dense = build(config)
+    save(dense, tmp_path / "dense.safetensors")
+    box = {
+        "boxes": torch.tensor([[4.0, 4, 30, 40]]),
+        "labels": torch.tensor([1]),
+        "masks": torch.ones(1, 64, 64).bool(),
+    }
+    target = box if kind == "detector" else {"labels": torch.zeros(64, 64, dtype=torch.int64)}
+    batch = Batch([torch.rand(3, 64, 64)], [target], torch.device("cpu"))
+    for share in (1.0, 0.5):
+        model = build(replace(config, policy=DistilledConfig(first_block=1, shares=(share,)))).train()
+        model.load_state_dict(dense.state_dict())
+        losses = Losses(model, dense_teacher(model.policy, tmp_path / "dense.safetensors"))
+        assert {*losses.state_dict()} == {f"model.{name}" for name in model.state_dict()}, "the teacher is not trained"
+        found = losses(batch)[0]["distilled"]
+        assert (found.item() == 0) == (share == 1)
+    found.backward()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.vit.parameters())
+
+
+def test_without_a_dense_model_it_cannot_be_trained() -> None:
+    model = build(tiny_detector(policy=DistilledConfig(first_block=1)))
+    refused(r"name it with train\.init-from", dense_teacher, model.policy, None)

@@ -10,12 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import sievit
 from sievit.config import ConfigError
 from sievit.convert import from_transformers
-from sievit.policies import KeepAllConfig, RandomConfig, build_policy
-from sievit.tokens import Trace
 from sievit.vit import ViT
+from tiny import each_block, refused
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -94,7 +92,10 @@ def hidden_states(case: Case, model: Any, images: Tensor) -> tuple[Tensor, ...]:
     found: list[Tensor] = []
     layers = [m for n, m in model.named_modules() if type(m).__name__.endswith("Layer") and n[-1].isdigit()]
     hooks = [layers[0].register_forward_pre_hook(lambda _, args: found.append(args[0]))]
-    hooks += [layer.register_forward_hook(lambda *args: found.append(_first(args[2]))) for layer in layers]
+    hooks += [
+        layer.register_forward_hook(lambda *args: found.append(args[2][0] if isinstance(args[2], tuple) else args[2]))
+        for layer in layers
+    ]
     with torch.no_grad():
         output = model(images, **resize)
     for hook in hooks:
@@ -103,56 +104,18 @@ def hidden_states(case: Case, model: Any, images: Tensor) -> tuple[Tensor, ...]:
     return (*found, last) if last is not None else tuple(found)
 
 
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def our_states(vit: ViT, images: Tensor) -> tuple[Tensor, ...]:
-    """Ours, the same way."""
-    dense = build_policy(KeepAllConfig(), embed_dim=vit.config.embed_dim, depth=vit.config.depth)
-    with torch.no_grad():
-        tokens = vit.embed(images)
-        trace, found = Trace.start(tokens), [tokens.x]
-        for i in range(vit.config.depth):
-            tokens, trace = vit.run_blocks(tokens, dense, trace, start=i, stop=i + 1)
-            found.append(tokens.x)
-        return (*found, vit.norm(tokens.x))
-
-
 @pytest.mark.parametrize("grid", [(4, 4), (6, 6), (3, 7), (2, 8)])
+@torch.no_grad()
 def test_features_of_every_block_are_theirs(pair: tuple[Case, Any, ViT], grid: tuple[int, int]):
     """At their own grid, a larger one, and rectangular ones, of which 2 x 8 has as many positions as 4 x 4."""
     case, model, vit = pair
     patch = vit.config.patch_size
     images = torch.randn(2, 3, grid[0] * patch, grid[1] * patch)
-    theirs, ours = hidden_states(case, model, images), our_states(vit, images)
+    theirs, ours = hidden_states(case, model, images), list(each_block(vit, images))
     assert len(theirs) >= vit.config.depth + 1
     for i, (a, b) in enumerate(zip(theirs, ours, strict=False)):
         assert a.shape == b.shape
         assert float((a - b).abs().max()) <= 1e-4 * max(1.0, float(a.abs().max())), f"after {i} blocks"
-
-
-def test_keep_all_is_dense_and_skipping_is_image_by_image(pair: tuple[Case, Any, ViT]):
-    _, _, vit = pair
-    patch, embed_dim, depth = vit.config.patch_size, vit.config.embed_dim, vit.config.depth
-    images = torch.randn(3, 3, 4 * patch, 6 * patch)
-    sizes = [(4 * patch, 6 * patch), (3 * patch, 6 * patch), (4 * patch, 2 * patch)]
-    dense = build_policy(KeepAllConfig(), embed_dim=embed_dim, depth=depth)
-    half = build_policy(RandomConfig(first_block=1, shares=(0.5,)), embed_dim=embed_dim, depth=depth)
-    with torch.no_grad():
-        assert torch.allclose(vit(images, dense)[0].x, our_states(vit, images)[-1], atol=1e-5)
-        batch, trace = vit(images, half, sizes)
-        assert 0.3 < float(trace.shares()[-1].mean()) < 0.7
-        for i, (h, w) in enumerate(sizes):
-            alone, _ = vit(images[i : i + 1, :, :h, :w], half)
-            grid = (h // patch, w // patch)
-            patches = batch.patches[i].unflatten(0, batch.grid)[: grid[0], : grid[1]].flatten(0, 1)
-            assert torch.allclose(patches, alone.patches[0], atol=1e-4)
-            assert torch.allclose(batch.x[i, : vit.num_prefix], alone.x[0, : vit.num_prefix], atol=1e-4)
-
-
-def test_it_is_part_of_the_package():
-    assert sievit.from_transformers is from_transformers
 
 
 def test_what_is_loaded_is_ours_alone():
@@ -170,37 +133,29 @@ def test_what_is_loaded_is_ours_alone():
     ("make", "words"),
     [
         (lambda: nn.Linear(2, 2), "Linear is no plain ViT of transformers.* ViTModel, DeiTModel, Dinov2Model"),
-        (lambda: transformers.BeitModel(_beit()), "BeitModel is no plain ViT"),
+        (lambda: transformers.BeitModel(transformers.BeitConfig(**SIZES, **WIDE)), "BeitModel is no plain ViT"),
         (lambda: CASES["vit"].make(hidden_act="relu"), "a ViTModel of transformers .* activation 'relu'"),
         (lambda: CASES["vit"].make(num_channels=1), "not squares of three channels"),
         (lambda: CASES["dinov3"].make(hidden_act="relu6"), "a DINOv3ViTModel of transformers .* activation 'relu6'"),
     ],
 )
 def test_what_cannot_be_run_exactly_is_refused_by_name(make: Callable[[], nn.Module], words: str):
-    with pytest.raises(ConfigError, match=words):
-        from_transformers(make())
+    refused(words, from_transformers, make())
 
 
-def _beit() -> Any:
-    return transformers.BeitConfig(**SIZES, **WIDE)
-
-
+@torch.no_grad()
 def test_a_folder_is_loaded_by_its_name(tmp_path: Path):
     model = CASES["dinov2 with registers"].make()
     model.save_pretrained(tmp_path / "mine")
     images = torch.randn(1, 3, 56, 56)
-    for found, expected in zip(
-        our_states(from_transformers(str(tmp_path / "mine")), images),
-        our_states(from_transformers(model), images),
-        strict=True,
-    ):
+    loaded, made = (each_block(from_transformers(which), images) for which in (str(tmp_path / "mine"), model))
+    for found, expected in zip(loaded, made, strict=True):
         assert torch.equal(found, expected)
 
 
 def test_names_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"transformers cannot load .*empty"):
-        from_transformers(str(tmp_path / "empty"))
+    refused(r"transformers cannot load .*empty", from_transformers, str(tmp_path / "empty"))
     with pytest.raises(ConfigError, match=r"transformers cannot load 'facebook/dinov2-small'"):
         from_transformers("facebook/dinov2-small", local_files_only=True, cache_dir=tmp_path / "cache")
     monkeypatch.setitem(sys.modules, "transformers", None)

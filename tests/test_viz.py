@@ -22,28 +22,22 @@ def detections(*, count: int = 1, score: float = 0.9, size: tuple[int, int] = (4
     }
 
 
-def changed(picture: np.ndarray, plain: np.ndarray) -> np.ndarray:
-    return (picture != plain).any(2)
-
-
-def test_objects_are_drawn_where_they_are_and_nowhere_else():
+def test_objects_are_drawn_where_they_are_and_low_scores_are_not():
     image = torch.full((3, 40, 60), 0.5)
     drawn = np.asarray(viz.predictions(image, detections(), ["thing"], box=(600, 400)))
     assert drawn.shape == (400, 600, 3)
-    touched = changed(drawn, np.full_like(drawn, 128))
+    touched = (drawn != 128).any(2)
     assert touched[105:195, 105:295].all()  # mask and box
     assert not touched[210:].any()
     assert not touched[:, 310:].any()
     assert not touched[:80].any()  # the label stands right above the box
 
-
-def test_low_scores_are_left_out():
     image = torch.full((3, 40, 60), 0.5)
     drawn = np.asarray(viz.predictions(image, detections(score=0.3), ["thing"], box=(60, 40)))
     assert (drawn == 128).all()
 
 
-def test_mask_layouts_are_equal_and_masks_are_optional():
+def test_mask_layouts_are_equal_masks_are_optional_and_images_may_be_grey():
     image = torch.rand(3, 40, 60)
     found = detections()
     flat = {**found, "masks": found["masks"][:, 0]}
@@ -51,6 +45,9 @@ def test_mask_layouts_are_equal_and_masks_are_optional():
     four, three, none = (np.asarray(viz.predictions(image, d, ["a", "b"])) for d in (found, flat, boxes_only))
     assert (four == three).all()
     assert (four != none).any()
+
+    grey = viz.to_pil(torch.rand(3, 40, 60)).convert("L")
+    assert viz.predictions(grey, detections(), ["thing"]).mode == "RGB"
 
 
 @pytest.mark.parametrize("count", [0, 3, 60])
@@ -87,8 +84,3 @@ def test_a_figure_takes_any_number_of_panels(count: int):
     drawn = viz.figure(image, [*panels, heat], below=[partial(viz.legend, [("a", None), ("b", viz.INK)])], columns=3)
     assert drawn.width == 1640
     assert np.asarray(drawn).std() > 0
-
-
-def test_pictures_take_pil_and_grey_images():
-    grey = viz.to_pil(torch.rand(3, 40, 60)).convert("L")
-    assert viz.predictions(grey, detections(), ["thing"]).mode == "RGB"

@@ -22,6 +22,7 @@ from sievit.heads import (
     semantic_heads,
 )
 from sievit.tokens import Prediction, Tokens
+from tiny import attributes, scattered
 
 GRID = (5, 7)
 N = GRID[0] * GRID[1]
@@ -41,23 +42,11 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def built(name: str) -> SemanticHead:
-    """With random weights and running statistics."""
-    torch.manual_seed(5)
-    head = build_head(SMALL[name], embed_dim=DIM, num_classes=CLASSES)
-    for parameter in head.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    for key, buffer in head.named_buffers():
-        if key.endswith("running_var"):
-            buffer.uniform_(0.5, 2)
-        elif key.endswith("running_mean"):
-            buffer.normal_()
-    return head.eval()
-
-
 @pytest.fixture
 def head(name: str) -> SemanticHead:
-    return built(name)
+    """With random weights and running statistics."""
+    torch.manual_seed(5)
+    return scattered(build_head(SMALL[name], embed_dim=DIM, num_classes=CLASSES), 0.5)
 
 
 def canvas(b: int = 3, *, num_prefix: int = 0) -> Tokens:
@@ -127,17 +116,12 @@ def test_some_tokens_are_judged_as_all_are(head, name) -> None:
     assert torch.equal(over.scores()[2], replace(previous, maps=over.maps).scores()[2])
 
 
-def test_nobody_to_judge(head) -> None:
-    tokens, nobody = canvas(), torch.zeros(3, N, dtype=torch.bool)
-    with torch.inference_mode():
-        previous = head(tokens)
-        close(head(replace(tokens, x=tokens.x + 1), nobody, previous), previous, atol=1e-6)
-
-
-def test_everybody_is_all(head) -> None:
+def test_everybody_is_all_and_nobody_changes_nothing(head) -> None:
     tokens = canvas()
     with torch.inference_mode():
-        close(head(tokens, torch.ones(3, N, dtype=torch.bool)), head(tokens))
+        previous, nobody = head(tokens), torch.zeros(3, N, dtype=torch.bool)
+        close(head(tokens, ~nobody), previous)
+        close(head(replace(tokens, x=tokens.x + 1), nobody, previous), previous, atol=1e-6)
 
 
 def test_alone_equals_in_a_batch(head) -> None:
@@ -208,14 +192,11 @@ def test_builds_from_its_json(name) -> None:
 
 
 def test_nothing_is_written_during_a_pass(head) -> None:
-    def attributes() -> list[tuple[str, int]]:
-        return [(f"{n}.{k}", id(v)) for n, m in head.named_modules() for k, v in vars(m).items()]
-
     for training in (False, True):
         head.train(training)
-        before = attributes()
+        before = attributes(head)
         head(canvas(), some(), head(canvas()))
-        assert attributes() == before
+        assert attributes(head) == before
 
 
 @pytest.mark.parametrize("chosen", [False, True])

@@ -1,6 +1,5 @@
 """What every registered policy has to do; DESIGN calls it the price of a new file."""
 
-import copy
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -14,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from sievit.config import ConfigError, from_json, to_json
 from sievit.heads import ATMConfig, SemanticHead, build_head
 from sievit.measure.flops import traced_macs
-from sievit.policies import KeepAllConfig, Policy, PolicyConfig, build_policy, policies, policy_config
+from sievit.policies import Policy, PolicyConfig, policies, policy_config
 from sievit.tokens import Tokens, Trace
 from sievit.vit import Execution, ViT, ViTConfig
+from tiny import attributes, dense
 
 GRID = (5, 7)
 DEPTH = 6
@@ -108,7 +108,10 @@ def built(name: str, vit: ViT, **options: Any) -> Policy:
         return vit.build_policy(configured(name, **options), heads=behind).eval()
 
 
-@pytest.fixture(params=sorted([*policies(), *OUTSIDE]))
+NAMES = sorted([*policies(), *OUTSIDE])
+
+
+@pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -134,10 +137,6 @@ def no_grad():
         yield
 
 
-def dense() -> Policy:
-    return build_policy(KeepAllConfig(), embed_dim=24, depth=DEPTH)
-
-
 class Forced(Policy):
     """A policy whose choice is replaced; what it computes and remembers is its own."""
 
@@ -161,7 +160,7 @@ class Forced(Policy):
 
 
 def test_keeping_everything_is_the_dense_model(vit, policy, images) -> None:
-    expected, _ = vit(images, dense())
+    expected, _ = vit(images, dense(vit))
     got, trace = vit(images, Forced(policy, keep=True))
     assert all(keep.all() for keep in trace.keep)
     torch.testing.assert_close(got.x, expected.x, atol=1e-5, rtol=1e-5)
@@ -204,6 +203,8 @@ def check_modes(vit: ViT, policy: Policy, images: Tensor, *, alone: bool = True)
         assert all(torch.equal(a, b) for a, b in zip(trace.keep, own.keep, strict=True)), execution
         assert all(torch.equal(a, b) for a, b in zip(trace.mlp, own.mlp, strict=True)), execution
         torch.testing.assert_close(got.x, reference.x, atol=1e-5, rtol=1e-5)
+        for a, b in zip(trace.predictions, own.predictions, strict=True):
+            torch.testing.assert_close(a.tensors, b.tensors, atol=1e-5, rtol=1e-5)
         for i in range(len(images) if alone else 0):
             single, _ = vit(images[i : i + 1], policy, execution=execution)
             torch.testing.assert_close(single.x[0], reference.x[i], atol=1e-5, rtol=1e-5)
@@ -238,7 +239,17 @@ def test_every_combination_of_options(name, options, vit, images) -> None:
     assert all(parameter.grad is not None for parameter in policy.parameters())
 
 
-def test_padding_changes_nothing_and_is_never_computed(vit, policy) -> None:
+PADDED = [("dtop", {"preserve": True}), ("dtop", {"rejoin": True}), ("svit", {"static_shares": (0.6, 0.3, 1.0, 0.5)})]
+"""Options with which padding is a matter of its own."""
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in NAMES), *PADDED],
+    ids=str,
+)
+def test_padding_changes_nothing_and_is_never_computed(name, options, vit) -> None:
+    policy = built(name, vit, **options)
     sizes = [(20, 28), (12, 16), (9, 28)]
     torch.manual_seed(5)
     pictures = [torch.randn(1, 3, -(-h // 4) * 4, -(-w // 4) * 4) for h, w in sizes]
@@ -252,8 +263,8 @@ def test_padding_changes_nothing_and_is_never_computed(vit, policy) -> None:
         torch.testing.assert_close(together.map()[i, :, :h, :w], alone.map()[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(together.x[i, 0], alone.x[0, 0], atol=1e-5, rtol=1e-5)
         assert torch.equal(trace.counts()[:, i], own.counts()[:, 0])
-    for keep in trace.keep:
-        assert not (keep & ~trace.valid).any()
+    for mask in (*trace.keep, *trace.exited):
+        assert not (mask & ~trace.valid).any()
 
 
 def test_gradients_reach_every_parameter_of_the_policy(vit, policy, images) -> None:
@@ -272,18 +283,13 @@ def test_state_dict_round_trip(name, vit, policy, images) -> None:
     torch.testing.assert_close(vit(images, other)[0].x, vit(images, policy)[0].x, atol=0, rtol=0)
 
 
-def test_forward_writes_nothing_on_modules(vit, policy, images) -> None:
-    def attributes(module: torch.nn.Module) -> list[tuple[str, object]]:
-        return [(f"{n}.{k}", v) for n, m in module.named_modules() for k, v in vars(m).items() if k[0] != "_"]
-
+def test_a_pass_writes_neither_on_modules_nor_to_its_input(vit, policy, images) -> None:
     for training in (False, True):
         policy.train(training)
-        before = [copy.copy(attributes(m)) for m in (vit, policy)]
+        before = attributes(vit, policy)
         vit(images, policy)
-        assert [attributes(m) for m in (vit, policy)] == before
+        assert attributes(vit, policy) == before
 
-
-def test_the_input_canvas_is_not_written_to(vit, policy, images) -> None:
     tokens = vit.embed(images)
     before = tokens.x.clone()
     vit.run_blocks(tokens, policy, Trace.start(tokens))
@@ -317,7 +323,7 @@ def test_the_cost_is_the_count_of_a_real_pass(name, images, class_token) -> None
     vit = backbone(class_token)
     policy = built(name, vit)
     check_cost(vit, policy, images[:1])
-    below = traced_macs(vit.config, vit(images, policy)[1]) < traced_macs(vit.config, vit(images, dense())[1])
+    below = traced_macs(vit.config, vit(images, policy)[1]) < traced_macs(vit.config, vit(images, dense(vit))[1])
     assert below.all() != (name == "keep_all")
     policy = built(name, vit, thresholds=(1 - 1e-9,))  # where tokens leave, none does
     dense_pass, trace = counted(vit, Forced(policy, keep=True), images[:1])
@@ -347,11 +353,9 @@ def test_the_canvas_is_whole_after_every_piece_of_the_loop(name, vit, policy, im
             tokens = tokens.replace_patches(tokens.patches + 0.1)
 
 
-def test_builds_from_its_json(name) -> None:
+def test_builds_from_its_json_and_names_its_source(name, vit) -> None:
     config = configured(name)
     assert from_json(PolicyConfig, to_json(config)) == config
 
-
-def test_docstring_names_its_source(name, vit) -> None:
     doc = type(built(name, vit)).__doc__ or ""
     assert "SViT" in doc or "DToP" in doc or "arXiv" in doc or doc.startswith("Control"), doc

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from sievit.config import ConfigError
 from sievit.policies import SViTConfig, build_policy
 from sievit.policies.svit import SViT, gumbel_gate
 from sievit.tokens import Trace
 from sievit.vit import ViT, ViTConfig
+from tiny import refused
 
 CONFIG = SViTConfig(first_block=1, targets=(0.6, 0.4))
 VIT = ViTConfig(grid=(4, 6), embed_dim=24, depth=5, num_heads=2)
@@ -22,6 +22,13 @@ def built(config: SViTConfig = CONFIG) -> SViT:
     return policy
 
 
+def decided(policy: SViT) -> SViT:
+    """With gates that tell tokens apart."""
+    for gate in policy.gates:
+        torch.nn.init.normal_(gate.get_parameter("fc2.weight"), std=2.0)
+    return policy
+
+
 def trace_of(gates: torch.Tensor, valid: torch.Tensor | None = None) -> Trace:
     """A trace whose gated blocks chose `gates` (blocks, b, n)."""
     b, n = gates.shape[1:]
@@ -29,12 +36,7 @@ def trace_of(gates: torch.Tensor, valid: torch.Tensor | None = None) -> Trace:
     return Trace(grid=(1, n), valid=valid, keep=(), aux=tuple({"gate": gate} for gate in gates))
 
 
-def test_targets_spread_over_the_gated_blocks() -> None:
-    assert built().targets == (0.6, 0.6, 0.4, 0.4)
-    assert build_policy(SViTConfig(), embed_dim=24, depth=12).targets == (0.7,) * 3 + (0.49,) * 3 + (0.343,) * 3
-
-
-def test_ratio_loss_is_on_the_batch_or_on_each_image() -> None:
+def test_ratio_loss_is_on_the_batch_or_on_each_image_without_padding() -> None:
     gates = torch.zeros(4, 2, 10)
     gates[:, 0, :8] = 1  # one image keeps 0.8, the other 0.2: the mean of the batch is 0.5
     gates[:, 1, :2] = 1
@@ -45,32 +47,24 @@ def test_ratio_loss_is_on_the_batch_or_on_each_image() -> None:
     fixed = built(dataclasses.replace(CONFIG, per_sample=True))
     torch.testing.assert_close(fixed.loss(trace_of(gates))["ratio"], each)
 
-
-def test_padding_does_not_count_in_the_ratio() -> None:
     valid = torch.ones(2, 10, dtype=torch.bool)
     valid[1, 5:] = False
     gates = torch.ones(4, 2, 10) * valid
     targets = torch.tensor([0.6, 0.6, 0.4, 0.4])
     torch.testing.assert_close(built().loss(trace_of(gates, valid))["ratio"], 4 * (1 - targets).square().mean())
 
+    assert built().targets == (0.6, 0.6, 0.4, 0.4)
+    assert build_policy(SViTConfig(), embed_dim=24, depth=12).targets == (0.7,) * 3 + (0.49,) * 3 + (0.343,) * 3
 
+
+@pytest.mark.parametrize("reactivate", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_without_reactivation_tokens_stay_out(training: bool) -> None:
-    vit, policy = ViT(VIT), built(dataclasses.replace(CONFIG, reactivate=False)).train(training)
-    for gate in policy.gates:
-        torch.nn.init.normal_(gate.get_parameter("fc2.weight"), std=2.0)
+def test_tokens_come_back_unless_they_are_not_to(training: bool, reactivate: bool) -> None:
+    vit, policy = ViT(VIT), decided(built(dataclasses.replace(CONFIG, reactivate=reactivate)).train(training))
     _, trace = vit(torch.randn(4, 3, 64, 96), policy)
-    for earlier, later in zip(trace.keep, trace.keep[1:], strict=False):
-        assert not (later & ~earlier).any()
-    assert trace.keep[1].sum() > trace.keep[4].sum()
-
-
-def test_tokens_do_come_back_by_default() -> None:
-    vit, policy = ViT(VIT), built().eval()
-    for gate in policy.gates:
-        torch.nn.init.normal_(gate.get_parameter("fc2.weight"), std=2.0)
-    _, trace = vit(torch.randn(4, 3, 64, 96), policy)
-    assert any((later & ~earlier).any() for earlier, later in zip(trace.keep[1:], trace.keep[2:], strict=False))
+    back = [bool((later & ~earlier).any()) for earlier, later in zip(trace.keep[1:], trace.keep[2:], strict=False)]
+    assert any(back) == reactivate
+    assert reactivate or trace.keep[1].sum() > trace.keep[4].sum()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -129,9 +123,7 @@ def test_a_pass_draws_one_budget_for_all_images_and_gates() -> None:
 
 
 def test_gates_without_a_budget_are_the_same_with_one_at_the_start() -> None:
-    vit, plain = ViT(VIT), built().eval()
-    for gate in plain.gates:
-        torch.nn.init.normal_(gate.get_parameter("fc2.weight"), std=2.0)
+    vit, plain = ViT(VIT), decided(built().eval())
     images = torch.randn(2, 3, 64, 96)
     for budget in (0.5, 1.0, 2.0):
         policy = SViT(dataclasses.replace(RANGE, budget=budget), embed_dim=24, depth=5).eval()
@@ -171,8 +163,10 @@ def test_gates_learn_to_keep_as_many_tokens_as_the_budget_says() -> None:
         ({"budgets": (0.3, 0.8)}, r"budget 1\.0 is not in the range of budgets, 0\.3 to 0\.8"),
         ({"budgets": (0.5, 1.2), "budget": 1.3}, "not in the range"),
         ({"budget": 0.7}, "needs gates that were trained for a range"),
+        ({"preserve": False}, "reactivate=False"),
+        ({"targets": (1.2,)}, "between 0 and 1"),
+        ({"first_block": 5}, "blocks 0 to 4"),
     ],
 )
-def test_budgets_that_there_cannot_be(changes: dict, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        built(dataclasses.replace(CONFIG, **changes))
+def test_gates_that_there_cannot_be(changes: dict, words: str) -> None:
+    refused(words, built, dataclasses.replace(CONFIG, **changes))
