@@ -3,19 +3,40 @@
 A field that may hold one of several configurations (a policy, a neck) is annotated with their base class; each of them
 is registered under a name with `variant`, and that name is stored in the JSON under "kind". A configuration whose
 fields were renamed has a class method `upgraded`, which turns the JSON object of an older version into today's.
+
+Every number of a configuration has a range, which its annotation states (`Count`, `Share`, `Annotated[float, Gt(0)]`):
+`Config` checks them whenever one is made, so that options, recipe files, checkpoints and calls are all covered.
 """
 
 import dataclasses
 import difflib
+import functools
 import json
+import math
+import operator
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
+
+from annotated_types import Ge, Gt, Interval
 
 T = TypeVar("T")
+
+Count = Annotated[int, Interval(ge=1, le=2**31 - 1)]
+Natural = Annotated[int, Interval(ge=0, le=2**31 - 1)]
+Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
+Byte = Annotated[int, Interval(ge=0, le=255)]
+Label = Annotated[int, Interval(ge=-(2**63), le=2**63 - 1)]
+"""An id or value that may be anything that a tensor holds."""
+Share = Annotated[float, Interval(ge=0, le=1)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Finite = Annotated[float, Interval()]
+"""Neither NaN nor infinite, as every number of a configuration."""
 
 _VARIANTS: dict[str, type] = {}
 
@@ -30,6 +51,87 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{hint} (known: {', '.join(known)})"
+
+
+class Config:
+    """Base of configurations, which are frozen dataclasses: their numbers are checked before their own `__post_init__`.
+
+    Raises:
+        ConfigError: a number is not one, not finite, or outside of the range that its annotation states.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = cls.__dict__.get("__post_init__")
+        if own is not None:
+
+            @functools.wraps(own)
+            def checked(self: Any) -> None:
+                Config.__post_init__(self)
+                own(self)
+
+            cls.__post_init__ = checked  # ty: ignore
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints(type(self)).items():
+            if hasattr(self, name):
+                check_range(hint, getattr(self, name), name)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # ty: ignore
+
+
+_LIMITS = (
+    ("gt", operator.gt, "above"),
+    ("ge", operator.ge, "at least"),
+    ("lt", operator.lt, "below"),
+    ("le", operator.le, "at most"),
+)
+
+
+def check_range(hint: Any, value: Any, name: str) -> None:
+    """Check every number in `value` against the annotation `hint`: the types int and float, and the limits on them.
+
+    Raises:
+        ConfigError: it begins with `name` and states what is possible.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        for option in args:
+            suits = _number_of(option) if isinstance(value, Real) else typing.get_origin(option) is tuple
+            if suits and isinstance(value, Real | tuple | list):
+                return check_range(option, value, name)
+        return None
+    number = _number_of(hint)
+    if number is None:
+        if origin is tuple and isinstance(value, tuple | list):
+            hints = args[:1] * len(value) if args[-1:] == (Ellipsis,) else args
+            if len(hints) != len(value):
+                raise ConfigError(f"{name} has {len(value)} values, {len(hints)} are needed: {value!r}")
+            for item, each in zip(hints, value, strict=True):
+                check_range(item, each, name)
+        return None
+    kind, limits = number
+    if not isinstance(value, Integral if kind is int else Real) or isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}, and not a {'whole number' if kind is int else 'number'}")
+    wanted = [(holds, f"{words} {bound}", bound) for key, holds, words in _LIMITS for bound in _bounds(limits, key)]
+    if not (math.isfinite(value) and all(holds(value, bound) for holds, _, bound in wanted)):
+        allowed = " and ".join(words for _, words, _ in wanted) or "a finite number"
+        raise ConfigError(f"{name} is {value!r}; it has to be {allowed}")
+    return None
+
+
+def _number_of(hint: Any) -> tuple[type, tuple[Any, ...]] | None:
+    """int or float, and the limits on it; None for anything else."""
+    kind, *limits = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+    return (kind, tuple(limits)) if kind in (int, float) else None
+
+
+def _bounds(limits: tuple[Any, ...], key: str) -> list[Any]:
+    return [bound for limit in limits if (bound := getattr(limit, key, None)) is not None]
 
 
 def variant(kind: str) -> Callable[[type[T]], type[T]]:
@@ -180,5 +282,5 @@ def _from_json_dataclass(cls: Any, data: Any, where: str) -> Any:
     values = {name: from_json(hints[name], value, where=f"{where}.{name}") for name, value in data.items()}
     try:
         return cls(**values)
-    except TypeError as error:  # a field without a default is missing
+    except (TypeError, ConfigError) as error:  # a field without a default is missing, or values that do not go together
         raise ConfigError(f"{where}: {error}") from error

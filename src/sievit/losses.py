@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sievit.config import Config, NonNegative, Share
 from sievit.distributed import global_sum, world_size
 
 
 @dataclass(frozen=True)
-class ATMLossConfig:
+class ATMLossConfig(Config):
     """The loss of SegViT's attention-to-mask heads (SegViT, section 3.2; the defaults are DToP's).
 
     Attributes:
@@ -24,12 +25,12 @@ class ATMLossConfig:
         ignored: what pixels without a label are: left out, or `background` of every mask, as in the released code.
     """
 
-    class_weight: float = 1.0
-    mask_weight: float = 20.0
-    dice_weight: float = 1.0
-    no_object: float = 0.1
-    alpha: float = 0.25
-    gamma: float = 2.0
+    class_weight: NonNegative = 1.0
+    mask_weight: NonNegative = 20.0
+    dice_weight: NonNegative = 1.0
+    no_object: NonNegative = 0.1
+    alpha: Share = 0.25
+    gamma: NonNegative = 2.0
     ignored: Literal["excluded", "background"] = "excluded"
 
 

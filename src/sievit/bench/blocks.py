@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sievit.bench.common import ModesBench, Workplace, known, run, table_of
 from sievit.bench.random_models import ADAPTERS, SIZES, random_adapter, random_vit
 from sievit.bench.timing import Timed, time_modes
+from sievit.config import Share
 from sievit.measure.flops import blocks_gflops
 from sievit.models.backbone import backbone_gflops
 from sievit.models.inputs import Size
@@ -35,7 +36,7 @@ class BlocksBench(ModesBench):
     name = "blocks"
 
     models: tuple[str, ...] = ("vit_s",)
-    targets: tuple[float, ...] = (0.7, 0.49, 0.343)
+    targets: tuple[Share, ...] = (0.7, 0.49, 0.343)
 
     def networks(self) -> dict[str, Any]:
         return known(self.models, {name: name for name in SIZES})

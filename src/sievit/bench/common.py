@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sievit.bench.rows import RowsFile
-from sievit.config import ConfigError, nearest, to_json
+from sievit.config import ConfigError, Count, nearest, to_json
 from sievit.data.images import list_images, read_image, to_tensor
 from sievit.data.scenes import draw
 from sievit.devices import device_name, pick_device
@@ -77,11 +77,11 @@ class Bench(PolicyOptions, ABC):
 
     name: ClassVar[str]
 
-    sizes: tuple[tuple[int, int], ...] = ((512, 512), (800, 1216))
-    batches: tuple[int, ...] = (1, 4)
+    sizes: tuple[tuple[Count, Count], ...] = ((512, 512), (800, 1216))
+    batches: tuple[Count, ...] = (1, 4)
     images: Path | None = None
-    repeats: int = 9
-    threads: int | None = None
+    repeats: Count = 9
+    threads: Count | None = None
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
     out: Path | None = None
@@ -127,7 +127,7 @@ class ModesBench(Bench):
     """
 
     modes: tuple[str, ...] = ("dense", "dynamic", "static")
-    multiple: int = 8
+    multiple: Count = 8
     autotune: bool = False
 
     def all_modes(self) -> Sequence[str]:

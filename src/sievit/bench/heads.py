@@ -23,6 +23,7 @@ from sievit.bench.network import found_figures, opened, timed_model
 from sievit.bench.random_models import ADAPTERS, HEAD, random_detector
 from sievit.bench.rates import machine_rates
 from sievit.bench.timing import Cost, Timed, time_modes
+from sievit.config import Count, Share
 from sievit.measure.clock import Pair, alternately, clocked
 from sievit.measure.modes import DENSE
 from sievit.models.base import Answer, Model
@@ -50,10 +51,10 @@ class HeadsBench(Bench):
 
     checkpoints: tuple[Path, ...] = ()
     models: tuple[str, ...] = ("vit_s",)
-    sizes: tuple[tuple[int, int], ...] = ((800, 1216),)
-    batches: tuple[int, ...] = (1,)
-    targets: tuple[float, ...] = (0.7, 0.49, 0.343)
-    candidates: int = 300
+    sizes: tuple[tuple[Count, Count], ...] = ((800, 1216),)
+    batches: tuple[Count, ...] = (1,)
+    targets: tuple[Share, ...] = (0.7, 0.49, 0.343)
+    candidates: Count = 300
 
     def networks(self) -> dict[str, Any]:
         return opened(self.checkpoints, self) or known(self.models, {name: name for name in ADAPTERS})

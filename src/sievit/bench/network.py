@@ -18,7 +18,7 @@ from torch import Tensor
 from sievit.bench.common import ModesBench, Workplace, known, run, table_of
 from sievit.bench.random_models import SEGMENTERS, SIZES, random_exits, random_segmenter
 from sievit.bench.timing import Cost, Timed, time_modes
-from sievit.config import ConfigError, kind_of
+from sievit.config import ConfigError, Count, Natural, Share, kind_of
 from sievit.heads import SemanticHead
 from sievit.hub.fetch import HUB
 from sievit.measure.clock import Pair
@@ -51,9 +51,9 @@ class NetworkBench(ModesBench):
 
     checkpoints: tuple[Path, ...] = ()
     models: tuple[str, ...] = ("vit_b",)
-    sizes: tuple[tuple[int, int], ...] = ()
-    left: tuple[float, ...] = (0.35, 0.55)
-    keep_per_class: int = 5
+    sizes: tuple[tuple[Count, Count], ...] = ()
+    left: tuple[Share, ...] = (0.35, 0.55)
+    keep_per_class: Natural = 5
 
     def all_sizes(self) -> Sequence[Size | None]:
         return self.sizes or ((None,) if self.checkpoints else PAPER_SIZES)

@@ -11,7 +11,7 @@ from functools import partial
 from importlib import import_module
 from typing import Annotated, Any
 
-from sievit.config import ConfigError
+from sievit.config import ConfigError, check_range
 
 RENAMED = {
     "sweep --thresholds": "--policy dtop --values 0.8 0.9",
@@ -130,9 +130,12 @@ def _with_placeholders(function: Callable[..., Any]) -> Callable[..., Any]:
         if parameter.kind is parameter.POSITIONAL_ONLY:
             hints[name] = Annotated[hints[name], arg(metavar=name.upper())]  # ty: ignore
     called = partial(function, progress=Console(stderr=True)) if "progress" in hints else function
+    shown = {n: f"--{n.replace('_', '-')}" for n, p in signature.parameters.items() if p.kind is not p.POSITIONAL_ONLY}
     parameters = [p.replace(annotation=hints[n]) for n, p in signature.parameters.items() if n != "progress"]
 
     def run(*args: Any, **options: Any) -> Any:
+        for name, value in options.items():
+            check_range(hints[name], value, shown.get(name, name))
         return called(*args, **options)
 
     run.__doc__ = function.__doc__

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from sievit.config import Count, Seed
 from sievit.data.scenes import generate
 
 
-def scenes(*, out: Path, num_images: int = 100, size: tuple[int, int] = (512, 512), seed: int = 0) -> None:
+def scenes(*, out: Path, num_images: Count = 100, size: tuple[Count, Count] = (512, 512), seed: Seed = 0) -> None:
     """Generate scenes in COCO format: images/, annotations.json, labels/ (semantic).
 
     Args:

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sievit.config import ConfigError, nearest
+from sievit.config import ConfigError, Count, nearest
 from sievit.devices import pick_device
 from sievit.hub.fetch import HUB, shipped
 from sievit.measure.costs import costs, per_image
@@ -21,8 +21,8 @@ def flops(
     size: tuple[int, int] | None = None,
     images: Path | None = None,
     policy: PolicyOptions = PolicyOptions(),  # noqa: B008
-    batch_size: int = 1,
-    limit: int | None = None,
+    batch_size: Count = 1,
+    limit: Count | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Count what a model costs, by part; the last line of the output is one JSON object.

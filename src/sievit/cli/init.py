@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
+from sievit.config import Seed
 from sievit.hub.file import require_free
 from sievit.models.build import build, save
 from sievit.recipes import recipe as find
 
 
-def init(recipe: str, /, *, out: Path, seed: int = 0, force: bool = False) -> dict[str, Any]:
+def init(recipe: str, /, *, out: Path, seed: Seed = 0, force: bool = False) -> dict[str, Any]:
     """Write a recipe's model with random weights, to try on it what takes a trained one.
 
     It finds nothing, but costs what the trained one costs: for `sievit eval`, `flops` and `predict` before there are

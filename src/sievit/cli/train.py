@@ -10,7 +10,7 @@ from tyro.conf import arg
 
 from sievit.cli.command import parse
 from sievit.cli.lists import recipe_list
-from sievit.config import ConfigError, nearest
+from sievit.config import ConfigError, Count, Label, nearest
 from sievit.engine.recipe import Recipe, with_classes
 from sievit.engine.train import train as run_training
 from sievit.recipes import recipe as find
@@ -37,8 +37,8 @@ def train(args: list[str]) -> dict[str, Any] | None:
         out: Path = Path("runs") / Path(name).stem,
         resume: Path | None = None,
         data_root: Path | None = None,
-        num_classes: int | None = None,
-        ignore_index: int | None = None,
+        num_classes: Count | None = None,
+        ignore_index: Label | None = None,
         palette: Path | None = None,
     ) -> dict[str, Any] | None:
         """Train a model; the last line of the output is one JSON object with the figures of the last validation.

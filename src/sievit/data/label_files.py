@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from sievit.config import ConfigError
+from sievit.config import Byte, Config, ConfigError
 from sievit.data.coco_json import CocoFile
 from sievit.data.images import SUFFIXES, list_images, opened
 from sievit.data.text import is_text, is_whole, read_json, read_text
 
-Colour = tuple[int, int, int]
+Colour = tuple[Byte, Byte, Byte]
 
 LABEL_SUFFIXES = tuple(s for s in SUFFIXES if s not in (".jpg", ".jpeg", ".webp"))
 """Files that keep a number as it is; JPEG does not, and WebP not always."""
@@ -34,17 +34,12 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Palette:
+class Palette(Config):
     """RGB colours of the classes, names if there are any, and colours that mean that nothing is known of a pixel."""
 
     colours: tuple[Colour, ...] = ()
     names: tuple[str, ...] = ()
     ignored: tuple[Colour, ...] = ()
-
-    def __post_init__(self) -> None:
-        for colour in (*self.colours, *self.ignored):
-            if len(colour) != 3 or not all(is_whole(part) and 0 <= part <= 255 for part in colour):
-                raise ConfigError(f"palette: {colour} is not a colour; give red, green and blue from 0 to 255")
 
 
 def read_palette(path: Path) -> Palette:

@@ -3,11 +3,13 @@
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
-from sievit.config import ConfigError
+from sievit.config import ConfigError, Count, Positive
 from sievit.data.dataset import Target
 from sievit.data.transforms import Rect, View, ViewConfig, draw_view, jitter
 
@@ -27,28 +29,24 @@ class SemanticAugmentConfig(ViewConfig):
     It may be scaled in a third way too, that of the papers: to fit into `base` times a factor of `ratio_range`.
     """
 
-    base: tuple[int, int] | None = None
+    base: tuple[Count, Count] | None = None
     """(short, long): the largest edges that an image has when it is scaled by 1, its ratio kept."""
-    ratio_range: tuple[float, float] = (0.5, 2.0)
-    cat_max_ratio: float = 0.75
+    ratio_range: tuple[Positive, Positive] = (0.5, 2.0)
+    cat_max_ratio: Annotated[float, Interval(gt=0, le=1)] = 0.75
     """A crop of whose labelled pixels one class fills a larger share is drawn again, up to ten times; 1 takes any."""
     photometric: bool = False
     """The usual distortion: brightness, contrast, saturation and hue, each with probability 0.5."""
-    hue: float = HUE
+    hue: Annotated[float, Interval(ge=0, le=180)] = HUE
     """Degrees by which the distortion turns colours, at most."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.base is not None and (self.scales or self.zoom):
             raise ConfigError("augmentation: base, scales and zoom all set the size of the image; use one of them")
-        if self.base is not None and not 1 <= self.base[0] <= self.base[1]:
+        if self.base is not None and self.base[0] > self.base[1]:
             raise ConfigError(f"augmentation: base is the (short, long) edge in pixels, not {self.base}")
-        if not 0 < self.ratio_range[0] <= self.ratio_range[1]:
+        if self.ratio_range[0] > self.ratio_range[1]:
             raise ConfigError(f"augmentation: ratio_range is (smallest, largest) factor, not {self.ratio_range}")
-        if not 0 < self.cat_max_ratio <= 1:
-            raise ConfigError(f"augmentation: cat_max_ratio is a share above 0, up to 1, not {self.cat_max_ratio}")
-        if not 0 <= self.hue <= 180:
-            raise ConfigError(f"augmentation: hue is 0 to 180 degrees, not {self.hue}")
 
     @classmethod
     def paper(cls, crop: int, *, base: tuple[int, int] | None = None) -> "SemanticAugmentConfig":

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_area
 
-from sievit.config import ConfigError
+from sievit.config import Config, ConfigError, Count, NonNegative, Positive, Share
 from sievit.data.dataset import Target
 from sievit.data.masks import Masks
 
@@ -26,7 +26,7 @@ TRIES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViewConfig:
+class ViewConfig(Config):
     """What may happen to a training image of any task. Sizes are pixels, (height, width); probabilities are 0..1.
 
     The image is first scaled, by `scales` (short edge, the papers' multi-scale) or by `zoom` (a factor on the pixels,
@@ -34,33 +34,30 @@ class ViewConfig:
     smaller.
     """
 
-    flip: float = 0.5
-    vertical_flip: float = 0.0
+    flip: Share = 0.5
+    vertical_flip: Share = 0.0
     rot90: bool = False
-    scales: tuple[int, ...] = ()
-    max_size: int | None = None
-    zoom: tuple[float, float] | None = None
-    crop: tuple[int, int] | None = None
-    brightness: float = 0.0
+    scales: tuple[Count, ...] = ()
+    max_size: Count | None = None
+    zoom: tuple[Positive, Positive] | None = None
+    crop: tuple[Count, Count] | None = None
+    brightness: NonNegative = 0.0
     """Added, up to this share of the range."""
-    contrast: float = 0.0
+    contrast: NonNegative = 0.0
     """Factor about the image's mean, in 1 - contrast .. 1 + contrast."""
-    saturation: float = 0.0
+    saturation: NonNegative = 0.0
     """Factor on the distance to grey, in 1 - saturation .. 1 + saturation."""
-    gamma: float = 0.0
+    gamma: NonNegative = 0.0
     """Exponent in exp(-gamma) .. exp(gamma)."""
-    invert: float = 0.0
+    invert: Share = 0.0
     """Probability of the negative: stained tissue is dark on bright, fluorescence bright on dark."""
-    noise: float = 0.0
+    noise: NonNegative = 0.0
     """Largest standard deviation of Gaussian noise, as a share of the range."""
 
     def __post_init__(self) -> None:
-        check_range(self, "flip", "vertical_flip", "invert", high=1)
-        check_range(self, "brightness", "contrast", "saturation", "gamma", "noise")
-        check_sizes(*self.scales, *(self.crop or ()), self.max_size or 1)
         if self.scales and self.zoom:
             raise ConfigError("augmentation: scales and zoom both set the size of the image; use one of them")
-        if self.zoom and not 0 < self.zoom[0] <= self.zoom[1]:
+        if self.zoom and self.zoom[0] > self.zoom[1]:
             raise ConfigError(f"augmentation: zoom is (smallest, largest) factor, not {self.zoom}")
 
     def first_rect(self, size: tuple[int, int], chance: float, generator: torch.Generator) -> Rect:
@@ -77,18 +74,6 @@ class ViewConfig:
         return size
 
 
-def check_range(config: object, *names: str, high: float = math.inf) -> None:
-    for name in names:
-        if not 0 <= getattr(config, name) <= high:
-            limits = "a probability, 0 to 1" if high == 1 else "at least 0"
-            raise ConfigError(f"augmentation: {name} is {limits}, not {getattr(config, name)}")
-
-
-def check_sizes(*sizes: int) -> None:
-    if min(sizes) < 1:
-        raise ConfigError(f"augmentation: sizes are pixels, at least 1, not {min(sizes)}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig(ViewConfig):
     """What may happen to a training image and its objects.
@@ -100,17 +85,14 @@ class AugmentConfig(ViewConfig):
     that is smaller), also one of which a side is left shorter than `min_side`.
     """
 
-    crop_first: float = 0.0
-    crop_first_scales: tuple[int, ...] = (400, 500, 600)
-    crop_first_range: tuple[int, int] = (384, 600)
-    min_visible: float = 0.1
-    min_side: float = 1.0
+    crop_first: Share = 0.0
+    crop_first_scales: tuple[Count, ...] = (400, 500, 600)
+    crop_first_range: tuple[Count, Count] = (384, 600)
+    min_visible: Share = 0.1
+    min_side: NonNegative = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "crop_first", high=1)
-        check_range(self, "min_visible", "min_side")
-        check_sizes(*self.crop_first_scales, *self.crop_first_range)
         if self.crop_first and not self.scales:
             raise ConfigError("augmentation: crop_first scales the crop by scales; give them too")
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sievit.config import ConfigError
+from sievit.config import Config, ConfigError, Count
 from sievit.data.coco import CocoDetection
 from sievit.data.labels import LabelDataset
 
 
 @dataclass(frozen=True, kw_only=True)
-class Truth:
+class Truth(Config):
     """The annotations of images: --annotations of objects, or --labels of pixels.
 
     Attributes:
@@ -34,7 +34,7 @@ class Truth:
     label_suffix: str | None = None
     zero_is_ignored: bool = False
     palette: Path | None = None
-    max_detections: int = 100
+    max_detections: Count = 100
 
     @property
     def given(self) -> bool:

@@ -3,16 +3,18 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from sievit.config import ConfigError, kind_of
+from annotated_types import Interval
+
+from sievit.config import Config, ConfigError, Count, Natural, NonNegative, Positive, Seed, Share, kind_of
 from sievit.data.dataset import ImageDataset
 from sievit.models.inputs import ModelConfig
 from sievit.tasks import DataConfig, Task, task_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Config):
     """How a model is trained.
 
     Attributes:
@@ -42,65 +44,53 @@ class TrainConfig:
         threads: CPU threads; None leaves torch's choice.
     """
 
-    epochs: int = 36
-    steps: int | None = None
+    epochs: Count = 36
+    steps: Count | None = None
     init_from: Path | None = None
     vit_from: Path | None = None
-    batch_size: int = 16
-    accumulate: int = 1
-    lr: float = 1e-4
-    weight_decay: float = 0.05
-    warmup_steps: int = 500
-    warmup_start: float = 0.001
+    batch_size: Count = 16
+    accumulate: Count = 1
+    lr: NonNegative = 1e-4
+    weight_decay: NonNegative = 0.05
+    warmup_steps: Natural = 500
+    warmup_start: Share = 0.001
     schedule: Literal["step", "cosine", "poly", "constant"] = "step"
-    step_epochs: tuple[int, ...] = (27, 33)
-    policy_lr: float = 1.0
+    step_epochs: tuple[Natural, ...] = (27, 33)
+    policy_lr: NonNegative = 1.0
     """Factor on the rate of the policy's parameters."""
-    head_lr: float = 1.0
+    head_lr: NonNegative = 1.0
     """Factor on the rate of the heads' parameters."""
-    layer_decay: float = 1.0
+    layer_decay: Annotated[float, Interval(gt=0, le=1)] = 1.0
     """Factor on the rate from each block of the ViT to the one before it, as in BEiT's fine-tuning; the embedding
     counts as the first layer, and everything outside the ViT has the full rate."""
-    freeze: Literal["none", "vit"] | int = "none"
+    freeze: Literal["none", "vit"] | Count = "none"
     decay_norms: bool = False
     """Weight decay on norms, biases and positions too."""
-    clip_norm: float | None = None
-    ema: float = 0.0
-    selected_after: int | None = None
+    clip_norm: Positive | None = None
+    ema: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    selected_after: Natural | None = None
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    loss_scale: float = 512.0
+    loss_scale: Positive = 512.0
     channels_last: bool = True
-    seed: int = 0
-    val_every: int = 1
-    val_images: int | None = None
-    save_every: float = 5.0
-    log_every: int = 20
-    workers: int = 1
-    threads: int | None = None
+    seed: Seed = 0
+    val_every: Count = 1
+    val_images: Count | None = None
+    save_every: NonNegative = 5.0
+    log_every: Count = 20
+    workers: Natural = 1
+    threads: Count | None = None
 
     def __post_init__(self) -> None:
-        ones = ("epochs", "steps", "batch_size", "accumulate", "val_every", "val_images", "log_every", "threads")
-        least = dict.fromkeys(ones, 1) | dict.fromkeys(("workers", "warmup_steps", "save_every", "selected_after"), 0)
-        for name, limit in least.items():
-            value = getattr(self, name)
-            if value is not None and value < limit:
-                raise ConfigError(f"train.{name} is at least {limit}, not {value}")
         if self.batch_size % self.accumulate:
             raise ConfigError(f"train.batch_size {self.batch_size} does not split into {self.accumulate} parts")
         if self.init_from is not None and self.vit_from is not None:
             raise ConfigError(
                 "train.init_from holds the weights of the ViT too; leave out train.vit_from (--train.vit-from None)"
             )
-        if not 0 <= self.ema < 1:
-            raise ConfigError(f"train.ema is a decay from 0 to below 1, not {self.ema}")
-        if not 0 < self.layer_decay <= 1:
-            raise ConfigError(f"train.layer_decay is a factor above 0 and up to 1, not {self.layer_decay}")
-        if isinstance(self.freeze, int) and self.freeze < 1:
-            raise ConfigError(f"train.freeze is none, vit, or a number of first blocks from 1 on, not {self.freeze}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Config):
     """Everything that a run depends on; stored as recipe.json in its folder."""
 
     model: ModelConfig

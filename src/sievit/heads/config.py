@@ -6,14 +6,14 @@ Lengths are pixels of the network's input, boxes are xyxy.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sievit.config import ConfigError
+from sievit.config import Config, ConfigError, Count, Natural, NonNegative, Positive, Share
 
 BoxLoss = Literal["l1", "smooth_l1"]
-Weights = tuple[float, float, float, float]
+Weights = tuple[Positive, Positive, Positive, Positive]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnchorConfig:
+class AnchorConfig(Config):
     """The boxes that proposals start from.
 
     Attributes:
@@ -23,9 +23,9 @@ class AnchorConfig:
         rounded: round their corners to whole pixels (torchvision does).
     """
 
-    sizes: tuple[tuple[float, ...], ...] = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
-    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    strides: tuple[int, ...] | None = (4, 8, 16, 32, 64)
+    sizes: tuple[tuple[Positive, ...], ...] = ((32.0,), (64.0,), (128.0,), (256.0,), (512.0,))
+    ratios: tuple[Positive, ...] = (0.5, 1.0, 2.0)
+    strides: tuple[Count, ...] | None = (4, 8, 16, 32, 64)
     rounded: bool = False
 
     def __post_init__(self) -> None:
@@ -38,7 +38,7 @@ class AnchorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageConfig:
+class StageConfig(Config):
     """The fields that the proposals and the box branch share: both score and refine boxes.
 
     Attributes:
@@ -51,15 +51,15 @@ class StageConfig:
         nms_iou: of two boxes that overlap more, the one with the lower score is dropped.
     """
 
-    fg_iou: float
-    bg_iou: float
-    batch_size: int
-    positive_fraction: float
+    fg_iou: Share
+    bg_iou: Share
+    batch_size: Count
+    positive_fraction: Share
     loss: BoxLoss = "l1"
     weights: Weights
-    min_score: float
-    min_size: float
-    nms_iou: float
+    min_score: Share
+    min_size: NonNegative
+    nms_iou: Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,24 +73,24 @@ class RPNConfig(StageConfig):
         post_nms_train, post_nms_test: proposals per image after it.
     """
 
-    convs: int = 1
-    fg_iou: float = 0.7
-    bg_iou: float = 0.3
-    low_quality_iou: float = 0.3
-    batch_size: int = 256
-    positive_fraction: float = 0.5
+    convs: Count = 1
+    fg_iou: Share = 0.7
+    bg_iou: Share = 0.3
+    low_quality_iou: Share = 0.3
+    batch_size: Count = 256
+    positive_fraction: Share = 0.5
     weights: Weights = (1.0, 1.0, 1.0, 1.0)
-    pre_nms_train: int = 2000
-    pre_nms_test: int = 1000
-    post_nms_train: int = 1000
-    post_nms_test: int = 1000
-    min_score: float = 0.0
-    min_size: float = 1e-3
-    nms_iou: float = 0.7
+    pre_nms_train: Count = 2000
+    pre_nms_test: Count = 1000
+    post_nms_train: Count = 1000
+    post_nms_test: Count = 1000
+    min_score: Share = 0.0
+    min_size: NonNegative = 1e-3
+    nms_iou: Share = 0.7
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoIConfig:
+class RoIConfig(Config):
     """How boxes are pooled from the maps.
 
     Attributes:
@@ -102,8 +102,8 @@ class RoIConfig:
     """
 
     aligned: bool = True
-    sampling_ratio: int = 0
-    finest_size: float = 56.0
+    sampling_ratio: Natural = 0
+    finest_size: Positive = 56.0
     level_rule: Literal["inside", "outside"] = "inside"
 
 
@@ -117,21 +117,21 @@ class BoxConfig(StageConfig):
         max_detections: per image.
     """
 
-    pool: int = 7
-    fc: int = 1024
-    fg_iou: float = 0.5
-    bg_iou: float = 0.5
-    batch_size: int = 512
-    positive_fraction: float = 0.25
+    pool: Count = 7
+    fc: Count = 1024
+    fg_iou: Share = 0.5
+    bg_iou: Share = 0.5
+    batch_size: Count = 512
+    positive_fraction: Share = 0.25
     weights: Weights = (10.0, 10.0, 5.0, 5.0)
-    min_score: float = 0.05
-    min_size: float = 1e-2
-    nms_iou: float = 0.5
-    max_detections: int = 100
+    min_score: Share = 0.05
+    min_size: NonNegative = 1e-2
+    nms_iou: Share = 0.5
+    max_detections: Count = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskConfig:
+class MaskConfig(Config):
     """The mask branch.
 
     Attributes:
@@ -144,12 +144,12 @@ class MaskConfig:
         threshold: probability from which a pixel belongs to the object.
     """
 
-    pool: int = 14
-    convs: tuple[int, ...] = (256, 256, 256, 256)
-    deconv: int = 256
+    pool: Count = 14
+    convs: tuple[Count, ...] = (256, 256, 256, 256)
+    deconv: Count = 256
     targets: Literal["binary", "soft"] = "binary"
     paste: Literal["aligned", "torchvision"] = "aligned"
-    threshold: float = 0.5
+    threshold: Share = 0.5
 
     def __post_init__(self) -> None:
         if not self.convs:
@@ -157,7 +157,7 @@ class MaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskRCNNConfig:
+class MaskRCNNConfig(Config):
     """Mask R-CNN with a feature pyramid.
 
     Attributes:
@@ -167,19 +167,15 @@ class MaskRCNNConfig:
         smooth_l1_beta: of the losses that are "smooth_l1".
     """
 
-    num_classes: int
+    num_classes: Count
     with_masks: bool = True
-    fpn_channels: int = 256
-    smooth_l1_beta: float = 1 / 9
+    fpn_channels: Count = 256
+    smooth_l1_beta: NonNegative = 1 / 9
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
     rpn: RPNConfig = field(default_factory=RPNConfig)
     roi: RoIConfig = field(default_factory=RoIConfig)
     box: BoxConfig = field(default_factory=BoxConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
-
-    def __post_init__(self) -> None:
-        if self.num_classes < 1:
-            raise ConfigError(f"num_classes is {self.num_classes}; a detector needs at least one class")
 
     @classmethod
     def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from sievit.config import ConfigError, variants
+from sievit.config import Config, ConfigError, variants
 from sievit.losses import pixel_loss
 from sievit.tokens import Prediction, Tokens
 from sievit.vit.packed import Packing, unpack
 
 
 @dataclass(frozen=True)
-class SemanticHeadConfig:
+class SemanticHeadConfig(Config):
     """Base of every semantic head's configuration."""
 
 

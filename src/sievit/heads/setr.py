@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
-from sievit.config import variant
+from sievit.config import Count, variant
 from sievit.distributed import world_size
 from sievit.heads.semantic import (
     SemanticHead,
@@ -57,8 +59,8 @@ class MLPConfig(SemanticHeadConfig):
         num_layers: linear layers, the classifying one included.
     """
 
-    hidden_dim: int = 256
-    num_layers: int = 3
+    hidden_dim: Count = 256
+    num_layers: Count = 3
 
 
 @register_head(MLPConfig)
@@ -89,8 +91,8 @@ class SETRNaiveConfig(SemanticHeadConfig):
         dropout: before the second, token by token.
     """
 
-    channels: int = 256
-    dropout: float = 0.1
+    channels: Count = 256
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
 
 
 @register_head(SETRNaiveConfig)
@@ -131,9 +133,9 @@ class SETRPUPConfig(SemanticHeadConfig):
         dropout: of whole channels before the classifier.
     """
 
-    channels: int = 256
-    num_convs: int = 4
-    dropout: float = 0.1
+    channels: Count = 256
+    num_convs: Count = 4
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
 
 
 @register_head(SETRPUPConfig)

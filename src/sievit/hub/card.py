@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from sievit.config import ConfigError, kind_of
+from sievit.config import Config, ConfigError, kind_of
 from sievit.models.inputs import ModelConfig
 
 TAGS = ("sievit", "vision-transformer", "token-selection")
@@ -71,7 +71,7 @@ Classes: {classes}
 
 
 @dataclass(frozen=True, kw_only=True)
-class CardOptions:
+class CardOptions(Config):
     """What a model card states that the model itself does not; fields that are left out are marked unknown.
 
     Attributes:

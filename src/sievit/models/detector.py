@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from sievit.config import ConfigError, variant
+from sievit.config import ConfigError, Label, variant
 from sievit.heads.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from sievit.heads.masks import paste_masks
 from sievit.measure.flops import count_macs
@@ -38,7 +38,7 @@ class DetectorConfig(ModelConfig):
 
     neck: NeckConfig
     head: MaskRCNNConfig
-    category_ids: tuple[int, ...]
+    category_ids: tuple[Label, ...]
     padding: Literal["hidden", "seen"] = "hidden"
 
     result: ClassVar[str] = "boxes, labels, scores, masks"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
-from sievit.config import ConfigError
+from sievit.config import Config, ConfigError, Count, Finite, Positive
 from sievit.data.images import read_image, to_rgb, to_tensor, upright
 from sievit.policies import PolicyConfig
 from sievit.vit import ViTConfig
@@ -24,7 +24,7 @@ Window = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class InputConfig:
+class InputConfig(Config):
     """What happens to an image before the network sees it.
 
     Attributes:
@@ -35,11 +35,11 @@ class InputConfig:
         antialias: filter before making images smaller (the SViT release does not).
     """
 
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    min_size: int | None = 800
-    max_size: int = 1333
-    size_divisor: int = 32
+    mean: tuple[Finite, Finite, Finite] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    min_size: Count | None = 800
+    max_size: Count = 1333
+    size_divisor: Count = 32
     antialias: bool = True
 
     def test_size(self, size: Size) -> Size:
@@ -51,7 +51,7 @@ class InputConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Config):
     """What every whole model has; each kind of model adds its own, and is enough to rebuild the model.
 
     Attributes:

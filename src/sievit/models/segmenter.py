@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sievit.config import ConfigError, variant
+from sievit.config import Byte, ConfigError, Count, Label, Natural, NonNegative, variant
 from sievit.heads.semantic import SemanticHead, SemanticHeadConfig, build_head, extents, repeat_edges, resize
 from sievit.measure.flops import traced_macs
 from sievit.measure.published import head_tokens, published_macs
@@ -40,13 +40,13 @@ class SegmenterConfig(ModelConfig):
     """
 
     head: SemanticHeadConfig
-    out_indices: tuple[int, ...]
-    aux_weight: float = 1.0
-    crop: tuple[int, int] | None = None
-    stride: tuple[int, int] | None = None
-    windows_at_once: int = 8
-    ignore_index: int = 255
-    palette: tuple[tuple[int, int, int], ...] = ()
+    out_indices: tuple[Natural, ...]
+    aux_weight: NonNegative = 1.0
+    crop: tuple[Count, Count] | None = None
+    stride: tuple[Count, Count] | None = None
+    windows_at_once: Count = 8
+    ignore_index: Label = 255
+    palette: tuple[tuple[Byte, Byte, Byte], ...] = ()
 
     result: ClassVar[str] = "a class for every pixel"
     hub_task: ClassVar[str] = "image-segmentation"
@@ -66,17 +66,12 @@ class SegmenterConfig(ModelConfig):
             raise ConfigError(f"out_indices {places}: rising blocks, the last of them {depth - 1}, the last block")
         if (self.crop is None) != (self.stride is None):
             raise ConfigError("crop and stride of the sliding window go together; give both or neither")
-        if self.crop is not None and self.stride is not None:
-            if min(*self.crop, *self.stride) < 1:
-                raise ConfigError(f"crop {self.crop} and stride {self.stride} are pixels, at least 1")
-            if self.stride[0] > self.crop[0] or self.stride[1] > self.crop[1]:
-                raise ConfigError(f"a stride of {self.stride} leaves gaps between windows of {self.crop}")
+        if self.crop and self.stride and (self.stride[0] > self.crop[0] or self.stride[1] > self.crop[1]):
+            raise ConfigError(f"a stride of {self.stride} leaves gaps between windows of {self.crop}")
         if 0 <= self.ignore_index < len(self.classes):
             raise ConfigError(f"ignore_index {self.ignore_index} is one of the {len(self.classes)} classes")
         if self.palette and len(self.palette) != len(self.classes):
             raise ConfigError(f"palette has {len(self.palette)} colours for {len(self.classes)} classes")
-        if self.windows_at_once < 1:
-            raise ConfigError(f"windows_at_once is at least 1, not {self.windows_at_once}")
 
     @property
     def default_size(self) -> Size:

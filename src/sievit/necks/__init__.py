@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from sievit.config import Config
+
 
 @dataclass(frozen=True)
-class NeckConfig:
+class NeckConfig(Config):
     """Base of every neck's configuration."""

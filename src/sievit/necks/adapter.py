@@ -8,13 +8,15 @@ Letters: b images, n = h*w tokens at stride 16, m = 4n + n + n/4 branch features
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
 
-from sievit.config import ConfigError, variant
+from sievit.config import ConfigError, Count, Natural, Positive, variant
 from sievit.necks import NeckConfig
 from sievit.necks.deform_attn import DeformAttn, Shapes, reference_points
 from sievit.necks.norm import BatchNorm2d, conv_norm_relu
@@ -38,14 +40,14 @@ class AdapterConfig(NeckConfig):
         drop_path_rate: stochastic depth of the extractors' feed-forward.
     """
 
-    conv_inplane: int = 64
-    deform_num_heads: int = 6
-    num_points: int = 4
-    deform_ratio: float = 1.0
-    cffn_ratio: float = 0.25
-    num_interactions: int = 4
-    num_extra_extractors: int = 2
-    drop_path_rate: float = 0.0
+    conv_inplane: Count = 64
+    deform_num_heads: Count = 6
+    num_points: Count = 4
+    deform_ratio: Positive = 1.0
+    cffn_ratio: Positive = 0.25
+    num_interactions: Count = 4
+    num_extra_extractors: Natural = 2
+    drop_path_rate: Annotated[float, Interval(ge=0, lt=1)] = 0.0
 
 
 class Masks:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
 
-from sievit.config import variant
+from sievit.config import Count, variant
 from sievit.necks import NeckConfig
 
 
@@ -18,7 +18,7 @@ class PyramidConfig(NeckConfig):
         out_channels: channels of each of the four maps.
     """
 
-    out_channels: int = 256
+    out_channels: Count = 256
 
 
 class SimplePyramid(nn.Module):

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
-from sievit.config import ConfigError, kind_of, nearest, to_json, variants
+from sievit.config import Config, ConfigError, kind_of, nearest, to_json, variants
 from sievit.tokens import Prediction, Tokens, Trace
 
 Notes = dict[str, Tensor]
@@ -63,7 +63,7 @@ class BlockRange:
 
 
 @dataclass(frozen=True)
-class PolicyConfig:
+class PolicyConfig(Config):
     """Base of every policy's configuration; each policy file has one, registered under the policy's name."""
 
     swept: ClassVar[tuple[str, tuple[Any, ...]] | None] = None

@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Interval
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
-from sievit.config import ConfigError, variant
+from sievit.config import ConfigError, Count, Natural, Share, variant
 from sievit.policies.base import FEWEST, BlockRange, Dial, Head, Notes, Policy, PolicyConfig, register
 from sievit.policies.selection import Scale, select_top, tidy
 from sievit.tokens import Prediction, Tokens, Trace
@@ -38,26 +39,22 @@ class DToPConfig(PolicyConfig):
 
     swept: ClassVar = ("thresholds", (0.8, 0.85, 0.9, 0.95, 0.98))
 
-    thresholds: tuple[float, ...] = (0.9,)
-    keep_per_class: int = 5
+    thresholds: tuple[Share, ...] = (0.9,)
+    keep_per_class: Natural = 5
     grade: Literal["max", "margin", "entropy"] = "max"
     preserve: bool = False
     rejoin: bool = False
-    static_left: tuple[float, ...] | None = None
-    multiple: int = 1
+    static_left: tuple[Annotated[float, Interval(ge=0, lt=1)], ...] | None = None
+    multiple: Count = 1
 
     def __post_init__(self) -> None:
         left = self.static_left
-        if left is not None and (list(left) != sorted(left) or not all(0 <= share < 1 for share in left)):
-            raise ConfigError(f"dtop: static_left are rising shares from 0 to below 1, not {left}")
+        if left is not None and (list(left) != sorted(left)):
+            raise ConfigError(f"dtop: static_left are rising shares, not {left}")
         if left is not None and self.preserve:
             raise ConfigError("dtop: static_left does not go with preserve")
-        if self.multiple < 1:
-            raise ConfigError(f"dtop: multiple is at least 1, not {self.multiple}")
-        if not self.thresholds or any(not 0.0 <= t <= 1.0 for t in self.thresholds):
-            raise ConfigError(f"dtop: thresholds are from 0 to 1, at least one, not {self.thresholds}")
-        if self.keep_per_class < 0:
-            raise ConfigError(f"dtop: keep_per_class is 0 or more, not {self.keep_per_class}")
+        if not self.thresholds:
+            raise ConfigError("dtop: thresholds has no value; give at least one")
 
     def per_stage(self, stages: int) -> tuple[float, ...]:
         """One threshold for each of `stages` heads, the last one's included.

@@ -6,14 +6,14 @@ import typing
 from dataclasses import dataclass, fields, replace
 from typing import Any, Union
 
-from sievit.config import ConfigError, from_json, kind_of, nearest
+from sievit.config import Config, ConfigError, from_json, kind_of, nearest
 from sievit.policies.base import PolicyConfig, policy_config
 
 WORDS = {"None": None, "True": True, "False": False}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyOptions:
+class PolicyOptions(Config):
     """Another policy, or other settings of it.
 
     Attributes:

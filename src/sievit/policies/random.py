@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sievit.config import variant
+from sievit.config import Seed, variant
 from sievit.policies.base import register
 from sievit.policies.selection import SharesConfig, SharesPolicy
 from sievit.tokens import Tokens
@@ -21,7 +21,7 @@ class RandomConfig(SharesConfig):
         seed: the draw of a token depends on the seed, the block and its place, and not on the image or the batch.
     """
 
-    seed: int = 0
+    seed: Seed = 0
 
 
 @register(RandomConfig)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Num
 from torch import Tensor
 
-from sievit.config import ConfigError
+from sievit.config import ConfigError, Natural, Share
 from sievit.policies.base import FEWEST, BlockRange, Dial, Notes, Policy, PolicyConfig
 from sievit.tokens import Tokens, Trace
 
@@ -26,13 +26,13 @@ def spread(shares: tuple[float, ...], *, first_block: int, depth: int) -> tuple[
     """One share per block from `first_block` on: the given ones in equal runs, in their order.
 
     Raises:
-        ConfigError: a share outside 0..1, more shares than blocks, or no block left to choose for.
+        ConfigError: more shares than blocks, none, or no block left to choose for.
     """
     blocks = depth - first_block
     if not 0 <= first_block < depth:
         raise ConfigError(f"first_block {first_block}: the backbone has blocks 0 to {depth - 1}")
-    if not shares or any(not 0.0 <= share <= 1.0 for share in shares):
-        raise ConfigError(f"shares of tokens to keep must be between 0 and 1, got {shares}")
+    if not shares:
+        raise ConfigError("the shares of tokens to keep have no value; give at least one")
     if blocks < len(shares) and len(set(shares)) > blocks:
         raise ConfigError(
             f"{len(shares)} shares for {blocks} blocks from block {first_block} on; give {blocks} or fewer"
@@ -74,8 +74,8 @@ class SharesConfig(PolicyConfig):
         shares: share of tokens kept, spread over the blocks from `first_block` on.
     """
 
-    first_block: int = 3
-    shares: tuple[float, ...] = PAPER_SCHEDULE
+    first_block: Natural = 3
+    shares: tuple[Share, ...] = PAPER_SCHEDULE
 
 
 class SharesPolicy(Policy):

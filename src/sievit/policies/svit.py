@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sievit.config import ConfigError, variant
+from sievit.config import ConfigError, Count, Finite, Natural, NonNegative, Positive, Share, variant
 from sievit.distributed import from_first, global_sum
 from sievit.policies.base import FEWEST, BlockRange, Dial, Notes, Policy, PolicyConfig, register
 from sievit.policies.selection import PAPER_SCHEDULE, Scale, scaled, select_top, spread, tidy
@@ -47,22 +47,22 @@ class SViTConfig(PolicyConfig):
 
     swept: ClassVar = ("threshold", (-0.5, -0.2, 0.0, 0.2, 0.5))
 
-    first_block: int = 3
-    targets: tuple[float, ...] = PAPER_SCHEDULE
-    loss_weight: float = 4.0
+    first_block: Natural = 3
+    targets: tuple[Share, ...] = PAPER_SCHEDULE
+    loss_weight: NonNegative = 4.0
     per_sample: bool = False
-    temperature: float = 1.0
-    noise: float = 1.0
+    temperature: Positive = 1.0
+    noise: NonNegative = 1.0
     reactivate: bool = True
     preserve: bool = True
     sample: bool = False
-    hidden_ratio: float = 0.25
-    threshold: float = 0.0
-    static_shares: tuple[float, ...] | None = None
-    multiple: int = 1
-    dense_blocks: tuple[int, ...] = ()
-    budgets: tuple[float, float] | None = None
-    budget: float = 1.0
+    hidden_ratio: Positive = 0.25
+    threshold: Finite = 0.0
+    static_shares: tuple[Share, ...] | None = None
+    multiple: Count = 1
+    dense_blocks: tuple[Natural, ...] = ()
+    budgets: tuple[Positive, Positive] | None = None
+    budget: Positive = 1.0
 
 
 class Gate(nn.Module):
@@ -276,14 +276,10 @@ def _check(config: SViTConfig, *, gated: int) -> None:
         raise ConfigError("svit: preserve=False leaves nothing to come back; set reactivate=False with it")
     if config.dense_blocks and not config.reactivate:
         raise ConfigError("svit: dense_blocks bring all tokens back; leave them out, or set reactivate=True")
-    if config.temperature <= 0 or config.noise < 0:
-        raise ConfigError(f"svit: temperature must be positive and noise not negative, got {config}")
-    if shares is not None and (len(shares) != gated or not all(0 < s <= 1 for s in shares)):
+    if shares is not None and (len(shares) != gated or min(shares) == 0):
         raise ConfigError(f"svit: static_shares are {gated}, one per gated block, above 0 and up to 1, not {shares}")
     if shares is not None and (config.sample or not config.reactivate):
         raise ConfigError("svit: static_shares go with the arg-max and with reactivation")
-    if config.multiple < 1:
-        raise ConfigError(f"svit: multiple is at least 1, not {config.multiple}")
     if config.budgets is None:
         if config.budget != 1:
             raise ConfigError(
@@ -292,8 +288,8 @@ def _check(config: SViTConfig, *, gated: int) -> None:
             )
         return
     least, most = config.budgets
-    if not 0 < least < most < math.inf:
-        raise ConfigError(f"svit: budgets are two rising factors above 0, such as (0.5, 1.2), not {config.budgets}")
+    if least >= most:
+        raise ConfigError(f"svit: budgets are two rising factors, such as (0.5, 1.2), not {config.budgets}")
     if not least <= config.budget <= most:
         raise ConfigError(f"svit: budget {config.budget} is not in the range of budgets, {least} to {most}")
 

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from sievit.config import Config
 from sievit.data.text import read_text
 from sievit.models.base import Model
 from sievit.vit import ViT
 
 
-class ReleasedOptions:
+class ReleasedOptions(Config):
     """Base of the options for what the files of a family do not hold.
 
     Attributes:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from sievit.config import ConfigError
+from sievit.config import ConfigError, Count
 from sievit.convert import adapter_backbone, mmdet_heads
 from sievit.convert.mmdet_heads import HEAD_PREFIXES
 from sievit.convert.pth import Checkpoint
@@ -41,8 +41,8 @@ class ViTAdapterOptions(ReleasedOptions):
     family = "vit_adapter"
     classes: Path | None = None
     annotations: Path | None = None
-    num_heads: int | None = None
-    deform_num_heads: int | None = None
+    num_heads: Count | None = None
+    deform_num_heads: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

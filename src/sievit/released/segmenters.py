@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from sievit.config import ConfigError
+from sievit.config import ConfigError, Count, Finite, Natural, Positive, Share
 from sievit.convert.dtop import (
     ATM_RULES,
     SOURCE,
@@ -62,15 +62,15 @@ class SegViTOptions(ReleasedOptions):
     family = "segvit"
     classes: Path | None = None
     palette: Path | None = None
-    num_heads: int | None = None
-    head_num_heads: int | None = None
-    out_indices: tuple[int, ...] | None = None
-    crop: int | None = None
-    stride: int | None = None
-    short_edge: int | None = None
-    long_edge: int | None = None
-    mean: Triple | None = None
-    std: Triple | None = None
+    num_heads: Count | None = None
+    head_num_heads: Count | None = None
+    out_indices: tuple[Natural, ...] | None = None
+    crop: Count | None = None
+    stride: Count | None = None
+    short_edge: Count | None = None
+    long_edge: Count | None = None
+    mean: tuple[Finite, Finite, Finite] | None = None
+    std: tuple[Positive, Positive, Positive] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class DToPOptions(SegViTOptions):
     """
 
     family = "dtop"
-    thresholds: tuple[float, ...] | None = None
+    thresholds: tuple[Share, ...] | None = None
 
 
 def assemble(checkpoint: Checkpoint, options: SegViTOptions) -> Converted:

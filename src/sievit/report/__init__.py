@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sievit.config import ConfigError, kind_of
+from sievit.config import ConfigError, Count, Share, kind_of
 from sievit.data.images import read_image, to_tensor
 from sievit.data.truth import Truth
 from sievit.devices import device_name, pick_device
@@ -29,7 +29,7 @@ def predict(
     *,
     out: Path,
     policy: PolicyOptions = PolicyOptions(),  # noqa: B008
-    score_threshold: float = 0.5,
+    score_threshold: Share = 0.5,
     ids: Path | None = None,
     device: str = "auto",
 ) -> int:
@@ -87,8 +87,8 @@ def evaluate(
     *,
     truth: Truth = Truth(),  # noqa: B008
     policy: PolicyOptions = PolicyOptions(),  # noqa: B008
-    batch_size: int = 1,
-    limit: int | None = None,
+    batch_size: Count = 1,
+    limit: Count | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Evaluate a model; the last line of the output is one JSON object with every figure.

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sievit.config import ConfigError
+from sievit.config import ConfigError, Count, Natural
 from sievit.data.dataset import ImageDataset
 from sievit.data.truth import Truth
 from sievit.devices import device_name, pick_device
@@ -31,8 +31,8 @@ PAIRS = {"detection": ("nuclei_vit", "nuclei_svit"), "segmentation": ("nuclei_se
 def demo(
     *,
     out: Path = Path("out/demo"),
-    num_images: int = 32,
-    pictures: int = 8,
+    num_images: Count = 32,
+    pictures: Natural = 8,
     data_root: Path | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:

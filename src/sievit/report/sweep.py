@@ -18,7 +18,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from sievit.config import ConfigError, kind_of, to_json
+from sievit.config import ConfigError, Count, Natural, kind_of, to_json
 from sievit.data.dataset import ImageDataset
 from sievit.data.truth import Truth
 from sievit.devices import device_name, pick_device
@@ -50,9 +50,9 @@ def sweep(
     out: Path = Path("out/sweep"),
     name: str | None = None,
     also: tuple[str, ...] = (),
-    limit: int | None = None,
-    batch_size: int = 1,
-    timed_images: int = 16,
+    limit: Count | None = None,
+    batch_size: Count = 1,
+    timed_images: Natural = 16,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Evaluate a model at many values of a field of its policy, such as thresholds, and densely.

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from PIL import Image
 
-from sievit.config import ConfigError, kind_of
+from sievit.config import Config, ConfigError, kind_of
 from sievit.data.dataset import ImageDataset
 from sievit.data.truth import Truth
 from sievit.models.inputs import ModelConfig
@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Config):
     """Base of the training data of every task; paths are relative to `root`.
 
     Attributes:

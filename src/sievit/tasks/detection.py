@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from sievit import viz
-from sievit.config import ConfigError, variant
+from sievit.config import ConfigError, Count, variant
 from sievit.data.annotations import load_categories
 from sievit.data.coco import CocoDetection
 from sievit.data.coco_json import CocoFile
@@ -44,7 +44,7 @@ class CocoData(DataConfig):
     train_annotations: Path
     val_annotations: Path
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    max_detections: int = 100
+    max_detections: Count = 100
     invalid: Literal["error", "skip"] = "error"
     skip_empty: bool = False
     own_classes: bool = False

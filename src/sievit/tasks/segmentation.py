@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from sievit import viz
-from sievit.config import ConfigError, variant
+from sievit.config import ConfigError, Label, variant
 from sievit.data.label_files import read_palette
 from sievit.data.labels import LabelDataset
 from sievit.data.semantic import SemanticAugment, SemanticAugmentConfig
@@ -50,7 +50,7 @@ class LabelsData(DataConfig):
     image_suffix: str | None = None
     label_suffix: str | None = None
     zero_is_ignored: bool = False
-    values: tuple[int, ...] | None = None
+    values: tuple[Label, ...] | None = None
     palette: Path | None = None
     augment: SemanticAugmentConfig = field(default_factory=SemanticAugmentConfig)
 

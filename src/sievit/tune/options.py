@@ -1,15 +1,17 @@
 """What can be asked of tuning."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from sievit.config import ConfigError
+from annotated_types import Interval
+
+from sievit.config import Config, ConfigError, Count, NonNegative, Positive, Share
 
 Size = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Goal:
+class Goal(Config):
     """What is wanted; at most one of them. Without any the model's own setting stays, where it pays.
 
     Attributes:
@@ -18,21 +20,18 @@ class Goal:
         max_drop: points of AP or mIoU, at most, below the dense model; needs annotated images.
     """
 
-    target_ms: float | None = None
-    target_gflops: float | None = None
-    max_drop: float | None = None
+    target_ms: Positive | None = None
+    target_gflops: Positive | None = None
+    max_drop: NonNegative | None = None
 
     def __post_init__(self) -> None:
         given = {f"--{name.replace('_', '-')}": v for name, v in vars(self).items() if v is not None}
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)}: give one target at a time")
-        for name, value in given.items():
-            if value < 0 or (value == 0 and name != "--max-drop"):
-                raise ConfigError(f"{name} {value:g}: must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuning:
+class Tuning(Config):
     """How it is measured.
 
     Attributes:
@@ -50,23 +49,17 @@ class Tuning:
         eval_limit: the accuracy is that of the first so many annotated images.
     """
 
-    size: Size | None = None
-    batch_size: int = 1
-    repeats: int = 15
-    num_images: int = 16
+    size: tuple[Count, Count] | None = None
+    batch_size: Count = 1
+    repeats: Annotated[int, Interval(ge=3, le=10**6)] = 15
+    num_images: Count = 16
     modes: tuple[str, ...] = ()
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
-    quantile: float | None = None
-    multiple: int = 8
-    eval_limit: int | None = None
+    quantile: Share | None = None
+    multiple: Count = 8
+    eval_limit: Count | None = None
 
     def __post_init__(self) -> None:
-        if self.repeats < 3 or self.batch_size < 1 or self.num_images < 1 or self.multiple < 1:
-            raise ConfigError("--repeats is at least 3; --batch-size, --num-images and --multiple are at least 1")
-        if self.quantile is not None and not 0 <= self.quantile <= 1:
-            raise ConfigError(f"--quantile {self.quantile:g}: is from 0 to 1")
         if not set(self.modes) <= {"dynamic", "bucketed", "static"}:
             raise ConfigError(f"--modes {' '.join(self.modes)}: are dynamic, bucketed and static")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ConfigError(f"--precision {self.precision}: is float32 or bfloat16")

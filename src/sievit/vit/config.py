@@ -1,15 +1,17 @@
 """What a plain ViT can be. Words and defaults are timm's."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from sievit.config import ConfigError
+from annotated_types import Interval
+
+from sievit.config import Config, ConfigError, Count, Finite, NonNegative, Positive
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
 
 
 @dataclass(frozen=True)
-class RopeConfig:
+class RopeConfig(Config):
     """Rotary positions of the grid tokens (RoFormer, arXiv 2104.09864, on two axes): one angle per axis and frequency.
 
     Attributes:
@@ -23,15 +25,15 @@ class RopeConfig:
     """
 
     kind: Literal["index", "centred"]
-    temperature: float
-    reference: tuple[int, int] | None = None
-    offset: float = 0.0
+    temperature: Positive
+    reference: tuple[Count, Count] | None = None
+    offset: Finite = 0.0
     xy: bool = False
     interleaved: bool = False
 
 
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(Config):
     """A plain ViT: DeiT, AugReg, MAE, CLIP, DINOv2, DINOv3, EVA-02 and their like; names are timm's where it has one.
 
     Attributes:
@@ -56,34 +58,34 @@ class ViTConfig:
         drop_path_rate: stochastic depth, growing linearly over the blocks from 0 to this rate.
     """
 
-    grid: tuple[int, int] = (14, 14)
-    patch_size: int = 16
-    token_stride: int | None = None
-    embed_dim: int = 192
-    depth: int = 12
-    num_heads: int = 3
-    mlp_ratio: float = 4.0
+    grid: tuple[Count, Count] = (14, 14)
+    patch_size: Count = 16
+    token_stride: Count | None = None
+    embed_dim: Annotated[int, Interval(ge=1, le=2**16)] = 192
+    depth: Annotated[int, Interval(ge=1, le=1000)] = 12
+    num_heads: Count = 3
+    mlp_ratio: Annotated[float, Interval(gt=0, le=64)] = 4.0
     qkv_bias: bool = True
     proj_bias: bool = True
     patch_bias: bool = True
     class_token: bool = False
-    num_registers: int = 0
+    num_registers: Annotated[int, Interval(ge=0, le=1000)] = 0
     pos_embed: Literal["all", "patches", "none"] = "all"
     pos_antialias: bool = True
     rope: RopeConfig | None = None
     layer_scale: Literal["none", "both", "attn"] = "none"
-    init_values: float = 1e-5
+    init_values: Finite = 1e-5
     act: Activation = "gelu"
     gated_mlp: bool = False
     qk_norm: bool = False
     attn_norm: bool = False
     mlp_norm: bool = False
     norm: Literal["layer", "rms"] = "layer"
-    norm_eps: float = 1e-6
+    norm_eps: NonNegative = 1e-6
     norm_pre: bool = False
     patch_norm: bool = False
     final_norm: bool = False
-    drop_path_rate: float = 0.0
+    drop_path_rate: Annotated[float, Interval(ge=0, lt=1)] = 0.0
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:

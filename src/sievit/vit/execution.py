@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sievit.config import ConfigError
+from sievit.config import Config, ConfigError
 
 MANY_SHAPES: dict[str, Any] = {"recompile_limit": 512, "accumulated_recompile_limit": 4096}
 """Of torch.compile: in the bucketed mode every block is compiled for every bucket it is given."""
@@ -21,7 +21,7 @@ AttentionName = Literal["auto", "per_image", "batched", "varlen"]
 
 
 @dataclass(frozen=True)
-class Execution:
+class Execution(Config):
     """How a pass is run: the one vocabulary of executor, models, checkpoints, benches and tuning.
 
     Attributes:
