@@ -1,10 +1,19 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and folders that one process writes at a time."""
 
+import errno
+import hashlib
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from sievit.config import ConfigError
+
+LOCK = ".lock"
+"""The file in a folder that the process which writes there holds a lock on; the lock ends with the process."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -13,7 +22,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         OSError: the disk is full or the folder cannot be written; the old file is untouched.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
             file.write(data)
@@ -23,7 +32,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}, and nothing was changed", str(path)) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def write_png(path: Path, picture: Any) -> None:
@@ -34,7 +44,43 @@ def write_png(path: Path, picture: Any) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def png_names(names: Sequence[str]) -> dict[str, str]:
-    """The file of each image's picture: its name as PNG, or with .png behind it where two would be called the same."""
-    plain = [str(Path(name).with_suffix(".png")) for name in names]
-    return {name: short if plain.count(short) == 1 else f"{name}.png" for name, short in zip(names, plain, strict=True)}
+def digest(path: Path) -> str:
+    """Tells the content of a file from any other."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+@contextmanager
+def held(folder: Path) -> Generator[None]:
+    """A folder, which is made if it is missing, for this process alone; removed again if nothing was put into it.
+
+    Raises:
+        ConfigError: another process writes there, or something that is no folder has this name.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"{folder}: cannot be a folder, since there is a file of this name; give another") from error
+    with (folder / LOCK).open("ab") as lock:
+        _lock(lock.fileno(), folder)
+        try:
+            yield
+        finally:
+            if folder in made and not any(path.name != LOCK for path in folder.iterdir()):
+                (folder / LOCK).unlink()
+                with suppress(OSError):  # somebody else has put something there
+                    for path in made:
+                        path.rmdir()
+
+
+def _lock(file: int, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ConfigError(f"{folder}: another process writes there; wait for it, or give another folder") from error

@@ -178,16 +178,18 @@ class Tagging(Task[Tensor]):
         return self.config.classes[int(result)]
 
     def writer(self, out: Path, names: Sequence[str], *, ids: Path | None = None) -> Writer[Tensor]:
-        return TagWriter(out / "tags.json", self.config.classes)
+        return TagWriter(out, self.config.classes)
 
 
 class TagWriter(Writer[Tensor]):
-    def __init__(self, path: Path, classes: tuple[str, ...]) -> None:
-        self.path, self.classes, self.tags = path, classes, dict[str, str]()
+    def __init__(self, out: Path, classes: tuple[str, ...]) -> None:
+        self.path, self.classes = out / "tags.json", classes
 
-    def add(self, name: str, size: tuple[int, int], result: Tensor) -> None:
-        self.tags[name] = self.classes[int(result)]
+    shared = ("tags.json",)
 
-    def finish(self) -> str:
-        self.path.write_text(json.dumps(self.tags))
-        return f"{len(self.tags)} classes: {self.path}"
+    def add(self, name: str, size: tuple[int, int], result: Tensor) -> dict[str, Any]:
+        return {"tag": self.classes[int(result)]}
+
+    def finish(self, added: Mapping[str, dict[str, Any]]) -> str:
+        self.path.write_text(json.dumps({name: line["tag"] for name, line in added.items()}))
+        return f"{len(added)} classes: {self.path}"

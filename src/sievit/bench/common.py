@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from sievit import terminal
 from sievit.bench.rows import RowsFile
 from sievit.config import ConfigError, Count, nearest, to_json
 from sievit.data.images import list_images, read_image, to_tensor
@@ -141,7 +141,7 @@ def run(bench: Bench, console: Console | None = None) -> dict[str, Any]:
         ConfigError: fewer than two repeats, an unknown model, precision or mode, a model that cannot be loaded, a
             folder without images, or rows to be kept that were measured with other settings.
     """
-    console = console or Console()
+    console = console or terminal.console(stderr=False)
     if bench.repeats < 2:
         raise ConfigError(f"repeats is at least 2, not {bench.repeats}")
     if bench.precision not in ("float32", "bfloat16"):
@@ -157,16 +157,16 @@ def run(bench: Bench, console: Console | None = None) -> dict[str, Any]:
     place = Workplace(pick_device(bench.device), getattr(torch, bench.precision), folder, bench.repeats)
     file = RowsFile(bench.name, _settings(bench, folder), bench.out, resume=bench.resume)
     if file.rows:
-        console.print(f"rows kept from {file.path}: {len(file.rows)}", style="dim", highlight=False)
+        console.print(f"rows kept from {file.path}: {len(file.rows)}", style="dim")
     jobs = [(model, size, batch) for model in networks for size in bench.all_sizes() for batch in bench.batches]
-    for model, size, batch in track(jobs, "timing", console=console, transient=True):
+    for model, size, batch in terminal.track(jobs, "timing", console=console):
         shown = "own" if size is None else list(size)
         row = {"model": model, "size": shown, "batch": batch, "device": device_name(place.device)}
         row["precision"] = bench.precision
         missing = [mode for mode in modes if not file.holds({**row, "mode": mode})]
         for figures in bench.rows(networks[model], size, batch, place, missing) if missing else ():
             file.add({**row, **figures})
-            console.print(_line({**row, **figures}), style="dim", highlight=False)
+            console.print(_line({**row, **figures}), style="dim")
     console.print(bench.table([row for row in file.rows if "skipped" not in row]))
     file.draw()
     return file.content()

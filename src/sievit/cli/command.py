@@ -11,6 +11,7 @@ from functools import partial
 from importlib import import_module
 from typing import Annotated, Any
 
+from sievit import terminal
 from sievit.config import ConfigError, check_range
 
 RENAMED = {
@@ -121,7 +122,6 @@ def _spelled_out(args: list[str], options: dict[str, Any], name: str) -> Iterato
 
 def _with_placeholders(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, whose positional arguments have their own names in the help, without `progress`."""
-    from rich.console import Console
     from tyro.conf import arg
 
     hints = typing.get_type_hints(function, include_extras=True)
@@ -129,7 +129,7 @@ def _with_placeholders(function: Callable[..., Any]) -> Callable[..., Any]:
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.POSITIONAL_ONLY:
             hints[name] = Annotated[hints[name], arg(metavar=name.upper())]  # ty: ignore
-    called = partial(function, progress=Console(stderr=True)) if "progress" in hints else function
+    called = partial(function, progress=terminal.console()) if "progress" in hints else function
     shown = {n: f"--{n.replace('_', '-')}" for n, p in signature.parameters.items() if p.kind is not p.POSITIONAL_ONLY}
     parameters = [p.replace(annotation=hints[n]) for n, p in signature.parameters.items() if n != "progress"]
 

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from sievit import terminal
 from sievit.config import ConfigError, Count, nearest
 from sievit.devices import pick_device
 from sievit.hub.fetch import HUB, shipped
@@ -38,7 +37,7 @@ def flops(
         limit: only the first so many images.
         device: cpu, cuda, cuda:1, or auto.
     """
-    names, models, console = recipes(), shipped(), Console()
+    names, models, console = recipes(), shipped(), terminal.console(stderr=False)
     if images is None and policy != PolicyOptions():
         raise ConfigError("--policy and --set change which tokens of an image are left out; give --images")
     is_model = target in models or target.startswith(HUB) or Path(target).exists()
@@ -51,7 +50,7 @@ def flops(
     path = model_file(target)
     figures = costs(read(path)[0], size=size, console=console)
     if images is not None:
-        model, bar = load(path, policy=policy, device=pick_device(device)), Console(stderr=True)
+        model, bar = load(path, policy=policy, device=pick_device(device)), terminal.console()
         found = per_image(model, images, batch_size=batch_size, limit=limit, console=console, progress=bar)
         figures |= {"failures": found.pop("failures", []), "per_image": found}
     return figures

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from rich.console import Console
 from tyro.conf import arg
 
+from sievit import terminal
 from sievit.cli.command import parse
 from sievit.cli.lists import recipe_list
 from sievit.config import ConfigError, Count, Label, nearest
@@ -58,7 +58,7 @@ def train(args: list[str]) -> dict[str, Any] | None:
             recipe = with_classes(recipe, num_classes=num_classes, ignore_index=ignore_index, palette=palette)
         goes_on = resume is not None
         figures = run_training(
-            None if goes_on else recipe, out=resume or out, resume=goes_on, console=Console(stderr=True)
+            None if goes_on else recipe, out=resume or out, resume=goes_on, console=terminal.console()
         )
         return figures if os.environ.get("RANK", "0") == "0" else None  # one of torchrun's processes prints
 

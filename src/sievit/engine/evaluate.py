@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sievit import terminal
 from sievit.config import ConfigError
 from sievit.data.dataset import ImageDataset
 from sievit.distributed import gathered, world_size
@@ -117,8 +117,7 @@ def evaluate(
     loader = DataLoader(part, batch_size, collate_fn=list, num_workers=workers, worker_init_fn=leave_signals_to_parent)
     metric, records, failures = task_of(model.config).metric(dataset), _Records(), []
     batches: Iterable[Any] = loading(loader)
-    if console is not None:
-        batches = track(batches, title, total=len(loader), console=console, transient=True)
+    batches = terminal.track(batches, title, total=len(loader), console=console)
     training = model.training
     model.eval()
     try:
@@ -160,8 +159,7 @@ def compare(
     records = {name: _Records() for name in models}
     for model in models.values():
         timed(model, [dataset[0][0]], precision=precision)
-    indices = range(total) if console is None else track(range(total), title, console=console, transient=True)
-    for index in indices:
+    for index in terminal.track(range(total), title, console=console):
         image, target = dataset[index]
         for name in sorted(models, reverse=index % 2 == 1):
             answer, elapsed = timed(models[name], [image], precision=precision)

@@ -17,6 +17,7 @@ from lightning.fabric.plugins.precision import MixedPrecision
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sievit import terminal
 from sievit.config import ConfigError
 from sievit.data.dataset import ImageDataset
 from sievit.distributed import gathered, world_size
@@ -45,7 +46,7 @@ def train(recipe: Recipe | None, *, out: Path, resume: bool = False, console: Co
         Interrupted: SIGINT or SIGTERM came; the state is saved.
         OSError: a file cannot be written, on a full disk for example; the last saved state is whole.
     """
-    console = console or Console(stderr=True)
+    console = console or terminal.console()
     folder = RunFolder(out)
     if resume:
         recipe = folder.recipe()

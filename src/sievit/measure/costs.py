@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
+from sievit import terminal
 from sievit.config import ConfigError, kind_of
 from sievit.data.images import list_images, read_image, to_tensor
 from sievit.models.base import Answer, Model
@@ -90,7 +90,7 @@ def per_image(
     model.eval()
     rows, failures = [], []
     starts = range(0, len(paths), batch_size)
-    for start in starts if progress is None else track(starts, "counting", console=progress, transient=True):
+    for start in terminal.track(starts, "counting", console=progress):
         images, names = [], []
         for path in paths[start : start + batch_size]:
             try:

@@ -3,21 +3,22 @@
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from sievit.config import ConfigError, Count, Share, kind_of
+from sievit import terminal
+from sievit.config import ConfigError, Count, Share, kind_of, to_json
 from sievit.data.images import read_image, to_tensor
 from sievit.data.truth import Truth
 from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import evaluate as run_evaluation
 from sievit.engine.evaluate import timed
-from sievit.files import png_names, write_png
-from sievit.models.build import load
+from sievit.engine.signals import Interrupted, stopping
+from sievit.files import digest, held, write_png
+from sievit.models.base import Model
+from sievit.models.build import load, model_file
 from sievit.policies import PolicyOptions
-from sievit.report.common import images_below, progress
 from sievit.report.demonstration import demo
 from sievit.report.figures import answer_figure, answer_note
-from sievit.tasks import task_of
+from sievit.report.results import JOURNAL, Journal, inputs, is_done, picture_file, require_no_collision, seen
+from sievit.tasks import Writer, task_of
 
 __all__ = ["demo", "evaluate", "predict"]
 
@@ -31,12 +32,15 @@ def predict(
     policy: PolicyOptions = PolicyOptions(),  # noqa: B008
     score_threshold: Share = 0.5,
     ids: Path | None = None,
+    force: bool = False,
     device: str = "auto",
 ) -> int:
     """Find objects in, or label every pixel of, an image or a folder of images.
 
     A detector writes results.json (COCO results) and images.json (which image has which id), a segmenter label images
-    in labels/ and classes.json (what their values mean); both write one picture per image.
+    in labels/ and classes.json (what their values mean); both write a picture of each image in pictures/. The files of
+    `a.jpg` are called `a.jpg.png`. results.jsonl has a line for each image as soon as it is done: stopped, the same
+    command goes on, and images that were done already are not computed again.
 
     Args:
         model: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
@@ -45,39 +49,68 @@ def predict(
         policy: another policy.
         score_threshold: pictures show objects of at least this score; results.json holds all.
         ids: COCO annotation file whose image ids results.json shall use; by default 1, 2, ... by file name.
+        force: write over what the folder holds.
         device: cpu, cuda, cuda:1, or auto.
 
     Returns:
         The exit status: 1 when an image could not be read (the others are done all the same), else 0.
     """
+    root, names, skipped = inputs(images)
     loaded = load(model, policy=policy, device=pick_device(device))
-    task, console = task_of(loaded.config), Console(stderr=True)
-    paths, names = images_below(images, out)
-    writer, pictures = task.writer(out, names, ids=ids), png_names(names)
-    out.mkdir(parents=True, exist_ok=True)
-    failures = []
-    with progress(console) as bar:
-        for path, name in zip(bar.track(paths, description="predicting"), names, strict=True):
-            try:
-                image = read_image(path)
-            except ConfigError as error:
-                failures.append(str(error))
-                continue
-            answer, milliseconds = timed(loaded, [to_tensor(image)])
-            result = answer.results[0]
-            writer.add(name, (image.height, image.width), result)
-            note = answer_note(task, loaded, answer, milliseconds, min_score=score_threshold)
-            figure = answer_figure(
-                task, image, {"prediction": (note, result)}, answer, title=name, min_score=score_threshold
-            )
-            write_png(out / pictures[name], figure)
-    if len(failures) < len(paths):
-        console.print(writer.finish(), soft_wrap=True)
+    task, console = task_of(loaded.config), terminal.console()
+    writer = task.writer(out, names, ids=ids)
+    settings = {
+        "model": digest(model_file(model)),
+        "policy": to_json(loaded.config.policy),
+        "score_threshold": score_threshold,
+    }
+    if skipped:
+        console.print(f"{skipped} images below {images} are left out: earlier runs wrote them", soft_wrap=True)
+    with held(out), stopping("the same command") as stop:
+        journal = Journal(out, force=force)
+        outputs = [out / file for name in names for file in (picture_file(name), *writer.files(name))]
+        read = [*(root / name for name in names), model_file(model), *([] if ids is None else [ids])]
+        ours = force or journal.settings is not None
+        require_no_collision([*outputs, *(out / file for file in (JOURNAL, *writer.shared))], read, ours=ours)
+        journal.start(settings, force=force)
+        todo = [name for name in names if not is_done(journal.lines.get(name), root / name, out)]
+        if len(todo) < len(names):
+            console.print(f"{len(names) - len(todo)} of {len(names)} images were done before", soft_wrap=True)
+        failures = []
+        try:
+            for name in terminal.track(todo, "predicting", console=console):
+                try:
+                    journal.add(_predicted(loaded, root, name, out, writer, min_score=score_threshold))
+                except ConfigError as error:
+                    failures.append(str(error))
+                if stop.received:
+                    raise Interrupted(f"stopped after {name}; {stop.advice}")
+        finally:
+            done = {name: journal.lines[name] for name in names if name in journal.lines}
+            written = writer.finish(done) if done else ""
+    if written:
+        console.print(written, soft_wrap=True)
     for failure in failures:
-        console.print(f"error: {failure}", soft_wrap=True, markup=False, highlight=False)
+        console.print(f"error: {failure}", soft_wrap=True)
     if failures:
-        console.print(f"{len(failures)} of {len(paths)} images could not be used")
+        console.print(f"{len(failures)} of {len(names)} images could not be used")
     return 1 if failures else 0
+
+
+def _predicted(model: Model, root: Path, name: str, out: Path, writer: Writer, *, min_score: float) -> dict[str, Any]:
+    """The line of an image, whose files are written.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    before, image, task = seen(root / name), read_image(root / name), task_of(model.config)
+    answer, _ = timed(model, [to_tensor(image)])
+    result = answer.results[0]
+    kept = writer.add(name, (image.height, image.width), result)
+    note = answer_note(task, model, answer, min_score=min_score)
+    figure = answer_figure(task, image, {"prediction": (note, result)}, answer, title=name, min_score=min_score)
+    write_png(out / picture_file(name), figure)
+    return {"image": name, "seen": before, "files": [picture_file(name), *writer.files(name)], **kept}
 
 
 def evaluate(
@@ -111,6 +144,6 @@ def evaluate(
         batch_size=batch_size,
         limit=limit,
         skip_failures=True,
-        console=Console(stderr=True),
+        console=terminal.console(),
     )
     return {**figures, "policy": kind_of(loaded.config.policy), "device": device_name(loaded.device)}

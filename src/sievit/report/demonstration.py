@@ -5,9 +5,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from sievit import terminal
 from sievit.config import ConfigError, Count, Natural
 from sievit.data.dataset import ImageDataset
 from sievit.data.truth import Truth
@@ -18,7 +18,6 @@ from sievit.files import write_atomically, write_png
 from sievit.hub.fetch import REPOSITORY
 from sievit.models.base import Model
 from sievit.models.build import load
-from sievit.report.common import progress
 from sievit.report.figures import answer_figure, answer_note
 from sievit.tasks import Task, task_of
 
@@ -54,9 +53,9 @@ def demo(
     Raises:
         ConfigError: no images, or a model that is not there.
     """
-    console, where = Console(), pick_device(device)
+    console, where = terminal.console(stderr=False), pick_device(device)
     root, listing = _nuclei(data_root), out / "nuclei.json"
-    console.print(f"images: {root}", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"images: {root}", soft_wrap=True)
     _write_thinned(root / "annotations/instances_val.json", listing, num_images)
     truths = {"detection": Truth(annotations=listing), "segmentation": Truth(labels=root / "labels", names=listing)}
     figures: dict[str, Any] = {}
@@ -65,7 +64,7 @@ def demo(
         data = task_of(dense.config).open(root / "images", truths[name])
         title = f"{name} of nuclei: {len(data)} images, one at a time, {device_name(where)}"
         figures[name] = demonstrate(dense, sparse, data, out / name, title=title, pictures=pictures)
-    console.print(f"pictures: {out}", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"pictures: {out}", soft_wrap=True)
     return {**figures, "device": device_name(where)}
 
 
@@ -73,8 +72,8 @@ def demonstrate(
     dense: Model, sparse: Model, data: ImageDataset, out: Path, *, title: str, pictures: int
 ) -> dict[str, Any]:
     """Compare, print a table, draw; returns the figures of `engine.compare`, and the number of images."""
-    figures, task = compare(dense, sparse, data, console=Console(stderr=True), title=out.name), task_of(sparse.config)
-    Console().print(_table(title, task, figures))
+    figures, task = compare(dense, sparse, data, console=terminal.console(), title=out.name), task_of(sparse.config)
+    terminal.console(stderr=False).print(_table(title, task, figures))
     _draw_pairs(task, {"dense": dense, "sparse": sparse}, data, out, count=pictures)
     return {**figures, "images": figures["sparse"]["images"]}
 
@@ -101,16 +100,16 @@ def _table(title: str, task: Task, figures: dict[str, Any]) -> Table:
 
 def _draw_pairs(task: Task, models: dict[str, Model], data: ImageDataset, out: Path, *, count: int) -> None:
     """A picture of each of the first `count` images: the truth, the results of both, and the sparse one's tokens."""
-    with progress(Console(stderr=True)) as bar:
-        for index in bar.track(range(min(count, len(data))), description=f"drawing {out.name}"):
-            image, target = data[index]
-            truth = task.as_result(target)
-            results = {} if truth is None else {"truth": (f"{image.shape[2]} x {image.shape[1]} pixels", truth)}
-            for title, model in models.items():
-                answer, milliseconds = timed(model, [image])
-                results[title] = answer_note(task, model, answer, milliseconds), answer.results[0]
-            name = data.path(index).stem
-            write_png(out / f"{name}.png", answer_figure(task, image, results, answer, title=f"{out.name} {name}"))
+    indices = range(min(count, len(data)))
+    for index in terminal.track(indices, f"drawing {out.name}", console=terminal.console()):
+        image, target = data[index]
+        truth = task.as_result(target)
+        results = {} if truth is None else {"truth": (f"{image.shape[2]} x {image.shape[1]} pixels", truth)}
+        for title, model in models.items():
+            answer, _ = timed(model, [image])
+            results[title] = answer_note(task, model, answer), answer.results[0]
+        name = data.path(index).stem
+        write_png(out / f"{name}.png", answer_figure(task, image, results, answer, title=f"{out.name} {name}"))
 
 
 def _nuclei(data_root: Path | None) -> Path:

@@ -46,10 +46,10 @@ def answer_figure(
     return viz.figure(image, panels, below=below, title=title, columns=None if len(panels) < 4 else 3)
 
 
-def answer_note(task: Task, model: Model, answer: Answer, milliseconds: float, *, min_score: float = 0.5) -> str:
-    """What is written below the title of a result: of a pass over one image, which took so long."""
+def answer_note(task: Task, model: Model, answer: Answer, *, min_score: float = 0.5) -> str:
+    """What is written below the title of a result: of a pass over one image."""
     parts = (task.summary(answer.results[0], min_score=min_score), f"{model.gflops(answer).item():.1f} GFLOPs")
-    return " · ".join(part for part in (*parts, f"{milliseconds:.0f} ms") if part)
+    return " · ".join(part for part in parts if part)
 
 
 def exits_of(answer: Answer, index: int = 0) -> viz.Exits | None:

@@ -18,17 +18,17 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from sievit import terminal
 from sievit.config import ConfigError, Count, Natural, kind_of, to_json
 from sievit.data.dataset import ImageDataset
 from sievit.data.truth import Truth
 from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import evaluate, timed
-from sievit.files import write_atomically
+from sievit.files import digest, write_atomically
 from sievit.measure.clock import in_turns, median_and_p95
 from sievit.models.base import Model
 from sievit.models.build import load, model_file
 from sievit.policies import KeepAllConfig, PolicyConfig, PolicyOptions, chosen_policy
-from sievit.report.common import progress
 from sievit.report.plot import draw_curves
 from sievit.tasks import Task, task_of
 
@@ -75,7 +75,7 @@ def sweep(
         timed_images: so many images are timed, by all in turns.
         device: cpu, cuda, cuda:1, or auto.
     """
-    console = Console(stderr=True)
+    console = terminal.console()
     series = Series(images=images, truth=truth, policy=policy, field=field, device=pick_device(device))
     curves = [series.curve(name, model, values), *(series.parsed(text, values) for text in also)]
     if len({curve.name for curve in curves}) < len(curves):
@@ -92,7 +92,7 @@ def sweep(
             _evaluate(table, curve, value, batch_size, limit, console)
     _time(table, {curve.name: curve for curve in curves}, min(timed_images, limit or timed_images), console)
     table.draw()
-    Console().print(table.for_people())
+    terminal.console(stderr=False).print(table.for_people())
     console.print(f"{out / 'sweep.png'}, sweep.csv, sweep.json", soft_wrap=True)
     return table.content()
 
@@ -147,11 +147,9 @@ class Series:
         for value in sorted({_number(str(text)) for text in values or texts}, key=_order):
             of_values[value] = chosen_policy(own, PolicyOptions(set=(f"{field}={value}",)))
             model.new_policy(of_values[value])  # raises now where the value does not fit
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         data = task_of(model.config).open(self.images, self.truth)
         usual_name = (self.policy.policy or kind_of(own) or type(own).__name__).rpartition(":")[2]
-        return Curve(name or usual_name, model, digest, data, field, of_values)
+        return Curve(name or usual_name, model, digest(path), data, field, of_values)
 
     def parsed(self, text: str, values: Sequence[str]) -> Curve:
         """`NAME=CHECKPOINT`, at `values`, or `NAME=CHECKPOINT@V,V,...` at its own and not densely."""
@@ -183,7 +181,7 @@ def _evaluate(
     try:
         figures = evaluate(curve.at(value), curve.data, skip_failures=True, **options)
     except (ConfigError, OSError, RuntimeError) as error:
-        console.print(f"error: {title}: {error}", soft_wrap=True, markup=False, highlight=False)
+        console.print(f"error: {title}: {error}", soft_wrap=True)
         table.failed(curve.name, value, str(error))
     else:
         table.add(curve.name, value, figures)
@@ -210,9 +208,8 @@ def _time(table: "_Points", curves: dict[str, Curve], count: int, console: Conso
     calls = [partial(timed, model) for model in swept]
     for call in calls:
         call(images[0])
-    with progress(console) as bar:
-        inputs = bar.track(images, description="timing")
-        turns = list(in_turns(calls, inputs, lambda _, call: call()[::-1], lambda _, answer: None))
+    inputs = terminal.track(images, "timing", console=console)
+    turns = list(in_turns(calls, inputs, lambda _, call: call()[::-1], lambda _, answer: None))
     table.timed([[turn[which][0] for turn in turns] for which in range(len(calls))])
 
 
@@ -241,8 +238,8 @@ class _Points:
                 raise ConfigError(
                     f"{path}: was made with {name} {before.get(name)}, now it is {settings[name]}; give another --out"
                 )
-        for name, digest in checkpoints.items():
-            if digests.get(name, digest) != digest:
+        for name, now in checkpoints.items():
+            if digests.get(name, now) != now:
                 raise ConfigError(f"{path}: its points of {name!r} are of another checkpoint; give another --out")
         for point in points:
             if point["model"] not in checkpoints:

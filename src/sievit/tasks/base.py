@@ -55,15 +55,26 @@ class Metric(Generic[R]):
 
 
 class Writer(ABC, Generic[R]):
-    """Writes the results of images into a folder."""
+    """Writes the results of images into a folder; nothing before `add`."""
+
+    shared: tuple[str, ...] = ()
+    """The files that `finish` writes, below the folder."""
+
+    def files(self, name: str) -> tuple[str, ...]:
+        """The files that `add` writes for an image, below the folder; no other image has one of them."""
+        return ()
 
     @abstractmethod
-    def add(self, name: str, size: tuple[int, int], result: R) -> None:
-        """Add an image of (height, width) pixels; `name` is its path below the folder of images."""
+    def add(self, name: str, size: tuple[int, int], result: R) -> dict[str, Any]:
+        """Write `files` of an image of (height, width) pixels; `name` is its path below the folder of images.
+
+        Returns:
+            What `finish` needs of it, as values for JSON; it is kept in the folder from now on.
+        """
 
     @abstractmethod
-    def finish(self) -> str:
-        """Write what belongs to all images; a sentence on what was written where."""
+    def finish(self, added: Mapping[str, dict[str, Any]]) -> str:
+        """Write `shared` from what `add` returned, by image; a sentence on what was written where."""
 
 
 class Task(ABC, Generic[R]):

@@ -1,7 +1,7 @@
 """Detection and instance segmentation: boxes and masks in COCO's format."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -123,22 +123,28 @@ class DetectionTask(Task[Detections]):
 class _CocoWriter(Writer[Detections]):
     """results.json: COCO results; images.json: its images and categories, itself a COCO file."""
 
+    shared = ("results.json", "images.json")
+
     def __init__(self, config: DetectorConfig, out: Path, ids: dict[str, int]) -> None:
         self.config, self.out, self.ids = config, out, ids
-        self.results: list[dict[str, Any]] = []
-        self.images: list[dict[str, Any]] = []
 
-    def add(self, name: str, size: tuple[int, int], result: Detections) -> None:
-        self.results += coco_results(result, self.ids[name], self.config.category_ids)
-        self.images.append({"id": self.ids[name], "file_name": name, "width": size[1], "height": size[0]})
+    def add(self, name: str, size: tuple[int, int], result: Detections) -> dict[str, Any]:
+        found = coco_results(result, 0, self.config.category_ids)
+        for each in found:
+            del each["image_id"]  # may depend on which images there are
+        return {"width": size[1], "height": size[0], "detections": found}
 
-    def finish(self) -> str:
+    def finish(self, added: Mapping[str, dict[str, Any]]) -> str:
+        images, results = [], []
+        for name, line in added.items():
+            images.append({"id": self.ids[name], "file_name": name, "width": line["width"], "height": line["height"]})
+            results += [{"image_id": self.ids[name], **each} for each in line["detections"]]
         names = zip(self.config.category_ids, self.config.classes, strict=True)
         categories = [{"id": i, "name": name} for i, name in names]
-        listing = {"images": self.images, "categories": categories, "annotations": []}
+        listing = {"images": images, "categories": categories, "annotations": []}
         write_atomically(self.out / "images.json", json.dumps(listing).encode())
-        write_atomically(self.out / "results.json", json.dumps(self.results).encode())
-        return f"{len(self.images)} images, {len(self.results)} detections: {self.out / 'results.json'}"
+        write_atomically(self.out / "results.json", json.dumps(results).encode())
+        return f"{len(images)} images, {len(results)} detections: {self.out / 'results.json'}"
 
 
 def _image_ids(names: Sequence[str], annotations: Path | None) -> dict[str, int]:

@@ -17,7 +17,7 @@ from sievit.data.label_files import read_palette
 from sievit.data.labels import LabelDataset
 from sievit.data.semantic import SemanticAugment, SemanticAugmentConfig
 from sievit.data.truth import Truth
-from sievit.files import png_names, write_atomically, write_png
+from sievit.files import write_atomically, write_png
 from sievit.models.segmenter import SegmenterConfig
 from sievit.tasks.base import CACHE, DataConfig, Metric, Task, Writer, register_task
 from sievit.tasks.metrics import SegmentationMetric
@@ -147,31 +147,33 @@ class SegmentationTask(Task[Tensor]):
     def writer(self, out: Path, names: Sequence[str], *, ids: Path | None = None) -> Writer[Tensor]:
         if ids is not None:
             raise ConfigError(f"--ids {ids}: a segmenter labels pixels and writes no COCO results; leave it out")
-        return _LabelWriter(self.config.classes, self.colours, out, png_names(names))
+        return _LabelWriter(self.config.classes, self.colours, out)
 
 
 class _LabelWriter(Writer[Tensor]):
     """labels/: PNGs of the images' sizes whose values are classes, with a palette; classes.json: name and colour of
     each value."""
 
-    def __init__(
-        self, classes: Sequence[str], colours: Sequence[viz.Colour], out: Path, files: Mapping[str, str]
-    ) -> None:
-        self.classes, self.colours, self.out, self.files = classes, colours, out, files
-        self.written = 0
+    shared = ("classes.json",)
 
-    def add(self, name: str, size: tuple[int, int], result: Tensor) -> None:
+    def __init__(self, classes: Sequence[str], colours: Sequence[viz.Colour], out: Path) -> None:
+        self.classes, self.colours, self.out = classes, colours, out
+
+    def files(self, name: str) -> tuple[str, ...]:
+        return (f"labels/{name}.png",)
+
+    def add(self, name: str, size: tuple[int, int], result: Tensor) -> dict[str, Any]:
         """8 bits with a palette, or 16 bits grey where there are more than 256 classes."""
         values = result.cpu().numpy()
         few = len(self.colours) <= 256
         picture = Image.fromarray(values.astype(np.uint8 if few else np.uint16))
         if few:
             picture.putpalette([part for colour in self.colours for part in colour])
-        write_png(self.out / "labels" / self.files[name], picture)
-        self.written += 1
+        write_png(self.out / self.files(name)[0], picture)
+        return {}
 
-    def finish(self) -> str:
+    def finish(self, added: Mapping[str, dict[str, Any]]) -> str:
         pairs = enumerate(zip(self.classes, self.colours, strict=True))
         classes = [{"value": i, "name": name, "colour": list(colour)} for i, (name, colour) in pairs]
         write_atomically(self.out / "classes.json", (json.dumps(classes, indent=2) + "\n").encode())
-        return f"{self.written} label images: {self.out / 'labels'}"
+        return f"{len(added)} label images: {self.out / 'labels'}"

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
+from sievit import terminal
 from sievit.config import kind_of, to_json
 from sievit.measure.clock import median_and_p95
 from sievit.measure.modes import DENSE, RunMode
@@ -81,10 +81,10 @@ def _target(goal: Goal, tuned: dict[str, Any]) -> dict[str, Any] | None:
 
 def show(figures: dict[str, Any]) -> None:
     """Print the table, and what was written and why."""
-    console = Console()
+    console = terminal.console(stderr=False)
     console.print(table_of(figures))
     written = f"{figures['out']}: {figures['policy']}, {figures['mode']}; {figures['why']}"
-    console.print(written, soft_wrap=True, highlight=False)
+    console.print(written, soft_wrap=True)
     if figures["execution"]["compiled"]:
         console.print(
             "it is compiled when it first sees a size; sievit.load(..., compile=False) leaves that out", soft_wrap=True

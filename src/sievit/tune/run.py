@@ -77,7 +77,7 @@ def tune(
     tensors, failures = _read(images, tuning)
     batches, execution = _batches(tensors, tuning.batch_size), Execution(precision=tuning.precision)
     workload = Workload(own if tuning.size is None else own.as_given(), batches, clock, progress, execution)
-    say = (lambda text: None) if progress is None else lambda text: progress.print(text, style="dim", highlight=False)
+    say = (lambda text: None) if progress is None else lambda text: progress.print(text, style="dim")
     say(f"{len(tensors)} images, counting")
     outcome = _compare(workload, goal, tuning, accuracy, say)
     figures = {

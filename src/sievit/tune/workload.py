@@ -7,9 +7,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
+from sievit import terminal
 from sievit.measure.clock import clocked, in_turns
 from sievit.models.base import Answer, Model
 from sievit.policies import Policy, PolicyConfig
@@ -90,9 +90,7 @@ class Workload:
 
     def with_progress(self, items: Iterable[R], title: str, total: int) -> Iterable[R]:
         """The same items, with a progress bar if there is a console."""
-        if self.console is None:
-            return items
-        return track(items, title, total=total, console=self.console, transient=True)
+        return terminal.track(items, title, total=total, console=self.console)
 
     def policy(self, config: PolicyConfig) -> Policy:
         """The policy that `config` describes, with the weights of the model's policy if that is of the same class."""
