@@ -117,10 +117,12 @@ def check_range(hint: Any, value: Any, name: str) -> None:
     kind, limits = number
     if not isinstance(value, Integral if kind is int else Real) or isinstance(value, bool):
         raise ConfigError(f"{name} is {value!r}, and not a {'whole number' if kind is int else 'number'}")
-    wanted = [(holds, f"{words} {bound}", bound) for key, holds, words in _LIMITS for bound in _bounds(limits, key)]
-    if not (math.isfinite(value) and all(holds(value, bound) for holds, _, bound in wanted)):
-        allowed = " and ".join(words for _, words, _ in wanted) or "a finite number"
-        raise ConfigError(f"{name} is {value!r}; it has to be {allowed}")
+    if not math.isfinite(value):
+        raise ConfigError(f"{name} is {value!r}; it has to be a finite number")
+    for key, holds, words in _LIMITS:
+        for bound in (getattr(limit, key, None) for limit in limits):
+            if bound is not None and not holds(value, bound):
+                raise ConfigError(f"{name} is {value!r}; it has to be {words} {bound}")
     return None
 
 
@@ -128,10 +130,6 @@ def _number_of(hint: Any) -> tuple[type, tuple[Any, ...]] | None:
     """int or float, and the limits on it; None for anything else."""
     kind, *limits = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
     return (kind, tuple(limits)) if kind in (int, float) else None
-
-
-def _bounds(limits: tuple[Any, ...], key: str) -> list[Any]:
-    return [bound for limit in limits if (bound := getattr(limit, key, None)) is not None]
 
 
 def variant(kind: str) -> Callable[[type[T]], type[T]]:

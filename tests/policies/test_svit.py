@@ -156,10 +156,10 @@ def test_gates_learn_to_keep_as_many_tokens_as_the_budget_says() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"budgets": (1.2, 0.5)}, r"two rising factors above 0.*not \(1\.2, 0\.5\)"),
-        ({"budgets": (0.0, 1.0)}, "two rising factors"),
+        ({"budgets": (1.2, 0.5)}, r"two rising factors.*not \(1\.2, 0\.5\)"),
+        ({"budgets": (0.0, 1.0)}, "budgets is 0.0"),
         ({"budgets": (1.0, 1.0)}, "two rising factors"),
-        ({"budgets": (0.5, float("inf"))}, "two rising factors"),
+        ({"budgets": (0.5, float("inf"))}, "budgets is inf"),
         ({"budgets": (0.3, 0.8)}, r"budget 1\.0 is not in the range of budgets, 0\.3 to 0\.8"),
         ({"budgets": (0.5, 1.2), "budget": 1.3}, "not in the range"),
         ({"budget": 0.7}, "needs gates that were trained for a range"),

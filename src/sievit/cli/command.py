@@ -11,7 +11,6 @@ from functools import partial
 from importlib import import_module
 from typing import Annotated, Any
 
-from sievit import terminal
 from sievit.config import ConfigError, check_range
 
 RENAMED = {
@@ -123,6 +122,8 @@ def _spelled_out(args: list[str], options: dict[str, Any], name: str) -> Iterato
 def _with_placeholders(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, whose positional arguments have their own names in the help, without `progress`."""
     from tyro.conf import arg
+
+    from sievit import terminal
 
     hints = typing.get_type_hints(function, include_extras=True)
     signature = inspect.signature(function)
