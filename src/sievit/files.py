@@ -8,12 +8,12 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sievit.config import ConfigError
 
 LOCK = ".lock"
-"""The file in a folder that the process which writes there holds a lock on; the lock ends with the process."""
+"""The file in a folder that the process which writes there has locked. Killed, it leaves the file and no lock."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -62,25 +62,30 @@ def held(folder: Path) -> Generator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"{folder}: cannot be a folder, since there is a file of this name; give another") from error
-    with (folder / LOCK).open("ab") as lock:
-        _lock(lock.fileno(), folder)
+    with _locked(folder / LOCK):
         try:
             yield
         finally:
-            if folder in made and not any(path.name != LOCK for path in folder.iterdir()):
-                (folder / LOCK).unlink()
-                with suppress(OSError):  # somebody else has put something there
-                    for path in made:
-                        path.rmdir()
+            (folder / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # it holds something
+                for path in made:
+                    path.rmdir()
 
 
-def _lock(file: int, folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise ConfigError(f"{folder}: another process writes there; wait for it, or give another folder") from error
+def _locked(path: Path) -> BinaryIO:
+    """The open file, with a lock that ends when it is closed, or the process does; not inherited by other processes."""
+    import fcntl
+
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                text = f"{path.parent}: another process writes there; wait for it, or give another folder"
+                raise ConfigError(text) from error
+            raise
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            return file
+        file.close()  # its last owner has removed it meanwhile

@@ -19,12 +19,15 @@ from sievit.recipes import recipes
 
 def train(args: list[str]) -> dict[str, Any] | None:
     """Train the recipe that the arguments begin with; its fields are the options."""
+    given = [arg for arg in args if arg.partition("=")[0] == "--resume"]
+    if given:
+        return _resumed(args, given[0])
     if not args or args[0].startswith("-"):
         if args and args[0] in ("-h", "--help"):
             print(
                 f"usage: sievit train RECIPE [OPTIONS]\n\n{recipe_list()}\n\n"
                 "RECIPE may be a file too: `sievit recipes NAME > mine.json` writes one to change.\n"
-                "sievit train RECIPE --help lists options"
+                "sievit train RECIPE --help lists options; sievit train --resume RUN goes on with a run"
             )
             return None
         raise ConfigError(f"sievit train needs a recipe first, its name or a .json file{nearest('', recipes())}")
@@ -35,7 +38,6 @@ def train(args: list[str]) -> dict[str, Any] | None:
         recipe: Annotated[Recipe, arg(name="")] = default,
         *,
         out: Path = Path("runs") / Path(name).stem,
-        resume: Path | None = None,
         data_root: Path | None = None,
         num_classes: Count | None = None,
         ignore_index: Label | None = None,
@@ -45,7 +47,6 @@ def train(args: list[str]) -> dict[str, Any] | None:
 
         Args:
             out: folder of the run.
-            resume: go on with the run in this folder, as it was started; takes no other option.
             data_root: folder of the data sets; default the recipe's, else the environment's SIEVIT_DATA, else
                 ../shared/data.
             num_classes: of a segmenter's labels, where they are not the recipe's.
@@ -56,12 +57,22 @@ def train(args: list[str]) -> dict[str, Any] | None:
             recipe = replace(recipe, data=replace(recipe.data, root=data_root))
         if (num_classes, ignore_index, palette) != (None, None, None):
             recipe = with_classes(recipe, num_classes=num_classes, ignore_index=ignore_index, palette=palette)
-        goes_on = resume is not None
-        figures = run_training(
-            None if goes_on else recipe, out=resume or out, resume=goes_on, console=terminal.console()
-        )
-        return figures if os.environ.get("RANK", "0") == "0" else None  # one of torchrun's processes prints
+        return _printed(run_training(recipe, out=out, name=name, console=terminal.console()))
 
-    if any(option.partition("=")[0] == "--resume" for option in args[1:]) and len(args) > 3:
-        raise ConfigError("--resume goes on with the run as it was started and takes no other option")
     return parse(run, args[1:], f"train {name}", prefixes=True)
+
+
+def _resumed(args: list[str], option: str) -> dict[str, Any] | None:
+    """`[RECIPE] --resume RUN`, or `--resume=RUN`."""
+    name = args[0] if args[0] != option else None
+    values = [option.partition("=")[2]] if "=" in option else args[args.index(option) + 1 :]
+    if len(values) != 1 or not values[0] or len(args) != (name is not None) + (1 if "=" in option else 2):
+        raise ConfigError(
+            "--resume takes the folder of a run, which goes on as it was started, and no other option; write "
+            "sievit train --resume RUN"
+        )
+    return _printed(run_training(None, out=Path(values[0]), resume=True, name=name, console=terminal.console()))
+
+
+def _printed(figures: dict[str, Any]) -> dict[str, Any] | None:
+    return figures if os.environ.get("RANK", "0") == "0" else None  # one of torchrun's processes prints

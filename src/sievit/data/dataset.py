@@ -1,5 +1,6 @@
 """A data set whose samples are a function of (seed, epoch, index): the base of boxes and of labels."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sievit.data.masks import Masks
+from sievit.files import digest
 
 Target = dict[str, Any]
 """Of a detector: boxes (k, 4) xyxy pixels, labels (k,) from 1, masks (k, h, w) uint8 if there are masks, iscrowd (k,),
@@ -47,6 +49,20 @@ class ImageDataset(Dataset[tuple[Tensor, Target]]):
     def path(self, index: int) -> Path:
         """The image file."""
         raise NotImplementedError
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        """All files that are read for a sample."""
+        return (self.path(index),)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells that the data was changed: how many images, and digests of file names and sizes and of the
+        annotation file."""
+        names = hashlib.sha256()
+        for path in (path for index in range(len(self)) for path in self.files(index)):
+            names.update(f"{path} {path.stat().st_size if path.is_file() else None}\n".encode(errors="surrogateescape"))
+        source = Path(self.source)
+        found: dict[str, Any] = {"images": len(self), "files": names.hexdigest()[:16]}
+        return found | ({"annotations": digest(source)} if source.is_file() else {})
 
     def read(self, index: int) -> tuple[Tensor, Target]:
         """The uint8 image (3, h, w) and its target as they are stored.

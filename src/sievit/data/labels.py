@@ -97,6 +97,9 @@ class LabelDataset(ImageDataset):
         """The label file."""
         return self.pairs[index].label
 
+    def files(self, index: int) -> tuple[Path, ...]:
+        return self.pairs[index].image, self.pairs[index].label
+
     def read(self, index: int) -> tuple[Tensor, Target]:
         pair = self.pairs[index]
         labels = self._reader(pair.label)

@@ -1,6 +1,7 @@
 """The folder of a run: its files, written so that a killed run loses nothing.
 
-recipe.json is the resolved recipe, log.csv and val.csv the logs, best.safetensors and last.safetensors are models,
+recipe.json is the resolved recipe, run.json its name and what tells whether the data was changed, log.csv and val.csv
+are the logs, best.safetensors and last.safetensors are models,
 metrics.json the figures of the best one, state.pt is all that training needs to go on.
 """
 
@@ -8,6 +9,8 @@ import csv
 import io
 import json
 import pickle
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,16 @@ from sievit.config import ConfigError, load_json, to_json
 from sievit.engine.recipe import Recipe
 from sievit.files import write_atomically
 
+DAMAGE = (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, TypeError, LookupError, AttributeError)
+"""What reading a damaged file may raise."""
+
 
 class RunFolder:
     """Paths and files of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.recipe_file = path / "recipe.json"
+        self.recipe_file, self.started_file = path / "recipe.json", path / "run.json"
         self.log_file, self.val_file = path / "log.csv", path / "val.csv"
         self.state_file, self.metrics_file = path / "state.pt", path / "metrics.json"
         self.best_file, self.last_file = path / "best.safetensors", path / "last.safetensors"
@@ -35,11 +41,38 @@ class RunFolder:
                 f"{self.path}: holds a run already; go on with --resume {self.path}, or give another --out"
             )
 
-    def start(self, recipe: Recipe) -> None:
-        """Make the folder for a new run; a ConfigError if it holds one already."""
+    def start(self, recipe: Recipe, started: dict[str, Any] | None = None) -> None:
+        """Begin a new run.
+
+        Args:
+            started: `name` of the recipe, and `data`: the fingerprint of each set.
+        """
         self.require_free()
         self.path.mkdir(parents=True, exist_ok=True)
+        if started is not None:
+            write_json(self.started_file, started)
         write_json(self.recipe_file, to_json(recipe))
+
+    def require_same(self, name: str | None, data: dict[str, dict[str, Any]]) -> None:
+        """Raise a ConfigError if the run was started with another recipe, or with data that was changed since."""
+        if not self.started_file.exists():  # a run of an earlier version
+            return
+        with reading(self.started_file):
+            started = json.loads(self.started_file.read_text(encoding="utf-8"))
+            then, before = started["name"], {part: dict(started["data"][part]) for part in data}
+        if None not in (name, then) and name != then:
+            raise ConfigError(f"{self.path}: is a run of the recipe {then}, not {name}; --resume needs no recipe")
+        changed = [
+            f"{part} {key} ({before[part].get(key)} then, {now} now)"
+            for part, found in data.items()
+            for key, now in found.items()
+            if before[part].get(key) != now
+        ]
+        if changed:
+            raise ConfigError(
+                f"{self.path}: its data was changed since it was started: {', '.join(changed)}; restore the data, or "
+                f"start another run from its weights, --train.init-from {self.path}"
+            )
 
     def recipe(self) -> Recipe:
         """The recipe that the run was started with."""
@@ -66,11 +99,20 @@ class RunFolder:
         """The training state; None when the run was stopped before its first one; a ConfigError if it is damaged."""
         if not self.state_file.exists():
             return None
-        try:
+        with reading(self.state_file):
             return torch.load(self.state_file, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ConfigError(f"{self.state_file}: damaged ({reason}); start again with another --out") from error
+
+
+@contextmanager
+def reading(path: Path) -> Generator[None]:
+    """Around code that takes apart what a file holds: a ConfigError that names the file where it is damaged."""
+    try:
+        yield
+    except (ConfigError, PermissionError):
+        raise
+    except DAMAGE as error:
+        reason = f"{type(error).__name__} {error}".partition("\n")[0]
+        raise ConfigError(f"{path}: damaged ({reason}); start again with another --out") from error
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,27 +22,37 @@ from sievit.config import ConfigError
 from sievit.data.dataset import ImageDataset
 from sievit.distributed import gathered, world_size
 from sievit.engine.batches import Batch, EpochBatches, Losses, Samples, grouped, loading, training_loader
-from sievit.engine.checkpoint import CsvLog, RunFolder, write_json
+from sievit.engine.checkpoint import CsvLog, RunFolder, reading, write_json
 from sievit.engine.evaluate import evaluate
 from sievit.engine.initial import dense_teacher, start_from, start_vit_from, timm_name
 from sievit.engine.optim import Average, build_optimizer, freeze, learning_rate, set_learning_rate, total_steps
 from sievit.engine.recipe import Recipe, TrainConfig, default_data_root, open_data, with_own_classes
 from sievit.engine.signals import Interrupted, Stop, stopping
+from sievit.files import held
 from sievit.hub.fetch import HUB, model_file
 from sievit.models.build import build, read, save
 from sievit.tasks import task_of
 
 
-def train(recipe: Recipe | None, *, out: Path, resume: bool = False, console: Console | None = None) -> dict:
+def train(
+    recipe: Recipe | None,
+    *,
+    out: Path,
+    resume: bool = False,
+    name: str | None = None,
+    console: Console | None = None,
+) -> dict:
     """Train a model, and return the figures of the best one, as in metrics.json.
 
     Args:
         recipe: None with `resume`, for the folder holds it.
         out: folder of the run.
         resume: go on with the run in `out`, exactly where its last state was saved.
+        name: of the recipe that the run is started with; with `resume`, the one that it has to have been.
 
     Raises:
-        ConfigError: the folder holds another run or none, or the data does not fit the model.
+        ConfigError: the folder holds another run or none, another process trains there, the data does not fit the
+            model, or was changed since the run was started.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
         OSError: a file cannot be written, on a full disk for example; the last saved state is whole.
     """
@@ -57,20 +67,9 @@ def train(recipe: Recipe | None, *, out: Path, resume: bool = False, console: Co
         torch.set_num_threads(recipe.train.threads)
     fabric, ours = _fabric(recipe.train), not dist.is_initialized()
     fabric.launch()
-    if fabric.is_global_zero:
-        folder.remove_parts() if resume else folder.require_free()
-    fabric.barrier()
-    with fabric.rank_zero_first():
-        train_set, val_set = open_data(recipe)
-    run = _Run(recipe, folder, fabric, train_set, val_set, console, state=folder.load_state() if resume else None)
-    if fabric.is_global_zero:
-        if not resume:  # only after all checks of the recipe
-            folder.start(recipe)
-        run.open_logs()
-    fabric.barrier()
-    with stopping(f"--resume {out}") as stop:
+    with held(out) if fabric.is_global_zero else nullcontext(), stopping(f"--resume {out}") as stop:
         try:
-            return run.loop(stop)
+            return _started(recipe, folder, fabric, console, resume=resume, name=name).loop(stop)
         except RuntimeError as error:  # a signal to all processes takes the workers that load images with it
             if stop.received:
                 raise Interrupted(f"stopped; {stop.advice}") from error
@@ -81,6 +80,27 @@ def train(recipe: Recipe | None, *, out: Path, resume: bool = False, console: Co
         finally:
             if ours and dist.is_initialized():
                 dist.destroy_process_group()
+
+
+def _started(
+    recipe: Recipe, folder: RunFolder, fabric: Fabric, console: Console, *, resume: bool, name: str | None
+) -> "_Run":
+    """The run, of which nothing is written before everything is checked."""
+    if fabric.is_global_zero:
+        folder.remove_parts() if resume else folder.require_free()
+    fabric.barrier()
+    with fabric.rank_zero_first():
+        train_set, val_set = open_data(recipe)
+    data = {"training": train_set.fingerprint(), "validation": val_set.fingerprint()}
+    if resume:
+        folder.require_same(name, data)
+    run = _Run(recipe, folder, fabric, train_set, val_set, console, state=folder.load_state() if resume else None)
+    if fabric.is_global_zero:
+        if not resume:
+            folder.start(recipe, {"name": name, "data": data})
+        run.open_logs()
+    fabric.barrier()
+    return run
 
 
 def _resolved(recipe: Recipe) -> Recipe:
@@ -165,7 +185,8 @@ class _Run:
         self.best, self.figures = -math.inf, {}
         torch.manual_seed(config.seed + 1 + fabric.global_rank)
         if state is not None:
-            self._restore(state)
+            with reading(folder.state_file):
+                self._restore(state)
         self.log: CsvLog | None = None
         self.val_log: CsvLog | None = None
 

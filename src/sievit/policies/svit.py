@@ -276,7 +276,7 @@ def _check(config: SViTConfig, *, gated: int) -> None:
         raise ConfigError("svit: preserve=False leaves nothing to come back; set reactivate=False with it")
     if config.dense_blocks and not config.reactivate:
         raise ConfigError("svit: dense_blocks bring all tokens back; leave them out, or set reactivate=True")
-    if shares is not None and (len(shares) != gated or min(shares) == 0):
+    if shares is not None and (len(shares) != gated or 0 in shares):
         raise ConfigError(f"svit: static_shares are {gated}, one per gated block, above 0 and up to 1, not {shares}")
     if shares is not None and (config.sample or not config.reactivate):
         raise ConfigError("svit: static_shares go with the arg-max and with reactivation")

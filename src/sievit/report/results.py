@@ -78,7 +78,6 @@ class Journal:
             )
         if self.settings != settings:
             self.settings, self.lines, self.size = settings, {}, 0
-            self._append({"kind": KIND, **settings})
 
     def add(self, line: Line) -> None:
         """Add the results of an image.
@@ -86,11 +85,8 @@ class Journal:
         Raises:
             OSError: the disk is full; the file holds all lines before.
         """
-        self._append(line)
-        self.lines[line["image"]] = line
-
-    def _append(self, line: Line) -> None:
-        data = (json.dumps(line) + "\n").encode()
+        first = [] if self.size else [{"kind": KIND, **(self.settings or {})}]
+        data = "".join(json.dumps(each) + "\n" for each in (*first, line)).encode()
         with self.path.open("r+b" if self.path.exists() else "wb") as file:
             file.truncate(self.size)
             file.seek(self.size)
@@ -98,6 +94,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         self.size += len(data)
+        self.lines[line["image"]] = line
 
 
 def inputs(images: Path) -> tuple[Path, list[str], int]:
