@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import operator
+import reprlib
 import sys
 import types
 import typing
@@ -208,11 +209,13 @@ def from_json(cls: Any, data: Any, *, where: str = "config") -> Any:
         return _from_json_union(cls, data, where)
     if origin is Literal:
         if data not in typing.get_args(cls):
-            raise ConfigError(f"{where}: {data!r} is not one of {', '.join(map(repr, typing.get_args(cls)))}")
+            raise ConfigError(f"{where}: {_short(data)} is not one of {', '.join(map(repr, typing.get_args(cls)))}")
         return data
     if origin in (tuple, list):
         return _from_json_sequence(cls, data, where)
     if origin is dict:
+        if not isinstance(data, dict):
+            raise ConfigError(f"{where}: {_short(data)} is not an object")
         item = typing.get_args(cls)[1]
         return {key: from_json(item, value, where=f"{where}.{key}") for key, value in data.items()}
     if dataclasses.is_dataclass(cls):
@@ -223,7 +226,19 @@ def from_json(cls: Any, data: Any, *, where: str = "config") -> Any:
         return float(data)
     if cls is Any or (isinstance(data, cls) and not (cls is int and isinstance(data, bool))):
         return data
-    raise ConfigError(f"{where}: {data!r} is not of type {getattr(cls, '__name__', cls)}")
+    raise ConfigError(f"{where}: {_short(data)} is not of type {getattr(cls, '__name__', cls)}")
+
+
+def parse_json(text: str | bytes, *, where: str) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ConfigError: it is not JSON, not UTF-8, or nested too deep; it begins with `where`.
+    """
+    try:
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: cannot be read as JSON ({error})") from error
 
 
 def load_json(cls: type[T], path: Path) -> T:
@@ -233,10 +248,15 @@ def load_json(cls: type[T], path: Path) -> T:
         ConfigError: the file is missing, not JSON, or does not describe a `cls`; the message names the file.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON ({error})") from error
-    return from_json(cls, data, where=str(path))
+        text = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    return from_json(cls, parse_json(text, where=str(path)), where=str(path))
+
+
+def _short(data: Any) -> str:
+    """A value, in a message."""
+    return reprlib.repr(data)
 
 
 def _from_json_union(cls: Any, data: Any, where: str) -> Any:
@@ -250,13 +270,13 @@ def _from_json_union(cls: Any, data: Any, where: str) -> Any:
             return from_json(option, data, where=where)
         except ConfigError as error:
             errors.append(str(error))
-    raise ConfigError("; ".join(errors) or f"{where}: {data!r} does not fit {cls}")
+    raise ConfigError("; ".join(errors) or f"{where}: {_short(data)} does not fit {cls}")
 
 
 def _from_json_sequence(cls: Any, data: Any, where: str) -> Any:
     origin, args = typing.get_origin(cls), typing.get_args(cls)
     if not isinstance(data, list | tuple):
-        raise ConfigError(f"{where}: {data!r} is not a list")
+        raise ConfigError(f"{where}: {_short(data)} is not a list")
     if origin is tuple and args[-1] is not Ellipsis:
         if len(data) != len(args):
             raise ConfigError(f"{where}: {len(data)} values where {len(args)} are expected")
@@ -266,12 +286,15 @@ def _from_json_sequence(cls: Any, data: Any, where: str) -> Any:
 
 def _from_json_dataclass(cls: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
-        raise ConfigError(f"{where}: {data!r} is not an object")
+        raise ConfigError(f"{where}: {_short(data)} is not an object")
     data = dict(data)
     if "kind" in data and "kind" not in (f.name for f in dataclasses.fields(cls)):
         cls = class_of(str(data.pop("kind")), cls, where=where)
     if hasattr(cls, "upgraded"):
-        data = cls.upgraded(data)
+        try:
+            data = cls.upgraded(data)
+        except (TypeError, AttributeError, LookupError) as error:  # values of other types than it expects
+            raise ConfigError(f"{where}: neither of this version nor of an earlier one ({error})") from error
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls) if f.init]
     for name in data:

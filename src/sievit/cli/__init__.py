@@ -1,8 +1,10 @@
 """The command line. Everything heavy is imported by the command that needs it: `sievit --help` answers at once.
 
-Exit status: 0 done, 1 something could not be done, 2 something the user has to change, 130 interrupted.
+Exit status: 0 done, 1 something could not be done, 2 something the user has to change, 130 interrupted, 141 nobody
+reads the output. docs/reliability.md says what is kept in each case.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -10,23 +12,43 @@ from sievit.cli.command import Command
 from sievit.config import ConfigError, nearest
 from sievit.memory import keep_memory
 
+NEWLINE = "\n"
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+"""In torch's errors."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; `--help` and mistyped options leave by SystemExit instead."""
     if argv is None:  # the process is ours
         keep_memory()
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no text
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(args)
+        try:
+            return _dispatch(args)
+        finally:
+            sys.stdout.flush()
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _failed(str(error), 2)
+    except BrokenPipeError:  # `sievit --help | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (FileExistsError, NotADirectoryError) as error:
+        return _failed(f"{error.filename}: is a file where a folder is needed; give another name", 2)
     except OSError as error:  # a full disk, a folder that cannot be written: the machine's, no bug
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _failed(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error).lower() for words in OUT_OF_MEMORY):
+            raise
+        return _failed(f"not enough memory ({str(error).partition(NEWLINE)[0]}); take smaller images or batches", 1)
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130
+
+
+def _failed(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
 
 
 def _dispatch(args: list[str]) -> int:

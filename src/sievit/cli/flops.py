@@ -17,7 +17,7 @@ def flops(
     target: str,
     /,
     *,
-    size: tuple[int, int] | None = None,
+    size: tuple[Count, Count] | None = None,
     images: Path | None = None,
     policy: PolicyOptions = PolicyOptions(),  # noqa: B008
     batch_size: Count = 1,
@@ -38,8 +38,8 @@ def flops(
         device: cpu, cuda, cuda:1, or auto.
     """
     names, models, console = recipes(), shipped(), terminal.console(stderr=False)
-    if images is None and policy != PolicyOptions():
-        raise ConfigError("--policy and --set change which tokens of an image are left out; give --images")
+    if images is None and (policy, batch_size, limit, device) != (PolicyOptions(), 1, None, "auto"):
+        raise ConfigError("--policy, --set, --batch-size, --limit and --device are of runs over images; give --images")
     is_model = target in models or target.startswith(HUB) or Path(target).exists()
     if target in names and not is_model:
         if images is not None:

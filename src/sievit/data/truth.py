@@ -1,7 +1,7 @@
 """The annotations that a model is compared with, as they are found on disk: COCO's boxes and masks, or label images."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,13 @@ class Truth(Config):
     palette: Path | None = None
     max_detections: Count = 100
 
+    def _require_only(self, *names: str) -> None:
+        """Raise a ConfigError if another option was given, for it would have no effect."""
+        others = [f.name for f in fields(self) if f.name not in names and getattr(self, f.name) != f.default]
+        if others:
+            named = " and ".join(f"--{name.replace('_', '-')}" for name in others)
+            raise ConfigError(f"{named}: has no effect on this model; it takes --{' --'.join(names).replace('_', '-')}")
+
     @property
     def given(self) -> bool:
         """Whether there is anything to compare with."""
@@ -49,6 +56,7 @@ class Truth(Config):
         """
         if self.annotations is None or self.labels is not None:
             raise ConfigError("this model is judged by --annotations, a file in COCO's format, and by no --labels")
+        self._require_only("annotations", "max_detections")
         options: dict[str, Any] = {"with_masks": False, "max_detections": self.max_detections, "advice": {}}
         dataset = CocoDetection(images, self.annotations, **options)
         if dataset.category_ids != category_ids:
@@ -79,6 +87,7 @@ class Truth(Config):
         """
         if self.labels is None or self.annotations is not None:
             raise ConfigError("this model is judged by --labels, a folder of label images, and by no --annotations")
+        self._require_only(*(each.name for each in fields(self) if each.name not in ("annotations", "max_detections")))
         dataset = LabelDataset(
             images,
             self.labels,

@@ -82,7 +82,8 @@ class RunFolder:
 
     def metrics(self) -> dict[str, Any]:
         """The figures of the best model so far."""
-        return json.loads(self.metrics_file.read_text(encoding="utf-8"))
+        with reading(self.metrics_file):
+            return json.loads(self.metrics_file.read_text(encoding="utf-8"))
 
     def remove_parts(self) -> None:
         """Remove what a killed process left of files it was writing."""

@@ -104,6 +104,10 @@ class Card(CardOptions):
     notes: str = ""
 
 
+TEXTS = ("policy", "device", "failures")
+"""What is no number in the figures of an evaluation."""
+
+
 def read_figures(path: Path) -> dict[str, Any]:
     """The figures of an evaluation from what `sievit eval` printed: the last line of the file is a JSON object.
 
@@ -113,10 +117,14 @@ def read_figures(path: Path) -> dict[str, Any]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         figures = json.loads(next((line for line in reversed(lines) if line.strip()), ""))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: its last line is not the JSON that `sievit eval` prints ({error})") from error
     if not isinstance(figures, dict):
         raise ConfigError(f"{path}: its last line is JSON, but not the object that `sievit eval` prints")
+    for name, value in figures.items():
+        numbers = value if isinstance(value, list) else [value]
+        if name not in TEXTS and not all(isinstance(each, int | float) for each in numbers):
+            raise ConfigError(f"{path}: {name} is {value!r}, and not a number or a list of them")
     return figures
 
 

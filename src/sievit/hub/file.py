@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from sievit.config import ConfigError, from_json, kind_of, load_json, to_json
+from sievit.config import ConfigError, from_json, kind_of, load_json, parse_json, to_json
 from sievit.files import write_atomically
 from sievit.hub.int8 import SCALE, dequantized, pays, quantized
 from sievit.models.inputs import ModelConfig
@@ -57,8 +58,8 @@ def write(model: nn.Module, config: ModelConfig, path: Path, *, half: bool = Fal
         elif reduced:
             tensor = tensor.half()
         tensors[name] = tensor
-    metadata = {"format": FORMAT, "config": json.dumps(to_json(config))}
-    write_atomically(path, to_bytes(tensors, metadata))
+    # one entry, for those of several are written in an order that changes
+    write_atomically(path, to_bytes(tensors, {"config": json.dumps({"format": FORMAT, **to_json(config)})}))
 
 
 def require_free(out: Path, *, force: bool) -> None:
@@ -88,15 +89,19 @@ def read(path: Path, *, kind: str | None = None) -> tuple[ModelConfig, dict[str,
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except PermissionError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path}: damaged, cut short, or not a safetensors file ({error})") from error
-    if metadata.get("format") != FORMAT or "config" not in metadata:
+        raise ConfigError(
+            f"{path}: damaged, cut short, or not a safetensors file ({error}); `sievit convert` takes released files"
+        ) from error
+    if "config" not in metadata:
         raise ConfigError(f"{path}: a safetensors file, but not one that sievit wrote: it holds no model configuration")
-    try:
-        data = json.loads(metadata["config"])
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: its model configuration is not JSON ({error})") from error
+    data = parse_json(metadata["config"], where=f"{path}: model configuration")
     if isinstance(data, dict):
+        written = data.pop("format", metadata.get("format"))  # earlier versions had an entry of its own
+        if written != FORMAT:
+            raise ConfigError(f"{path}: a safetensors file, but not one that sievit wrote: its format is {written!r}")
         data = {"kind": "detector", **data}  # files of the first version are all detectors and have no kind
         if kind is not None and data["kind"] != kind:
             raise ConfigError(f"{path}: holds a {data['kind']}, not a {kind}; sievit.load takes either")
@@ -105,6 +110,8 @@ def read(path: Path, *, kind: str | None = None) -> tuple[ModelConfig, dict[str,
         tensors = dequantized(tensors)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ConfigError(f"{path}: weights that are NaN or infinite: {listed(wrong)}; the training failed")
     beside = path.with_name(CONFIG_FILE)
     if path.name == MODEL_FILE and beside.is_file():
         _check_same(path, config, beside)
@@ -141,8 +148,8 @@ def restored(
         config = replace(config, policy=wanted, execution=Execution(precision=config.execution.precision))
     if not compile:
         config = replace(config, execution=replace(config.execution, compiled=False))
-    model = build(config)
-    expected = model.state_dict()
+    with torch.device("meta"):  # no memory is taken before it is known that the weights fit
+        expected = build(config).state_dict()
     if policy is not None:
         tensors = {name: tensor for name, tensor in tensors.items() if name in expected or not of_policy(name)}
         untrained = [n for n in expected if of_policy(n) and n not in tensors]
@@ -151,7 +158,9 @@ def restored(
                 f"{path}: has no weights for the policy {kind_of(config.policy)!r} (such as {untrained[0]}); "
                 "train it first, starting from this checkpoint"
             )
-    load_weights(model, tensors, error=f"{path}: the weights are of another model")
+    require_fit(expected, tensors, error=f"{path}: the weights are of another model")
+    model = build(config)
+    model.load_state_dict(tensors)
     return model.eval()
 
 
@@ -161,7 +170,16 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], *, error: str) ->
     Raises:
         ConfigError: names are missing or surplus, or shapes differ; it begins with `error` and lists them.
     """
-    expected = model.state_dict()
+    require_fit(model.state_dict(), tensors, error=error)
+    model.load_state_dict(tensors)
+
+
+def require_fit(expected: dict[str, Tensor], tensors: dict[str, Tensor], *, error: str) -> None:
+    """Raise unless the tensors have the names and shapes of a model's.
+
+    Raises:
+        ConfigError: see `load_weights`.
+    """
     shapes = [
         f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
         for name, value in expected.items()
@@ -171,7 +189,6 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], *, error: str) ->
     found = {"missing": missing, "surplus": surplus, "of another shape": shapes}
     if problems := [f"{what}: {listed(names)}" for what, names in found.items() if names]:
         raise ConfigError(f"{error}; {'; '.join(problems)}")
-    model.load_state_dict(tensors)
 
 
 def listed(names: Iterable[str]) -> str:

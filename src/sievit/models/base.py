@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sievit.config import ConfigError
+from sievit.config import ConfigError, Count, check_range
 from sievit.hub import Pretrained
 from sievit.models.inputs import ModelConfig, Size, Window, in_batches
 from sievit.policies import Policy, PolicyConfig
@@ -184,8 +184,14 @@ class Model(Pretrained, ABC, Generic[R]):
             batch_size: images that go through the network together.
 
         Raises:
-            ConfigError: not a list of images, or a file that cannot be read.
+            ConfigError: not a list of images, a file that cannot be read, values that are no image's, or a batch size
+                or policy that is none.
         """
+        check_range(Count, batch_size, "batch_size")
+        if not isinstance(policy, Policy | None):
+            raise ConfigError(
+                f"policy is a Policy, not {policy!r}; a name goes into sievit.load(..., policy={policy!r})"
+            )
         training = self.training
         self.eval()
         try:

@@ -17,6 +17,8 @@ from sievit.policies import PolicyConfig
 from sievit.vit import ViTConfig
 from sievit.vit.execution import Execution
 
+OVERSHOOT = 0.5
+"""By which values of an image may lie outside of 0..1, since resizing overshoots at edges."""
 Size = tuple[int, int]
 """Height, width in pixels."""
 Window = tuple[int, int, int, int]
@@ -155,6 +157,10 @@ def as_tensor(image: Any) -> Tensor:
         raise ConfigError(f"an image tensor must be (3, h, w), not {tuple(image.shape)}")
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise ConfigError(f"an image tensor must be uint8 or float in 0..1, not {image.dtype}")
+    if image.is_floating_point():
+        low, high = image.min().item(), image.max().item()
+        if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):  # NaN ends here too
+            raise ConfigError(f"a float image is in 0..1, not {low:g}..{high:g}; 0..255 goes in as uint8")
     return image
 
 

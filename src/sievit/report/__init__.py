@@ -30,7 +30,7 @@ def predict(
     *,
     out: Path,
     policy: PolicyOptions = PolicyOptions(),  # noqa: B008
-    score_threshold: Share = 0.5,
+    score_threshold: Share | None = None,
     ids: Path | None = None,
     force: bool = False,
     device: str = "auto",
@@ -47,7 +47,7 @@ def predict(
         images: an image, or a folder of images.
         out: folder for the results.
         policy: another policy.
-        score_threshold: pictures show objects of at least this score; results.json holds all.
+        score_threshold: pictures show objects of at least this score, by default 0.5; results.json holds all.
         ids: COCO annotation file whose image ids results.json shall use; by default 1, 2, ... by file name.
         force: write over what the folder holds.
         device: cpu, cuda, cuda:1, or auto.
@@ -58,11 +58,14 @@ def predict(
     root, names, skipped = inputs(images)
     loaded = load(model, policy=policy, device=pick_device(device))
     task, console = task_of(loaded.config), terminal.console()
+    if score_threshold is not None and not task.has_scores:
+        raise ConfigError("--score-threshold: the results of this model have no scores; leave it out")
+    score = 0.5 if score_threshold is None else score_threshold
     writer = task.writer(out, names, ids=ids)
     settings = {
         "model": digest(model_file(model)),
         "policy": to_json(loaded.config.policy),
-        "score_threshold": score_threshold,
+        "score_threshold": score,
     }
     if skipped:
         console.print(f"{skipped} images below {images} are left out: earlier runs wrote them", soft_wrap=True)
@@ -80,7 +83,7 @@ def predict(
         try:
             for name in terminal.track(todo, "predicting", console=console):
                 try:
-                    journal.add(_predicted(loaded, root, name, out, writer, min_score=score_threshold))
+                    journal.add(_predicted(loaded, root, name, out, writer, min_score=score))
                 except ConfigError as error:
                     failures.append(str(error))
                 if stop.received:

@@ -84,6 +84,8 @@ class Task(ABC, Generic[R]):
     """Of the data that such models are trained on."""
     shown: ClassVar[tuple[str, ...]]
     """The figures that are printed; the first that there is, is the one that models are compared by."""
+    has_scores: ClassVar[bool] = False
+    """Whether a result holds things with scores, of which pictures show the best."""
 
     def __init__(self, config: Any) -> None:
         self.config = config

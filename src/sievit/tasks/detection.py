@@ -56,6 +56,7 @@ class DetectionTask(Task[Detections]):
 
     config: DetectorConfig
     data_config = CocoData
+    has_scores = True
     shown = ("mask_ap", "box_ap", "mask_ap50", "box_ap50")
 
     def open(self, images: Path, truth: Truth) -> CocoDetection:

@@ -62,7 +62,7 @@ class ViTConfig(Config):
     patch_size: Count = 16
     token_stride: Count | None = None
     embed_dim: Annotated[int, Interval(ge=1, le=2**16)] = 192
-    depth: Annotated[int, Interval(ge=1, le=1000)] = 12
+    depth: Annotated[int, Interval(ge=1, le=256)] = 12
     num_heads: Count = 3
     mlp_ratio: Annotated[float, Interval(gt=0, le=64)] = 4.0
     qkv_bias: bool = True
