@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; `--help` and mistyped options leave by SystemExit instead."""
     if argv is None:  # the process is ours
         keep_memory()
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")  # ty: ignore  # names of files may hold bytes that are no text
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
