@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import functools
 import json
-import math
 import operator
 import reprlib
 import sys
@@ -118,7 +117,7 @@ def check_range(hint: Any, value: Any, name: str) -> None:
     kind, limits = number
     if not isinstance(value, Integral if kind is int else Real) or isinstance(value, bool):
         raise ConfigError(f"{name} is {value!r}, and not a {'whole number' if kind is int else 'number'}")
-    if not math.isfinite(value):
+    if not -sys.float_info.max <= value <= sys.float_info.max:  # nor NaN
         raise ConfigError(f"{name} is {value!r}; it has to be a finite number")
     for key, holds, words in _LIMITS:
         for bound in (getattr(limit, key, None) for limit in limits):
@@ -222,7 +221,7 @@ def from_json(cls: Any, data: Any, *, where: str = "config") -> Any:
         return _from_json_dataclass(cls, data, where)
     if cls is Path and isinstance(data, str):
         return Path(data)
-    if cls is float and isinstance(data, int) and not isinstance(data, bool):
+    if cls is float and isinstance(data, int) and not isinstance(data, bool) and abs(data) < 2**1000:
         return float(data)
     if cls is Any or (isinstance(data, cls) and not (cls is int and isinstance(data, bool))):
         return data

@@ -126,7 +126,8 @@ class CsvLog:
 
     def __init__(self, path: Path, *, step: int) -> None:
         self.path = path
-        self.rows = [row for row in read_log(path) if int(row["step"]) <= step] if path.exists() else []
+        with reading(path):
+            self.rows = [row for row in read_log(path) if int(row["step"]) <= step] if path.exists() else []
         self._write_all()
 
     def write(self, row: dict[str, Any]) -> None:
