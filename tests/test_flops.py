@@ -372,7 +372,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_counted(checkpoint: Path, 
     [
         (["ade20k_segvit"], "'ade20k_segvit' is neither a recipe nor a model; did you mean 'ade20k_segvit_"),
         (["ade20k_segvit_b", "--images", "."], "is a recipe, its weights are random; --images needs a trained model"),
-        (["ade20k_segvit_b", "--size", "0", "5"], "at least 1, not (0, 5)"),
+        (["ade20k_segvit_b", "--size", "0", "5"], "--size is 0; it has to be at least 1"),
         (["ade20k_segvit_b", "--policy", "dtop"], "give --images"),
         (["CHECKPOINT", "--images", "EMPTY"], "holds no images"),
         (["CHECKPOINT", "--images", "gone"], "no such folder"),

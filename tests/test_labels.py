@@ -289,7 +289,7 @@ def empty(root: Path, option: str) -> dict[str, Any]:
         (lambda _: {"ignore_index": 3}, r"ignore_index 3 is one of the 4 classes"),
         (lambda _: {"classes": None}, r"Give classes, their number or"),
         (lambda _: {"palette": [(0, 0, 0)]}, r"1 colours for 4 classes"),
-        (lambda _: {"palette": [(0, 0, 256)] * 4}, r"\(0, 0, 256\) is not a colour"),
+        (lambda _: {"palette": [(0, 0, 256)] * 4}, "colours is 256"),
         (lambda root: listed(root, "0 0 0 sky\nroad\n", "palette"), r"names\.txt, line 2: 'road' is not"),
         (lambda root: listed(root, "", "palette"), r"names\.txt: holds no colours"),
         (lambda _: {"label_map": {1: 4}}, r"label_map: 1 becomes 4"),

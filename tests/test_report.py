@@ -62,10 +62,10 @@ def test_predict_writes_results_that_pycocotools_loads(
         x, y, width, height = annotation["bbox"]
         assert 0 <= x <= x + width <= 40.01
         assert 0 <= y <= y + height <= 50.01
-    pictures = {path.name for path in out.glob("*.png")}
-    assert pictures == {"a.jpg.png", "a.png.png", "b.png"}
-    for name in pictures:
-        with Image.open(out / name) as picture:
+    pictures = sorted((out / "pictures").iterdir())
+    assert [path.name for path in pictures] == ["a.jpg.png", "a.png.png", "b.png.png"]
+    for path in pictures:
+        with Image.open(path) as picture:
             assert picture.width > 1000
 
 
@@ -92,15 +92,15 @@ def test_predict_uses_given_ids_and_another_policy(checkpoint: Path, folder: Pat
 
     out = tmp_path / "one"
     command("predict", checkpoint, folder / "b.png", "--out", out, "--policy", "keep_all")
-    assert {path.name for path in out.iterdir()} == {"b.png", "images.json", "results.json"}
+    assert {path.name for path in out.iterdir()} == {"pictures", "images.json", "results.json", "results.jsonl"}
 
 
 @pytest.mark.parametrize("name", ["nothing", "b.txt"])
 def test_predict_leaves_nothing_behind_when_no_image_is_there(checkpoint, tmp_path: Path, name: str, command: Command):
     (tmp_path / "b.txt").write_text("no image")
     out = tmp_path / "out"
-    command("predict", checkpoint, tmp_path / name, "--out", out, status=1)
-    assert not (out / "results.json").exists()
+    command("predict", checkpoint, tmp_path / name, "--out", out, status=2 if name == "nothing" else 1)
+    assert not out.exists()
 
 
 def test_unknown_device_and_policy(checkpoint: Path, folder: Path, command: Command):

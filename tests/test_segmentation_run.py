@@ -165,19 +165,19 @@ def test_predict_writes_labels_and_pictures(run: RunFolder, scenes: Path, tmp_pa
     Image.fromarray(np.zeros((3, 90), dtype=np.uint8)).save(images / "flat.png")  # lower than a patch
     (images / "broken.png").write_bytes(b"\x89PNG but no more")
     assert "broken.png" in command("predict", run.path, images, "--out", out, status=1).err
-    with Image.open(out / "labels/a.png") as labels:
+    with Image.open(out / "labels/a.png.png") as labels:
         assert labels.mode == "P"
         values, palette = np.asarray(labels), labels.getpalette()
     expected = load(run.path).predict([images / "a.png"])[0]
     assert values.shape == (64, 80)
     assert np.array_equal(values, np.asarray(expected))
-    with Image.open(out / "labels/flat.png") as flat:
+    with Image.open(out / "labels/flat.png.png") as flat:
         assert flat.size == (90, 3)
     classes = json.loads((out / "classes.json").read_text())
     assert [entry["name"] for entry in classes] == list(NAMES)
     assert palette is not None
     assert [tuple(palette[3 * i : 3 * i + 3]) for i in range(len(NAMES))] == [tuple(c["colour"]) for c in classes]
-    assert {path.name for path in out.glob("*.png")} == {"a.png", "flat.png"}
+    assert {path.name for path in (out / "pictures").iterdir()} == {"a.png.png", "flat.png.png"}
     command("predict", run.path, images, "--out", out, "--ids", "ids.json", status=2)
 
 

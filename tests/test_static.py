@@ -159,12 +159,12 @@ def test_buckets_are_few_and_change_nothing() -> None:
         (gates, {"static_shares": (0.5,)}, "4, one per gated block"),
         (gates, {"static_shares": (0.5, 0.5, 0.0, 0.5)}, "above 0"),
         (gates, {"static_shares": (0.5,) * 4, "sample": True}, "go with the arg-max"),
-        (gates, {"multiple": 0}, "multiple is at least 1"),
+        (gates, {"multiple": 0}, "multiple is 0"),
         (exits, {"static_left": (0.5,)}, "1 shares for 2 auxiliary heads"),
         (exits, {"static_left": (0.5, 0.4)}, "rising shares"),
-        (exits, {"static_left": (0.5, 1.0)}, "rising shares"),
+        (exits, {"static_left": (0.5, 1.0)}, "has to be below 1"),
         (exits, {"static_left": (0.5, 0.6), "preserve": True}, "preserve"),
-        (exits, {"multiple": 0}, "multiple is at least 1"),
+        (exits, {"multiple": 0}, "multiple is 0"),
     ],
 )
 def test_what_makes_no_sense(make: Callable[..., Any], config: dict[str, Any], message: str) -> None:

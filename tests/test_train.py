@@ -450,15 +450,15 @@ def test_an_epoch_is_a_permutation_that_processes_share():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"epochs": 0}, "epochs is at least 1"),
-        ({"workers": -1}, "workers is at least 0"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"workers": -1}, "workers is -1"),
         ({"batch_size": 5}, "does not split into 2 parts"),
-        ({"ema": 1.0}, "ema is a decay"),
-        ({"selected_after": -1}, r"train\.selected_after is at least 0, not -1"),
-        ({"layer_decay": 0.0}, "layer_decay is a factor above 0 and up to 1"),
-        ({"layer_decay": 1.1}, "layer_decay is a factor"),
-        ({"freeze": 0}, "freeze is none, vit, or a number of first blocks from 1 on"),
-        ({"freeze": -2}, "freeze is none"),
+        ({"ema": 1.0}, r"ema is 1\.0"),
+        ({"selected_after": -1}, "selected_after is -1"),
+        ({"layer_decay": 0.0}, r"layer_decay is 0\.0"),
+        ({"layer_decay": 1.1}, r"layer_decay is 1\.1"),
+        ({"freeze": 0}, "freeze is 0"),
+        ({"freeze": -2}, "freeze is -2"),
     ],
 )
 def test_settings_that_make_no_sense(change: dict[str, Any], words: str, recipe: Recipe):

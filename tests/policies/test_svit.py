@@ -164,7 +164,7 @@ def test_gates_learn_to_keep_as_many_tokens_as_the_budget_says() -> None:
         ({"budgets": (0.5, 1.2), "budget": 1.3}, "not in the range"),
         ({"budget": 0.7}, "needs gates that were trained for a range"),
         ({"preserve": False}, "reactivate=False"),
-        ({"targets": (1.2,)}, "between 0 and 1"),
+        ({"targets": (1.2,)}, r"targets is 1\.2"),
         ({"first_block": 5}, "blocks 0 to 4"),
     ],
 )
