@@ -130,7 +130,7 @@ def test_a_policy_is_chosen(own: PolicyConfig, policy: str | None, given: list[s
         (None, "thresholds", "write FIELD=VALUE"),
         (None, "keep_per_class=many", "--set keep_per_class: 'many' is not of type int"),
         (None, "grade=best", "--set grade: 'best' is not one of 'max', 'margin', 'entropy'"),
-        (None, "thresholds=2", "thresholds are from 0 to 1"),
+        (None, "thresholds=2", r"thresholds is 2\.0"),
     ],
 )
 def test_mistakes_name_the_way_out(policy: str | None, given: str, message: str):

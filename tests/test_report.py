@@ -336,7 +336,7 @@ def test_further_checkpoints_are_curves(data: Path, exits: Path, tmp_path: Path)
         ({"also": ("x",)}, "write NAME=CHECKPOINT"),
         ({"also": ("x=model@",)}, "NAME=CHECKPOINT@0.9,0.95"),
         ({"also": ("dtop=CHECKPOINT",)}, "two curves of one name"),
-        ({"values": (0.2, -1.0)}, "from 0 to 1"),
+        ({"values": (0.2, -1.0)}, r"thresholds is -1\.0"),
         ({"policy": PolicyOptions(set=("keep_per_class=-1",))}, "keep_per_class"),
         ({"policy": PolicyOptions(policy="keep_all")}, "which values of its policy 'keep_all'"),
         ({"field": "grade", "values": ()}, "Give --field and --values"),

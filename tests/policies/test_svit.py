@@ -169,4 +169,4 @@ def test_gates_learn_to_keep_as_many_tokens_as_the_budget_says() -> None:
     ],
 )
 def test_gates_that_there_cannot_be(changes: dict, words: str) -> None:
-    refused(words, built, dataclasses.replace(CONFIG, **changes))
+    refused(words, lambda: built(dataclasses.replace(CONFIG, **changes)))
