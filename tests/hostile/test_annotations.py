@@ -30,7 +30,9 @@ from sievit.data.label_files import read_names, read_palette
 from sievit.data.labels import LabelDataset
 from sievit.data.masks import ROUNDING, Masks, decode
 from sievit.data.truth import Truth
+from sievit.tasks.detection import CocoData, DetectionTask
 from sievit.tasks.metrics import CocoMetric
+from tiny import tiny_detector
 
 SIZE = (12, 16)
 ALWAYS_THE_SAME: dict[str, Any] = {"deadline": None, "derandomize": True, "database": None}
@@ -414,6 +416,21 @@ def test_errors_on_what_to_judge_by_name_options_and_no_kind_of_model(images: Pa
             with pytest.raises(ConfigError) as raised:
                 opened(images, ())
             assert "detector" not in str(raised.value) and "segmenter" not in str(raised.value)
+
+
+@pytest.mark.parametrize("options", [{"ignore_index": 2**40}, {"label_map": {2**70: 0}}, {"label_map": {-(2**31): 0}}])
+def test_values_that_no_pixel_has_are_an_error(options: dict[str, Any], images: Path):
+    with pytest.raises(ConfigError, match="32 bits"):
+        LabelDataset(images, images, classes=1, **options)
+
+
+def test_training_says_how_its_command_leaves_annotations_out(tmp_path: Path, images: Path):
+    document = content()
+    document["annotations"][0]["bbox"] = [0, 0, 0, 0]
+    path = written(tmp_path, document)
+    data = CocoData(train_images=images, train_annotations=path, val_images=images, val_annotations=path)
+    with pytest.raises(ConfigError, match=r"or --data\.invalid skip to leave such annotations out"):
+        DetectionTask(tiny_detector(classes=("class 1", "class 2"))).open_training(data, tmp_path, seed=0)
 
 
 # any change of any value
