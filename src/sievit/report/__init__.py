@@ -14,9 +14,8 @@ from sievit.engine.evaluate import timed
 from sievit.files import png_names, write_png
 from sievit.models.build import load
 from sievit.policies import PolicyOptions
-from sievit.report.common import images_below, progress
 from sievit.report.demonstration import demo
-from sievit.report.figures import answer_figure, answer_note
+from sievit.report.figures import answer_figure, answer_note, images_below, progress
 from sievit.tasks import task_of
 
 __all__ = ["demo", "evaluate", "predict"]

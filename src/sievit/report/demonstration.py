@@ -18,8 +18,7 @@ from sievit.files import write_atomically, write_png
 from sievit.hub.fetch import REPOSITORY
 from sievit.models.base import Model
 from sievit.models.build import load
-from sievit.report.common import progress
-from sievit.report.figures import answer_figure, answer_note
+from sievit.report.figures import answer_figure, answer_note, progress
 from sievit.tasks import Task, task_of
 
 EXAMPLES = Path("examples/nuclei")

@@ -1,13 +1,17 @@
-"""Pictures of what a model answers for an image, and of the tokens that it took."""
+"""Pictures of what a model answers for an image, and of the tokens that it took; and the loop over images."""
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sievit import viz
+from sievit.data.images import list_images
 from sievit.models.base import Answer, Model
 from sievit.tasks import Task
 
@@ -33,8 +37,7 @@ def answer_figure(
         for name, (note, result) in results.items()
     ]
     legends = [task.legend([result for _, result in results.values()])]
-    below = []
-    exits = exits_of(answer)
+    exits, below = exits_of(answer), []
     if exits is None:
         keep = answer.on_image(0, torch.stack(answer.trace.keep, dim=1))
         panels.append(viz.heat_panel(image, keep))
@@ -52,10 +55,25 @@ def answer_note(task: Task, model: Model, answer: Answer, milliseconds: float, *
     return " · ".join(part for part in (*parts, f"{milliseconds:.0f} ms") if part)
 
 
-def exits_of(answer: Answer, index: int = 0) -> viz.Exits | None:
-    """Where the tokens of an image left for good; None where none can."""
+def exits_of(answer: Answer) -> viz.Exits | None:
+    """Where the tokens of the first image left for good; None where none can."""
     blocks = [block for block, notes in enumerate(answer.trace.aux, start=-1) if "exited" in notes]
     if not blocks:
         return None
     places = [f"after block {block}" for block in blocks[:-1]]
-    return viz.Exits(answer.exit_stages(index).clamp(max=len(places)), (*places, "never"))
+    return viz.Exits(answer.exit_stages(0).clamp(max=len(places)), (*places, "never"))
+
+
+def progress(console: Console) -> Progress:
+    """The bar of every loop over images."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)
+
+
+def images_below(images: Path, out: Path) -> tuple[list[Path], list[str]]:
+    """The image, or those of a folder without what lies in `out`; and their names, relative to the folder."""
+    root = images if images.is_dir() else images.parent
+    paths = [images]
+    if images.is_dir():
+        paths = [p for p in list_images(images) if not p.resolve().is_relative_to(out.resolve())]
+    return paths, [path.relative_to(root).as_posix() for path in paths]
