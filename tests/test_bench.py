@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -27,13 +27,11 @@ from sievit.bench import (
     bench_network,
     timing,
 )
-from sievit.bench.blocks import timed_blocks
 from sievit.bench.common import load_images, normalised, run
-from sievit.bench.heads import _part_rows, stopwatch
-from sievit.bench.network import timed_model, timed_network
-from sievit.bench.plot import draw_rows
+from sievit.bench.heads import _part_rows, machine_rates, stopwatch
+from sievit.bench.network import timed_blocks, timed_model, timed_network
 from sievit.bench.random_models import ADAPTERS, SEGMENTERS, SIZES, random_exits, random_segmenter, random_vit
-from sievit.bench.rates import machine_rates
+from sievit.bench.rows import draw_rows
 from sievit.bench.timing import Cost, time_modes
 from sievit.config import ConfigError
 from sievit.heads import ATMConfig, build_head
@@ -488,7 +486,7 @@ def test_rates_count_two_operations_per_multiply_add(monkeypatch: pytest.MonkeyP
         return 1.0, result
 
     shapes: list[tuple[int, ...]] = []
-    monkeypatch.setattr("sievit.bench.rates.clocked", clock)
+    monkeypatch.setattr("sievit.bench.heads.clocked", clock)
     rates = machine_rates(replace(TINY, embed_dim=256), (4, 6), 2, 64, CPU, torch.bfloat16)
     assert set(shapes) == {(48, 1024), (2, 64, 16, 24), (2, 2, 24, 128)}
     macs = {"linear": 48 * 256 * 1024, "conv3x3": 2 * 16 * 24 * 9 * 64 * 64, "attention": 2 * 24 * 24 * 256 * 2}
@@ -531,15 +529,12 @@ class FakeBench(BlocksBench):
     sizes: tuple[tuple[int, int], ...] = ((64, 64),)
     batches: tuple[int, ...] = (1, 2)
     repeats: int = 2
-    measure: ClassVar[Callable[[str, int, str], dict[str, Any]]]
 
     def networks(self) -> dict[str, str]:
         return {name: name for name in self.models}
 
-    def rows(self, network: str, size: Any, batch: int, place: Any, modes: Sequence[str]) -> Iterator[dict[str, Any]]:
-        assert modes, "there is something to measure"
-        for mode in modes:
-            yield type(self).measure(network, batch, mode)
+    def timed(self, network: str, size: Any, batch: int) -> Any:
+        return network, batch
 
     def table(self, rows: list[dict[str, Any]]) -> Table:
         return Table()
@@ -563,8 +558,14 @@ class Fake:
         return {"mode": mode, "tokens": 16, "dense_ms": ms, "sparse_ms": ms, **figures}
 
     def __call__(self, console: Console = QUIET, **changes: Any) -> dict[str, Any]:
-        FakeBench.measure = self.measure
-        return run(replace(FakeBench(out=self.out), **changes), console)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sievit.bench.common.time_modes", self.rows)
+            return run(replace(FakeBench(out=self.out), **changes), console)
+
+    def rows(self, timed: tuple[str, int], modes: Sequence[str], *, multiple: int) -> Iterator[dict[str, Any]]:
+        assert modes, "there is something to measure"
+        for mode in modes:
+            yield self.measure(*timed, mode)
 
 
 def of_file(out: Path) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ def imported(name: str, *, lazily: bool = True) -> set[str]:
 
 @pytest.mark.parametrize("name", [n for n in SOURCES if n != "sievit"])
 def test_imports_point_downwards(name: str):
-    assert room(name) != "sievit", f"{name} has no level; give it one in this file and in docs/design.md"
+    assert room(name) != "sievit", f"{name} has no level; give it one in the table of docs/design.md"
     for other in imported(name):
         same = room(name) == room(other) or (
             LEVELS[room(name)] == LEVELS[room(other)] and folder(name) == folder(other) != ""

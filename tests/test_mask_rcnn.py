@@ -18,7 +18,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from sievit.config import ConfigError, from_json, to_json
 from sievit.convert.mmdet_heads import mmdet_heads
-from sievit.heads import MaskRCNN, MaskRCNNConfig, torchvision_config
+from sievit.heads import MaskRCNN, MaskRCNNConfig
 from sievit.heads.config import AnchorConfig, BoxConfig, MaskConfig, RoIConfig, RPNConfig
 from sievit.heads.masks import crop_masks, paste_masks
 from sievit.heads.pooling import box_levels, pool_by_bags, pool_by_kernel
@@ -28,6 +28,15 @@ from tiny import refused
 IMAGE_SIZE = (96, 128)
 SIZES = [(90, 128), (96, 100)]
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+TORCHVISION = MaskRCNNConfig(
+    num_classes=3,
+    anchors=AnchorConfig(strides=None, rounded=True),
+    rpn=RPNConfig(low_quality_iou=0.0, loss="smooth_l1", post_nms_train=2000),
+    roi=RoIConfig(aligned=False, sampling_ratio=2, level_rule="outside"),
+    box=BoxConfig(loss="smooth_l1"),
+    mask=MaskConfig(targets="soft", paste="torchvision"),
+)
+"""The constants of torchvision's own."""
 
 
 def random_features(*, channels: int = 8, num_images: int = 2) -> dict[str, Tensor]:
@@ -97,7 +106,7 @@ class StockMaskRCNN(torch.nn.Module):
 @pytest.fixture
 def pair() -> tuple[MaskRCNN, StockMaskRCNN]:
     # scores of random weights are near 1/4: the lower limit lets detections through
-    config = small(torchvision_config(num_classes=3), box={"min_score": 0.2})
+    config = small(TORCHVISION, box={"min_score": 0.2})
     head = MaskRCNN(config, in_channels=8)
     return head, StockMaskRCNN(head)
 
@@ -291,7 +300,7 @@ def test_targets_that_cannot_be(change, message) -> None:
 
 
 def test_config_through_json() -> None:
-    for config in (MaskRCNNConfig(num_classes=3), torchvision_config(num_classes=80, with_masks=False)):
+    for config in (MaskRCNNConfig(num_classes=3), replace(TORCHVISION, num_classes=80, with_masks=False)):
         assert from_json(MaskRCNNConfig, to_json(config)) == config
     with pytest.raises(ConfigError, match=r"anchors\.sizes has 2 levels"):
         MaskRCNNConfig(num_classes=1, anchors=AnchorConfig(sizes=((8.0,), (16.0,))))

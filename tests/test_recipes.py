@@ -32,7 +32,7 @@ from sievit.models.segmenter import SegmenterConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import DToPConfig, KeepAllConfig, SViTConfig
 from sievit.recipes import recipe, recipes
-from sievit.recipes.backbones import NAMES
+from sievit.recipes.common import NAMES
 from sievit.tasks.detection import CocoData
 from sievit.tasks.segmentation import LabelsData
 from sievit.vit import ViT, ViTConfig

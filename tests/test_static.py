@@ -14,8 +14,9 @@ from sievit.models.segmenter import SegmentationNet, build_net
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import DToPConfig, Policy, SViTConfig, TopNormConfig, build_policy
 from sievit.tokens import Tokens
-from sievit.vit import Execution, RopeConfig, ViT, ViTConfig, execute
+from sievit.vit import Execution, RopeConfig, ViT, ViTConfig
 from sievit.vit.execution import Mode
+from sievit.vit.executor import Run, execute_run
 from tiny import refused, scattered
 
 DEPTH = 6
@@ -143,11 +144,11 @@ def test_buckets_are_few_and_change_nothing() -> None:
         tokens = vit.embed(images)
         keep = torch.arange(48)[None] * torch.tensor([[5], [7]]) % 48 < count
         chosen = tokens.select(keep & (torch.arange(2)[:, None] * 3 + count > 3))
-        expected = execute([block], chosen, Execution(mode="packed"))
+        expected, _ = execute_run(Run([block]), chosen, Execution(mode="packed"))
 
         handle = block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
         torch.testing.assert_close(
-            execute([block], chosen, Execution(mode="bucketed")).x, expected.x, atol=1e-5, rtol=1e-4
+            execute_run(Run([block]), chosen, Execution(mode="bucketed"))[0].x, expected.x, atol=1e-5, rtol=1e-4
         )
         handle.remove()
     assert set(seen) == {1 + 6 * i for i in range(9)}
@@ -184,7 +185,7 @@ def test_gradients_of_selected_tokens_equal_those_of_masking_where_nothing_is_sk
         for mode in modes:
             gate = keep.float().requires_grad_()
             tokens: Tokens = x.select(keep, gate)
-            out = execute([block], tokens, Execution(mode=mode)).x
+            out = execute_run(Run([block]), tokens, Execution(mode=mode))[0].x
             out.square().sum().backward()
             assert gate.grad is not None
             found.append((out.detach(), gate.grad))

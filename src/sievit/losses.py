@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
 
 from sievit.config import Config, NonNegative, Share
 from sievit.distributed import global_sum, world_size
@@ -76,10 +77,7 @@ def presence(labels: Tensor, num_classes: int, *, ignore_index: int) -> Tensor:
 
 def focal(logits: Tensor, target: Tensor, counted: Tensor, alpha: float, gamma: float) -> Tensor:
     """(m,): focal loss per mask, the mean over its counted pixels; all arguments (m, pixels) (arXiv 1708.02002)."""
-    p = logits.sigmoid()
-    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    missed = p + target - 2 * p * target  # one minus the probability of the truth
-    each = (alpha * target + (1 - alpha) * (1 - target)) * missed**gamma * entropy
+    each = sigmoid_focal_loss(logits, target, alpha, gamma)
     return (each * counted).sum(1) / counted.sum(1).clamp(min=1)
 
 

@@ -17,10 +17,10 @@ def console(*, stderr: bool = True) -> Console:
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
 
 
-def progress(console: Console) -> Progress:
+def progress(console: Console, *, shown: bool = True) -> Progress:
     """The bar of every long work; nothing where there is no terminal."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal))
 
 
 def track(items: Iterable[T], title: str, *, console: Console | None, total: int | None = None) -> Iterator[T]:

@@ -58,6 +58,10 @@ class Exits:
     stage: Tensor
     places: tuple[str, ...]
 
+    def shares(self) -> list[float]:
+        """Of the pixels, for each of the places."""
+        return [(self.stage == i).float().mean().item() for i in range(len(self.places))]
+
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -167,18 +171,13 @@ def exit_colours(count: int) -> tuple[Colour, ...]:
 
 def exits_panel(image: Picture, exits: Exits) -> Panel:
     """Where tokens left, as a panel of a figure."""
-    left = 1 - _shares(exits)[-1]
-    return Panel("where tokens left", f"{left:.0%} left early", partial(exit_map, image, exits))
+    return Panel("where tokens left", f"{1 - exits.shares()[-1]:.0%} left early", partial(exit_map, image, exits))
 
 
 def exits_legend(exits: Exits) -> list[tuple[str, Colour | None]]:
     """What the colours of `exit_map` mean, for `legend`."""
-    texts = [f"{place} ({share:.0%})" for place, share in zip(exits.places, _shares(exits), strict=True)]
+    texts = [f"{place} ({share:.0%})" for place, share in zip(exits.places, exits.shares(), strict=True)]
     return [("tokens left:", None), *zip(texts, exit_colours(len(texts)), strict=True)]
-
-
-def _shares(exits: Exits) -> list[float]:
-    return [(exits.stage == i).float().mean().item() for i in range(len(exits.places))]
 
 
 def legend(entries: Sequence[tuple[str, Colour | None]], width: int) -> Image.Image:
@@ -234,7 +233,16 @@ def heat_panel(image: Picture, keep: Tensor) -> Panel:
     """Blocks per token, above the legend of its colours, as a panel of a figure; see `keep_maps`."""
 
     def draw(box: tuple[int, int]) -> Image.Image:
-        return _with_colour_bar(heat_map(image, keep, box=box), len(keep))
+        picture = heat_map(image, keep, box=box)
+        width, y = picture.width, picture.height + 8
+        out = Image.new("RGB", (width, y + 22), PAPER)
+        out.paste(picture)
+        ramp = _heat(np.linspace(0, 1, width - 38))[None].repeat(10, axis=0).astype(np.uint8)
+        out.paste(Image.fromarray(ramp), (16, y))
+        pen = ImageDraw.Draw(out)
+        pen.text((0, y + 5), "0", fill=FAINT, font=_font(14), anchor="lm")
+        pen.text((width, y + 5), str(len(keep)), fill=FAINT, font=_font(14), anchor="rm")
+        return out
 
     return Panel("blocks per token", f"{keep.float().mean().item():.0%} of all computed", draw)
 
@@ -302,19 +310,6 @@ def _heat(share: np.ndarray) -> np.ndarray:
     """(..., 3) colours of 0..255 for shares of 0..1."""
     stops = np.linspace(0, 1, len(HEAT))
     return np.stack([np.interp(share, stops, HEAT[:, c]) for c in range(3)], axis=-1)
-
-
-def _with_colour_bar(picture: Image.Image, depth: int) -> Image.Image:
-    """A heat map above its legend: no block at the left, all of them at the right."""
-    width, y = picture.width, picture.height + 8
-    out = Image.new("RGB", (width, y + 22), PAPER)
-    out.paste(picture)
-    ramp = _heat(np.linspace(0, 1, width - 38))[None].repeat(10, axis=0).astype(np.uint8)
-    out.paste(Image.fromarray(ramp), (16, y))
-    pen = ImageDraw.Draw(out)
-    pen.text((0, y + 5), "0", fill=FAINT, font=_font(14), anchor="lm")
-    pen.text((width, y + 5), str(depth), fill=FAINT, font=_font(14), anchor="rm")
-    return out
 
 
 def _paint(pixels: np.ndarray, mask: Tensor, corners: list[float], scale: tuple[float, float], colour: Colour) -> None:

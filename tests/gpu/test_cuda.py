@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 
 from sievit.bench import BlocksBench, bench_blocks
-from sievit.bench.blocks import timed_blocks
 from sievit.bench.common import load_images, normalised
+from sievit.bench.network import timed_blocks
 from sievit.bench.random_models import SIZES, random_vit
 from sievit.bench.timing import Timed, many_shapes
 from sievit.measure.meters import counted_syncs, memory

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from hostile.mutate import mutate, spoilt
+from hostile.small import SIZE, content, panoptic
 from sievit.config import ConfigError
 from sievit.data.annotations import load_annotations
 from sievit.data.coco import CocoDetection
@@ -30,40 +30,11 @@ from sievit.data.label_files import read_names, read_palette
 from sievit.data.labels import LabelDataset
 from sievit.data.masks import ROUNDING, Masks, decode
 from sievit.data.truth import Truth
+from sievit.tasks.detection import CocoData, DetectionTask
 from sievit.tasks.metrics import CocoMetric
+from tiny import tiny_detector
 
-SIZE = (12, 16)
 ALWAYS_THE_SAME: dict[str, Any] = {"deadline": None, "derandomize": True, "database": None}
-
-
-def rle(x: int, y: int, w: int, h: int) -> dict[str, Any]:
-    mask = np.zeros(SIZE, dtype=np.uint8, order="F")
-    mask[y : y + h, x : x + w] = 1
-    return {"size": list(SIZE), "counts": coco_mask.encode(mask)["counts"].decode()}
-
-
-def content() -> dict[str, Any]:
-    """Small, clean, with every form of mask and a crowd."""
-    runs = [24, 6, 6, 6, 150]
-    boxes = [(2, 1, 8, 6), (6, 4, 5, 5), (1, 1, 4, 9), (2, 0, 2, 6), (3, 3, 9, 8)]
-    masks = [[[2, 1, 10, 1, 10, 7, 2, 7]], rle(6, 4, 5, 5), rle(1, 1, 4, 9), {"size": list(SIZE), "counts": runs}]
-    masks.append([[3, 3, 12, 3, 12, 11], [3, 3, 12, 11, 3, 11]])
-    return {
-        "images": [{"id": i, "file_name": f"{i}.png", "width": SIZE[1], "height": SIZE[0]} for i in (1, 2, 3)],
-        "categories": [{"id": i, "name": f"class {i}"} for i in (1, 2)],
-        "annotations": [
-            {
-                "id": i + 1,
-                "image_id": (1, 1, 2, 2, 3)[i],
-                "category_id": 1 + i % 2,
-                "bbox": list(boxes[i]),
-                "area": boxes[i][2] * boxes[i][3],
-                "iscrowd": int(i == 2),
-                "segmentation": masks[i],
-            }
-            for i in range(5)
-        ],
-    }
 
 
 @pytest.fixture(scope="module")
@@ -210,32 +181,11 @@ def test_nothing_to_judge_by_is_said_of_the_file(tmp_path: Path, images: Path):
 
 # polygons, run lengths and sizes
 
-FAR = (1e5, 1e7, 1e8, 1e9, -1e9, 1e18, 1e300, 2**70, 10**400, math.inf, math.nan)
-
-
-def far_polygons() -> int:
-    """What a child process does, as the rasteriser can end it; the memory in MB that it took."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for value in FAR:
-        for place in range(4):
-            document = content()
-            polygon = document["annotations"][0]["segmentation"][0]
-            polygon[place] = value
-            for reader in (load_annotations, CocoMetric):
-                with pytest.raises(ConfigError, match=r"annotation 1 has .*polygon"):
-                    reader(document)
-            with pytest.raises(ValueError, match="polygon"):
-                decode([polygon], SIZE)
-    zigzag = [float(v) for i in range(20_000) for v in (0 if i % 2 else 2000, i % 2000)]
-    with pytest.raises(ValueError, match="outline"):
-        decode([zigzag], (2000, 2000))
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
-
 
 def test_polygons_far_outside_are_errors_before_they_are_drawn():
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, __file__],
+        [sys.executable, str(Path(__file__).with_name("far_polygons.py"))],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -416,6 +366,21 @@ def test_errors_on_what_to_judge_by_name_options_and_no_kind_of_model(images: Pa
             assert "detector" not in str(raised.value) and "segmenter" not in str(raised.value)
 
 
+@pytest.mark.parametrize("options", [{"ignore_index": 2**40}, {"label_map": {2**70: 0}}, {"label_map": {-(2**31): 0}}])
+def test_values_that_no_pixel_has_are_an_error(options: dict[str, Any], images: Path):
+    with pytest.raises(ConfigError, match="32 bits"):
+        LabelDataset(images, images, classes=1, **options)
+
+
+def test_training_says_how_its_command_leaves_annotations_out(tmp_path: Path, images: Path):
+    document = content()
+    document["annotations"][0]["bbox"] = [0, 0, 0, 0]
+    path = written(tmp_path, document)
+    data = CocoData(train_images=images, train_annotations=path, val_images=images, val_annotations=path)
+    with pytest.raises(ConfigError, match=r"or --data\.invalid skip to leave such annotations out"):
+        DetectionTask(tiny_detector(classes=("class 1", "class 2"))).open_training(data, tmp_path, seed=0)
+
+
 # any change of any value
 
 
@@ -444,15 +409,6 @@ def check_mutated(random: Random) -> None:
 def names(error: ConfigError, folder: str) -> None:
     """The error tells which file is meant."""
     assert folder in str(error), error
-
-
-def panoptic() -> dict[str, Any]:
-    segments = [{"id": 70000, "category_id": 1, "iscrowd": 0}, {"id": 513, "category_id": 2}]
-    return {
-        "images": [{"id": 5, "file_name": "x.png", "height": 2, "width": 4}],
-        "annotations": [{"image_id": 5, "file_name": "x.png", "segments_info": segments}],
-        "categories": [{"id": i, "name": str(i), "color": [i, i, i]} for i in (1, 2)],
-    }
 
 
 @settings(max_examples=80, **ALWAYS_THE_SAME)
@@ -484,7 +440,3 @@ def test_a_segment_of_no_colour_is_no_name_for_pixels_of_no_segment(tmp_path: Pa
     document["annotations"][0]["segments_info"][0]["id"] = 0
     with pytest.raises(ConfigError, match="id 0 of the 'segments_info' of image 5 has 0 as 'id'"):
         LabelDataset(tmp_path, tmp_path, panoptic=written(tmp_path, document))
-
-
-if __name__ == "__main__":
-    print(far_polygons())

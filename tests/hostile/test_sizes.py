@@ -54,7 +54,7 @@ def counts_as_computed(model: Detector, size: Size) -> None:
         seen[name.removeprefix("Detector.")] = sum(operators.values()) / 2
     parts = {name: gflops.item() * 1e9 for name, gflops in model.count(answer).items()}
     backbone = parts["patch_embed"] + parts["blocks"] + parts["policy"] + parts["neck"]
-    sampling = model.backbone.sampling_macs(padded_size(size, 32))
+    sampling = model.backbone.sampling_macs(padded_size(size, model.config.input.size_divisor))
     assert backbone - sampling == pytest.approx(seen["backbone"]), size
     assert parts["fpn"] == pytest.approx(seen["head.fpn"]), size
     assert parts["rpn"] == pytest.approx(seen["head.rpn.head"]), size
@@ -85,6 +85,23 @@ def test_a_detector_counts_what_it_computes_with_patches_of_14_pixels():
     model = detector("pyramid", vit=tiny_vit(patch_size=14, token_stride=16))
     for size in odd_sizes(3):
         counts_as_computed(model, size)
+
+
+@pytest.mark.parametrize("padding", ["hidden", "seen"])
+def test_a_dense_count_by_size_alone_is_that_of_a_pass(padding: str):
+    model = detector("pyramid", padding=padding, policy=SViTConfig(first_block=1, targets=(0.5,), threshold=-100.0))
+    for size in [(100, 90), (17, 200), (5, 40)]:
+        with torch.no_grad():
+            computed, by_size = model.count(model(random_images(size))), model.count(model.dense_answer(size))
+        for name in computed.keys() - {"mask"}:
+            assert by_size[name].item() == pytest.approx(computed[name].item()), (size, name)
+
+
+def test_a_detector_counts_the_padding_that_it_is_configured_to_have():
+    config = tiny_detector(neck=NECKS["pyramid"], input=InputConfig(min_size=None, size_divisor=96))
+    model = build(config).eval().requires_grad_(False)
+    assert isinstance(model, Detector)
+    counts_as_computed(model, (100, 90))
 
 
 def resizing(*_: object, out_shape: tuple[int, ...], **__: object) -> int:

@@ -4,17 +4,5 @@ Predicted is the ratio of multiply-adds: of the blocks alone, of the backbone, o
 of the sparse side includes gates, heads, packing and unpacking, so that every overhead counts against us.
 """
 
-from sievit.bench.blocks import BackboneBench, BlocksBench, bench_backbone, bench_blocks
 from sievit.bench.heads import HeadsBench, bench_heads
-from sievit.bench.network import NetworkBench, bench_network
-
-__all__ = [
-    "BackboneBench",
-    "BlocksBench",
-    "HeadsBench",
-    "NetworkBench",
-    "bench_backbone",
-    "bench_blocks",
-    "bench_heads",
-    "bench_network",
-]
+from sievit.bench.network import BackboneBench, BlocksBench, NetworkBench, bench_backbone, bench_blocks, bench_network

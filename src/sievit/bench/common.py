@@ -6,54 +6,29 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torchvision.transforms.functional import center_crop, normalize, resize
 
 from sievit import terminal
 from sievit.bench.rows import RowsFile
+from sievit.bench.timing import Timed, time_modes
 from sievit.config import ConfigError, Count, nearest, to_json
 from sievit.data.images import list_images, read_image, to_tensor
 from sievit.data.scenes import draw
 from sievit.devices import device_name, pick_device
 from sievit.engine.recipe import default_data_root
 from sievit.measure.modes import RunMode
-from sievit.models.inputs import Size
+from sievit.models.inputs import InputConfig, Size
 from sievit.policies import PolicyOptions
 
-N = TypeVar("N")
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCENE = (480, 640)
 """Height and width of the scenes that stand in where there are no images and no size is asked for."""
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """Where a bench runs, and the images it runs on.
-
-    Attributes:
-        folder: of the images; None: generated scenes.
-        count: batches, one for each timed pair.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    folder: Path | None
-    count: int
-
-    def normalised(self, size: Size, batch: int) -> Tensor:
-        """(count * batch, 3, h, w), normalised, cropped to the aspect of `size` and resized to it."""
-        return normalised(load_images(self.folder, size, self.count * batch)).to(self.device, self.dtype)
-
-    def images(self, size: Size | None, batch: int) -> list[list[Tensor]]:
-        """`count` batches of images (3, h, w) in 0..1, in the device's memory: of their own sizes, or fitted to one."""
-        images = [image.to(self.device) for image in load_images(self.folder, size, self.count * batch)]
-        return [images[start : start + batch] for start in range(0, len(images), batch)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +51,8 @@ class Bench(PolicyOptions, ABC):
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
+    """Of the table; the braces are the policy."""
 
     sizes: tuple[tuple[Count, Count], ...] = ((512, 512), (800, 1216))
     batches: tuple[Count, ...] = (1, 4)
@@ -96,18 +73,32 @@ class Bench(PolicyOptions, ABC):
         """
 
     @abstractmethod
-    def rows(
-        self, network: Any, size: Size | None, batch: int, place: Workplace, modes: Sequence[str]
-    ) -> Iterable[dict[str, Any]]:
-        """The figures of one of `networks`, a row for each mode."""
+    def timed(self, network: Any, size: Size | None, batch: int) -> Timed:
+        """One of `networks` on images; `size` is one of `all_sizes`."""
 
-    @abstractmethod
     def table(self, rows: list[dict[str, Any]]) -> Table:
         """Rows for people."""
+        return table_of(self.title.format(self.policy or "svit"), rows)
 
-    def all_modes(self) -> Sequence[str]:
-        """The modes that are timed."""
-        return ("dynamic",)
+    def folder(self) -> Path | None:
+        """Of the images; None: they are generated scenes."""
+        photos = default_data_root() / "photos"
+        return photos if self.images is None and photos.is_dir() else self.images
+
+    def normalised(self, size: Size, batch: int) -> Tensor:
+        """(repeats * batch, 3, h, w): a batch for each timed pair, normalised, cropped and resized to `size`."""
+        images = load_images(self.folder(), size, self.repeats * batch)
+        return normalised(images).to(pick_device(self.device), getattr(torch, self.precision))
+
+    def unchanged(self, size: Size | None, batch: int) -> list[list[Tensor]]:
+        """For each timed pair images (3, h, w) in 0..1, on the device: of their own sizes, or fitted to one."""
+        device = pick_device(self.device)
+        images = [image.to(device) for image in load_images(self.folder(), size, self.repeats * batch)]
+        return [images[start : start + batch] for start in range(0, len(images), batch)]
+
+    def all_modes(self) -> tuple[Sequence[str], int]:
+        """The modes that are timed, and what static counts are rounded up to a multiple of."""
+        return ("dynamic",), 1
 
     def all_sizes(self) -> Sequence[Size | None]:
         """The sizes of the images; None: their own."""
@@ -130,10 +121,11 @@ class ModesBench(Bench):
     multiple: Count = 8
     autotune: bool = False
 
-    def all_modes(self) -> Sequence[str]:
-        return self.modes
+    def all_modes(self) -> tuple[Sequence[str], int]:
+        return self.modes, self.multiple
 
 
+@torch.inference_mode()
 def run(bench: Bench, console: Console | None = None) -> dict[str, Any]:
     """Every combination of model, size, batch and mode: print a table, and return a dict with `rows`.
 
@@ -146,25 +138,25 @@ def run(bench: Bench, console: Console | None = None) -> dict[str, Any]:
         raise ConfigError(f"repeats is at least 2, not {bench.repeats}")
     if bench.precision not in ("float32", "bfloat16"):
         raise ConfigError(f"unknown precision {bench.precision!r}{nearest(bench.precision, ('float32', 'bfloat16'))}")
-    modes = [RunMode.of(mode).name for mode in bench.all_modes()]
+    names, multiple = bench.all_modes()
+    modes = [RunMode.of(mode).name for mode in names]
     networks = bench.networks()
     if bench.threads:
         torch.set_num_threads(bench.threads)
-    photos = default_data_root() / "photos"
-    folder = photos if bench.images is None and photos.is_dir() else bench.images
+    folder, device = bench.folder(), device_name(pick_device(bench.device))
     if folder is not None:
         list_images(folder)
-    place = Workplace(pick_device(bench.device), getattr(torch, bench.precision), folder, bench.repeats)
     file = RowsFile(bench.name, _settings(bench, folder), bench.out, resume=bench.resume)
     if file.rows:
         console.print(f"rows kept from {file.path}: {len(file.rows)}", style="dim")
     jobs = [(model, size, batch) for model in networks for size in bench.all_sizes() for batch in bench.batches]
     for model, size, batch in terminal.track(jobs, "timing", console=console):
         shown = "own" if size is None else list(size)
-        row = {"model": model, "size": shown, "batch": batch, "device": device_name(place.device)}
-        row["precision"] = bench.precision
+        row = {"model": model, "size": shown, "batch": batch, "device": device, "precision": bench.precision}
         missing = [mode for mode in modes if not file.holds({**row, "mode": mode})]
-        for figures in bench.rows(networks[model], size, batch, place, missing) if missing else ():
+        if not missing:
+            continue
+        for figures in time_modes(bench.timed(networks[model], size, batch), missing, multiple=multiple):
             file.add({**row, **figures})
             console.print(_line({**row, **figures}), style="dim")
     console.print(bench.table([row for row in file.rows if "skipped" not in row]))
@@ -194,22 +186,21 @@ def _settings(bench: Bench, folder: Path | None) -> dict[str, Any]:
     }
 
 
-def known(names: Sequence[str], models: dict[str, N]) -> dict[str, N]:
-    """The models of these names.
+def known(names: Sequence[str], models: Iterable[str]) -> dict[str, str]:
+    """The names, each by itself.
 
     Raises:
-        ConfigError: an unknown name; the nearest one is given.
+        ConfigError: one that is not among `models`; the nearest one is given.
     """
     for name in names:
         if name not in models:
             raise ConfigError(f"unknown model {name!r}{nearest(name, models)}")
-    return {name: models[name] for name in names}
+    return {name: name for name in names}
 
 
 def normalised(images: Sequence[Tensor]) -> Tensor:
     """(b, 3, h, w) of images (3, h, w) in 0..1."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    return torch.stack([(image - mean) / std for image in images])
+    return normalize(torch.stack(list(images)), list(InputConfig().mean), list(InputConfig().std))
 
 
 def load_images(folder: Path | None, size: Size | None, count: int) -> list[Tensor]:
@@ -230,9 +221,7 @@ def fitted(image: Tensor, size: Size) -> Tensor:
     """(3, h, w) in 0..1: resized to cover `size`, then cropped around the middle."""
     scale = max(size[0] / image.shape[1], size[1] / image.shape[2])
     shape = [max(side, round(own * scale)) for side, own in zip(size, image.shape[1:], strict=True)]
-    resized = F.interpolate(image[None], shape, mode="bilinear", antialias=True)[0]
-    top, left = (resized.shape[1] - size[0]) // 2, (resized.shape[2] - size[1]) // 2
-    return resized[:, top : top + size[0], left : left + size[1]].clamp(0, 1)
+    return center_crop(resize(image, shape), list(size)).clamp(0, 1)
 
 
 def table_of(title: str, rows: list[dict[str, Any]], extra: dict[str, list[str]] | None = None) -> Table:
@@ -240,7 +229,9 @@ def table_of(title: str, rows: list[dict[str, Any]], extra: dict[str, list[str]]
 
     The memory is that of the blocks in which tokens are left out, dense and sparse, or else of the whole pass.
     """
-    extra = {"keep": [_kept(row["keep"]) for row in rows]} if extra is None else extra
+    if extra is None:
+        pruned = [[share for share in row["keep"] if share < 1] or [1.0] for row in rows]
+        extra = {"keep": [f"{statistics.fmean(shares):.0%}" for shares in pruned]}
     table = Table(title=title, box=SIMPLE, collapse_padding=True, pad_edge=False)
     headers = ("model", "tokens", "mode", "dense\nms", "sparse\nms", *extra)
     headers += ("speed-\nup", "pre-\ndicted", "real-\nised", "MB", "syncs")
@@ -262,9 +253,3 @@ def table_of(title: str, rows: list[dict[str, Any]], extra: dict[str, list[str]]
             str(row["syncs"]),
         )
     return table
-
-
-def _kept(shares: Iterable[float]) -> str:
-    """The mean share of tokens in the blocks in which some were left out."""
-    pruned = [share for share in shares if share < 1]
-    return f"{statistics.fmean(pruned) if pruned else 1:.0%}"

@@ -6,32 +6,39 @@ beside it.
 """
 
 import statistics
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sievit.bench.common import Bench, Workplace, known, run
+from sievit.bench.common import Bench, known, run
 from sievit.bench.network import found_figures, opened, timed_model
 from sievit.bench.random_models import ADAPTERS, HEAD, random_detector
-from sievit.bench.rates import machine_rates
-from sievit.bench.timing import Cost, Timed, time_modes
+from sievit.bench.timing import Cost, Timed
 from sievit.config import Count, Share
+from sievit.devices import pick_device
 from sievit.measure.clock import Pair, alternately, clocked
 from sievit.measure.modes import DENSE
 from sievit.models.base import Answer, Model
 from sievit.models.inputs import Size
 from sievit.policies import Policy
+from sievit.vit import ViTConfig
 from sievit.vit.execution import Execution
 
 SIDES = ("dense", "sparse")
+CALLS = 5
+"""Of each product of `machine_rates` that are timed, after two that are not."""
+PRODUCTS = {"linear": "linear layer", "conv3x3": "3x3 convolution", "attention": "attention"}
+"""What a table calls those of `machine_rates`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +54,7 @@ class HeadsBench(Bench):
             set to it on the images.
     """
 
-    name = "heads"
+    name, title = "heads", "models by parts, dense against sparse"
 
     checkpoints: tuple[Path, ...] = ()
     models: tuple[str, ...] = ("vit_s",)
@@ -57,23 +64,44 @@ class HeadsBench(Bench):
     candidates: Count = 300
 
     def networks(self) -> dict[str, Any]:
-        return opened(self.checkpoints, self) or known(self.models, {name: name for name in ADAPTERS})
+        return opened(self.checkpoints, self) or known(self.models, ADAPTERS)
 
-    def rows(
-        self, network: Any, size: Size | None, batch: int, place: Workplace, modes: Sequence[str]
-    ) -> Iterator[dict[str, Any]]:
+    def timed(self, network: Any, size: Size | None, batch: int) -> Timed:
         assert size is not None
         if isinstance(network, str):
-            model = random_detector(network, place.normalised(size, 1), self, self.targets, self.candidates)
+            model = random_detector(network, self.normalised(size, 1), self, self.targets, self.candidates)
         else:
-            model = network.as_given().to(place.device)
-        return time_modes(with_parts(model, place.images(size, batch), precision=self.precision), modes, multiple=1)
+            model = network.as_given().to(pick_device(self.device))
+        return with_parts(model, self.unchanged(size, batch), precision=self.precision)
 
     def table(self, rows: list[dict[str, Any]]) -> Table:
-        return _table(rows)
+        """The parts of each row's passes, and the rates of single products."""
+        table = Table(
+            title=self.title,
+            caption="GFLOPs: 1e9 multiply-adds per image; GF/s: two operations per multiply-add",
+            box=SIMPLE,
+            collapse_padding=True,
+        )
+        columns = ("dense\nms", "sparse\nms", "share of\nsparse", "dense\nGFLOPs", "sparse\nGFLOPs", "sparse\nGF/s")
+        for column in ("part", *columns):
+            table.add_column(column, justify="left" if column == "part" else "right", no_wrap=True)
+        for row in rows:
+            size = "x".join(map(str, row["size"]))
+            table.add_row(f"{row['model']} {size}, batch {row['batch']}", style="bold")
+            table.add_row("whole pass", f"{row['dense_ms']:.1f}", f"{row['sparse_ms']:.1f}")
+            table.add_row("speed-up (predicted)", "", f"{row['speedup']:.2f}", f"({row['predicted']:.2f})")
+            for name, part in row["parts"].items():
+                share = f"{part['sparse_ms'] / row['sparse_ms']:.0%}"
+                gflops = [f"{part[key]:.1f}" if key in part else "" for key in ("dense_gflops", "sparse_gflops")]
+                rate = f"{part['sparse_gflops_per_s']:.0f}" if "sparse_gflops_per_s" in part else ""
+                table.add_row(f"  {name}", f"{part['dense_ms']:.1f}", f"{part['sparse_ms']:.1f}", share, *gflops, rate)
+            table.add_row("this machine, alone:")
+            for name, rate in row["machine_gflops_per_s"].items():
+                table.add_row(f"  {PRODUCTS[name]}", *[""] * 5, f"{rate:.0f}")
+            table.add_section()
+        return table
 
 
-@torch.inference_mode()
 def bench_heads(config: HeadsBench, console: Console | None = None) -> dict[str, Any]:
     """Time the parts of models, see `run`; rows have `parts`."""
     return run(config, console)
@@ -107,7 +135,7 @@ def stopwatch(parts: Sequence[tuple[object, str, str]], device: torch.device) ->
 
 def with_parts(
     model: Model, batches: Sequence[list[Tensor]], *, precision: Literal["float32", "bfloat16"] = "float32"
-) -> Timed[list[Tensor], Answer]:
+) -> Timed:
     """`timed_model`, whose rows have further passes by parts.
 
     `parts` by name: milliseconds `dense_ms` and `sparse_ms` (medians over the batches), and where they are counted
@@ -117,13 +145,10 @@ def with_parts(
     """
     device, counted, execution = model.device, model.counted_parts(), Execution(precision=precision)
 
-    def by_parts(policy: Policy) -> Callable[[list[Tensor]], dict[str, float]]:
-        def run(images: list[Tensor]) -> dict[str, float]:
-            with stopwatch(model.timed_parts(), device) as spent:
-                model(images, policy=policy, execution=execution)
-            return spent
-
-        return run
+    def by_parts(policy: Policy, images: list[Tensor]) -> dict[str, float]:
+        with stopwatch(model.timed_parts(), device) as spent:
+            model(images, policy=policy, execution=execution)
+        return spent
 
     def extra(answer: Answer) -> dict[str, Any]:
         gflops = {name: each.sum().item() for name, each in model.count(answer).items()}
@@ -131,16 +156,12 @@ def with_parts(
         return {"found": answer.found(), "parts": parts, "grid": answer.trace.grid}
 
     def figures(pairs: Sequence[Pair[Cost]]) -> dict[str, Any]:
-        dense, sparse = by_parts(model.build_policy(DENSE)), by_parts(model.policy)
+        dense, sparse = (partial(by_parts, policy) for policy in (model.build_policy(DENSE), model.policy))
         watched = alternately((dense, dict), (sparse, dict), batches, device)
-        grid, dtype = pairs[0].dense.extra["grid"], getattr(torch, precision)
-        return {
-            **found_figures(pairs),
-            "parts": _part_rows(pairs, watched, counted),
-            "machine_gflops_per_s": machine_rates(
-                model.vit.config, grid, len(batches[0]), HEAD.fpn_channels, device, dtype
-            ),
-        }
+        grid, dtype, channels = pairs[0].dense.extra["grid"], getattr(torch, precision), HEAD.fpn_channels
+        rates = machine_rates(model.vit.config, grid, len(batches[0]), channels, device, dtype)
+        parts = _part_rows(pairs, watched, counted)
+        return {**found_figures(pairs), "parts": parts, "machine_gflops_per_s": rates}
 
     return replace(timed_model(model, batches, precision=precision), extra=extra, figures=figures)
 
@@ -167,32 +188,37 @@ def _part_rows(
     return rows
 
 
-PRODUCTS = {"linear": "linear layer", "conv3x3": "3x3 convolution", "attention": "attention"}
-"""What a table calls those of `machine_rates`."""
+def machine_rates(
+    config: ViTConfig, grid: tuple[int, int], batch: int, channels: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
+    """GF/s by product, two operations per multiply-add; medians of a few calls.
 
+    `linear` is the MLP's first layer on all grid tokens of the batch, `conv3x3` a convolution from `channels` to
+    `channels` on the map of stride 4, channels last, and `attention` the fused attention of each image's grid tokens,
+    with the backbone's heads.
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(
-        title="models by parts, dense against sparse",
-        caption="GFLOPs: 1e9 multiply-adds per image; GF/s: two operations per multiply-add",
-        box=SIMPLE,
-        collapse_padding=True,
-    )
-    columns = ("part", "dense\nms", "sparse\nms", "share of\nsparse", "dense\nGFLOPs", "sparse\nGFLOPs", "sparse\nGF/s")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "part" else "right", no_wrap=True)
-    for row in rows:
-        size = "x".join(map(str, row["size"]))
-        table.add_row(f"{row['model']} {size}, batch {row['batch']}", style="bold")
-        table.add_row("whole pass", f"{row['dense_ms']:.1f}", f"{row['sparse_ms']:.1f}")
-        table.add_row("speed-up (predicted)", "", f"{row['speedup']:.2f}", f"({row['predicted']:.2f})")
-        for name, part in row["parts"].items():
-            share = f"{part['sparse_ms'] / row['sparse_ms']:.0%}"
-            gflops = [f"{part[key]:.1f}" if key in part else "" for key in ("dense_gflops", "sparse_gflops")]
-            rate = f"{part['sparse_gflops_per_s']:.0f}" if "sparse_gflops_per_s" in part else ""
-            table.add_row(f"  {name}", f"{part['dense_ms']:.1f}", f"{part['sparse_ms']:.1f}", share, *gflops, rate)
-        table.add_row("this machine, alone:")
-        for name, rate in row["machine_gflops_per_s"].items():
-            table.add_row(f"  {PRODUCTS[name]}", "", "", "", "", "", f"{rate:.0f}")
-        table.add_section()
-    return table
+    Args:
+        grid: (h, w) of the tokens, at stride 16.
+        channels: of the FPN.
+    """
+    (h, w), c = grid, config.embed_dim
+    n = h * w
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    tokens, weight, bias = random(batch * n, c), random(config.hidden_dim, c), random(config.hidden_dim)
+    q, k, v = (random(batch, config.num_heads, n, c // config.num_heads) for _ in range(3))
+    last = torch.channels_last
+    maps = random(batch, channels, 4 * h, 4 * w).contiguous(memory_format=last)
+    kernel, offset = random(channels, channels, 3, 3).contiguous(memory_format=last), random(channels)
+    products = {
+        "linear": (lambda: F.linear(tokens, weight, bias), batch * n * c * config.hidden_dim),
+        "conv3x3": (lambda: F.conv2d(maps, kernel, offset, padding=1), batch * 16 * n * 9 * channels**2),
+        "attention": (lambda: F.scaled_dot_product_attention(q, k, v), 2 * batch * n * n * c),
+    }
+    rates = {}
+    for name, (call, macs) in products.items():
+        times = [clocked(call, device)[0] for _ in range(2 + CALLS)][2:]
+        rates[name] = round(2 * macs / statistics.median(times) / 1e6, 1)
+    return rates

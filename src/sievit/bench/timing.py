@@ -2,31 +2,29 @@
 
 import logging
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Literal, TypeVar
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sievit.config import kind_of
-from sievit.measure.clock import Pair, alternately, summary
+from sievit.measure.clock import Pair, Quartiles, alternately, median_and_p95
 from sievit.measure.meters import Memory, counted_syncs, memory
 from sievit.measure.modes import DENSE, RunMode
 from sievit.policies import Policy, PolicyConfig
 from sievit.tokens import Trace
 from sievit.vit.execution import MANY_SHAPES
 
-T = TypeVar("T", bound=Iterable[Tensor])
-R = TypeVar("R")
-
 CALIBRATED = 12
 """Inputs at most whose counts go into the static ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timed(Generic[T, R]):
+class Timed:
     """What is timed: a network on inputs.
 
     Attributes:
@@ -37,17 +35,19 @@ class Timed(Generic[T, R]):
         part: what is compiled in the compiled modes; None: the network with everything in it.
         extra: what a row needs of a result beside its cost, by name.
         figures: further figures of a row, from all its pairs.
+        about: what all rows say of the network.
         autotune: graphs are those of `max-autotune`, which tries many kernels for each product.
         precision: of the execution; bfloat16 runs under autocast.
     """
 
     network: Any
-    inputs: Sequence[T]
-    gflops: Callable[[Policy, R], Tensor]
+    inputs: Sequence[Any]
+    gflops: Callable[[Policy, Any], Tensor]
     new_policy: Callable[[PolicyConfig], Policy] | None = None
     part: nn.Module | None = None
-    extra: Callable[[R], dict[str, Any]] = lambda result: {}
+    extra: Callable[[Any], dict[str, Any]] = lambda result: {}
     figures: Callable[[Sequence[Pair["Cost"]]], dict[str, Any]] = lambda pairs: {}
+    about: Mapping[str, Any] = field(default_factory=dict)
     autotune: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
 
@@ -68,11 +68,11 @@ class Timed(Generic[T, R]):
         """Of a result of the network."""
         return result[1] if isinstance(result, tuple) else result.trace
 
-    def call(self, policy: Policy, mode: RunMode) -> Callable[[T], R]:
+    def call(self, policy: Policy, mode: RunMode) -> Callable[[Any], Any]:
         """What is timed, ready to be called; in the compiled modes it compiles with the first input of each shape."""
         execution, part = replace(mode.execution, compiled=False, precision=self.precision), self.part
 
-        def run(value: T) -> R:
+        def run(value: Any) -> Any:
             return self.network(value, policy=policy, execution=execution)
 
         if not mode.execution.compiled:
@@ -86,14 +86,14 @@ class Timed(Generic[T, R]):
         else:
             forward = torch.compile(lambda given: type(part).forward(part, *given[0], **given[1]), **options)
 
-            def fast(value: T) -> R:
+            def fast(value: Any) -> Any:
                 part.__dict__["forward"] = lambda *args, **kwargs: forward((args, kwargs))
                 try:
                     return run(value)
                 finally:
                     del part.__dict__["forward"]
 
-        def step(value: T) -> R:
+        def step(value: Any) -> Any:
             torch.compiler.cudagraph_mark_step_begin()
             return fast(value)
 
@@ -119,21 +119,17 @@ class Timed(Generic[T, R]):
         config = self.policy.made_static(kept, multiple=multiple)
         return None if config is None else self.build_policy(config)
 
-    def cost(self, policy: Policy) -> Callable[[R], "Cost"]:
-        """Of results that were computed with `policy`."""
-
-        def of(result: R) -> Cost:
-            trace, gflops = self.trace(result), self.gflops(policy, result)
-            return Cost(
-                images=len(gflops),
-                tokens=trace.valid.sum().item(),
-                gflops=gflops.sum().item(),
-                policy=policy.macs(trace).double().sum().item() / 1e9,
-                keep=tuple(trace.shares().double().mean(1).tolist()),
-                extra=self.extra(result),
-            )
-
-        return of
+    def cost(self, policy: Policy, result: Any) -> "Cost":
+        """Of a result that was computed with `policy`."""
+        trace, gflops = self.trace(result), self.gflops(policy, result)
+        return Cost(
+            images=len(gflops),
+            tokens=trace.valid.sum().item(),
+            gflops=gflops.sum().item(),
+            policy=policy.macs(trace).double().sum().item() / 1e9,
+            keep=tuple(trace.shares().double().mean(1).tolist()),
+            extra=self.extra(result),
+        )
 
 
 @dataclass(frozen=True)
@@ -170,16 +166,17 @@ def many_shapes(mode: RunMode) -> AbstractContextManager[Any]:
     return config.patch(MANY_SHAPES)
 
 
-def time_modes(timed: Timed[T, R], modes: Sequence[str], *, multiple: int) -> Iterator[dict[str, Any]]:
+def time_modes(timed: Timed, modes: Sequence[str], *, multiple: int) -> Iterator[dict[str, Any]]:
     """A row for each mode as soon as it is measured, the dense network and that mode in turns on the same inputs.
 
     Args:
         multiple: static counts are rounded up to a multiple of it.
 
     Yields:
-        Rows of `mode`, `summary`'s figures, `gflops` per image (dense, sparse), `keep` by block, `memory_mb` (dense,
-        sparse; None where graphs hold their own), `block_memory_mb`, the mean over the blocks in which tokens were left
-        out, `syncs`, and `sync_places`. Rows of a mode that could not be timed have `skipped`, which is the reason.
+        Rows of `mode`, the times and ratios of `figures_of`, `gflops` per image (dense, sparse), `keep` by block,
+        `memory_mb` (dense, sparse; None where graphs hold their own), `block_memory_mb`, the mean over the blocks in
+        which tokens were left out, `syncs`, and `sync_places`. Rows of a mode that could not be timed have `skipped`,
+        which is the reason.
     """
     dense, first = timed.build_policy(DENSE), timed.inputs[0]
     held = memory(lambda: timed.call(dense, RunMode("dense"))(first), timed.device, timed.blocks)
@@ -204,12 +201,10 @@ def time_modes(timed: Timed[T, R], modes: Sequence[str], *, multiple: int) -> It
                     raise
                 lines = [line.strip() for line in str(error).splitlines() if line.strip()]
                 row = {"skipped": f"{type(error).__name__}: {' '.join(lines[:2])}"[:300]}
-        yield {"mode": mode.name, **row}
+        yield {"mode": mode.name, **row, **timed.about}
 
 
-def _time_mode(
-    timed: Timed[T, R], mode: RunMode, policies: tuple[Policy, Policy], dense_memory: Memory
-) -> dict[str, Any]:
+def _time_mode(timed: Timed, mode: RunMode, policies: tuple[Policy, Policy], dense_memory: Memory) -> dict[str, Any]:
     (dense, policy), device, first = policies, timed.device, timed.inputs[0]
     is_compiled = mode.execution.compiled
     reference, call = timed.call(dense, RunMode("dense")), timed.call(policy, mode)
@@ -217,8 +212,8 @@ def _time_mode(
     new_shapes = not is_one_graph(policy, mode) and (is_compiled or device.type == "cuda")
     with many_shapes(mode):
         pairs = alternately(
-            (reference, timed.cost(dense)),
-            (call, timed.cost(policy)),
+            (reference, partial(timed.cost, dense)),
+            (call, partial(timed.cost, policy)),
             timed.inputs,
             device,
             warm_up=3 if mode.graphs else 2,
@@ -239,9 +234,18 @@ def _time_mode(
 def figures_of(pairs: Sequence[Pair[Cost]]) -> dict[str, Any]:
     """Times, ratios, costs and shares of a row."""
     images = sum(pair.dense.images for pair in pairs)
+    speedups = [pair.dense_ms / pair.sparse_ms for pair in pairs]
+    predicted = [pair.dense.gflops / pair.sparse.gflops for pair in pairs]
+    realised = Quartiles.of_ratios(speedups, predicted).to_json()
     figures = {
         "tokens": round(sum(pair.dense.tokens for pair in pairs) / images),
-        **summary(pairs, [pair.dense.gflops / pair.sparse.gflops for pair in pairs]),
+        **median_and_p95("dense_ms", [pair.dense_ms for pair in pairs]),
+        **median_and_p95("sparse_ms", [pair.sparse_ms for pair in pairs]),
+        "speedup": round(statistics.median(speedups), 3),
+        "predicted": round(statistics.median(predicted), 3),
+        "realised": realised["median"],
+        "realised_quartiles": realised["quartiles"],
+        "pairs": len(pairs),
         "gflops": [
             round(sum(cost.gflops for cost in side) / images, 4)
             for side in zip(*((pair.dense, pair.sparse) for pair in pairs), strict=True)

@@ -6,13 +6,3 @@ from sievit.convert.pth import read_checkpoint
 from sievit.convert.svit import adapter_backbone
 from sievit.convert.timm import from_timm, timm_config
 from sievit.convert.transformers import from_transformers
-
-__all__ = [
-    "adapter_backbone",
-    "from_timm",
-    "from_transformers",
-    "mmdet_heads",
-    "read_checkpoint",
-    "segvit_segmenter",
-    "timm_config",
-]

@@ -1,11 +1,12 @@
 """The released SegViT and DToP: a ViT with attention-to-mask heads behind some of its blocks."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
 from sievit.config import ConfigError
-from sievit.convert.keys import Drop, Rules, load_strictly, need, numbers, released_vit, rename
+from sievit.convert.keys import Rules, load_strictly, need, numbers, released_vit, rename
 from sievit.heads import ATMConfig
 from sievit.losses import ATMLossConfig
 from sievit.models.segmenter import SegmentationNet, build_net
@@ -13,7 +14,7 @@ from sievit.policies import KeepAllConfig, PolicyConfig
 from sievit.vit import ViTConfig
 
 VIT_RULES: Rules = (
-    (r"backbone\.cls_token", Drop("the class token leaves before the first block")),
+    (r"backbone\.cls_token", None),
     (r"backbone\.(pos_embed)", r"vit.\1"),
     (r"backbone\.patch_embed\.projection\.(.*)", r"vit.patch_embed.proj.\1"),
     (r"backbone\.layers\.(\d+)\.ln([12])\.(.*)", r"vit.blocks.\1.norm\2.\3"),
@@ -33,10 +34,15 @@ ATM_RULES: Rules = (
     (r"heads\.(\d+)\.decoder\.layers\.(\d+)\.multihead_attn\.(.*)", r"heads.\1.layers.\2.cross_attn.\3"),
     (r"heads\.(\d+)\.decoder\.layers\.(\d+)\.linear([12])\.(.*)", r"heads.\1.layers.\2.fc\3.\4"),
     (r"heads\.(\d+)\.decoder\.layers\.(\d+)\.(norm[123]\..*)", r"heads.\1.layers.\2.\3"),
-    (r"heads\.\d+\.loss_decode\.criterion\.empty_weight", Drop("a constant of the loss")),
+    (r"heads\.\d+\.loss_decode\.criterion\.empty_weight", None),
 )
 """The heads, numbered by stage."""
 
+DROPPED = {
+    r"backbone\.cls_token": "the class token leaves before the first block",
+    r".*_head\..*loss_decode\.criterion\.empty_weight": "a constant of the loss",
+}
+"""The keys that these rules leave out, and why."""
 
 SOURCE = "a released SegViT or DToP segmenter"
 
@@ -97,6 +103,12 @@ def read_network(
     return state, vit
 
 
+def left_out(keys: Collection[str]) -> dict[str, list[str]]:
+    """The keys that are not used, by the reason why."""
+    found = {why: [key for key in keys if re.fullmatch(pattern, key)] for pattern, why in DROPPED.items()}
+    return {why: names for why, names in found.items() if names}
+
+
 def num_stages(state_dict: dict[str, Tensor]) -> int:
     """How many heads a state dict in the released naming has, the last one's included."""
     return len(numbers(numbered_heads(state_dict), "heads."))
@@ -104,12 +116,6 @@ def num_stages(state_dict: dict[str, Tensor]) -> int:
 
 def numbered_heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The heads under `heads.0`, `heads.1`, ...: the auxiliary ones, and the decode head behind them."""
-    auxiliary = numbers(state, "auxiliary_head.")
-    numbered = {}
-    for key, value in state.items():
-        if key.startswith("auxiliary_head."):
-            key = key.replace("auxiliary_head.", "heads.", 1)
-        elif key.startswith("decode_head."):
-            key = key.replace("decode_head.", f"heads.{len(auxiliary)}.", 1)
-        numbered[key] = value
-    return numbered
+    last = f"heads.{len(numbers(state, 'auxiliary_head.'))}."
+    names = {key: re.sub(r"^decode_head\.", last, re.sub(r"^auxiliary_head\.", "heads.", key)) for key in state}
+    return {names[key]: value for key, value in state.items()}

@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +11,8 @@ from sievit.config import ConfigError
 from sievit.hub.file import listed, load_weights
 from sievit.vit import ViTConfig
 
-
-@dataclass(frozen=True)
-class Drop:
-    """Stands in place of a new name: the key is left out on purpose."""
-
-    why: str
-
-
-Rules = Sequence[tuple[str, str | Drop | None]]
-"""Pairs of a pattern that has to match a whole key and its new name (a `Drop`, or None: dropped on purpose)."""
+Rules = Sequence[tuple[str, str | None]]
+"""Pairs of a pattern that has to match a whole key and its new name; None: the key is left out on purpose."""
 
 
 def rename(state: dict[str, Tensor], rules: Rules, *, source: str) -> dict[str, Tensor]:
@@ -36,7 +27,7 @@ def rename(state: dict[str, Tensor], rules: Rules, *, source: str) -> dict[str, 
         for pattern, name in compiled:
             match = pattern.fullmatch(key)
             if match:
-                if isinstance(name, str):
+                if name is not None:
                     renamed[match.expand(name)] = value
                 break
         else:
@@ -44,18 +35,6 @@ def rename(state: dict[str, Tensor], rules: Rules, *, source: str) -> dict[str, 
     if unknown:
         raise ConfigError(f"not {source}: {listed(unknown)} have no place in it")
     return renamed
-
-
-def dropped(keys: Iterable[str], rules: Rules) -> dict[str, list[str]]:
-    """The keys that the rules leave out on purpose, by the reason why."""
-    found: dict[str, list[str]] = {}
-    drops = [(re.compile(pattern), name.why) for pattern, name in rules if isinstance(name, Drop)]
-    for key in keys:
-        for pattern, why in drops:
-            if pattern.fullmatch(key):
-                found.setdefault(why, []).append(key)
-                break
-    return found
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], *, source: str) -> None:

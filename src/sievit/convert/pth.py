@@ -106,7 +106,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
-    return Checkpoint(_checked(content, path), _classes(meta), _config(meta))
+    return Checkpoint(_checked(content, path), *_told(meta))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -150,18 +150,11 @@ def _checked(state: Any, path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _classes(meta: Any) -> tuple[str, ...]:
-    """mmcv's meta["CLASSES"], mmengine's meta["dataset_meta"]["classes"]."""
-    found = None
-    if isinstance(meta, dict):
-        data = meta.get("dataset_meta")
-        found = data.get("classes", data.get("CLASSES")) if isinstance(data, dict) else meta.get("CLASSES")
-    if isinstance(found, list | tuple) and all(isinstance(name, str) for name in found):
-        return tuple(found)
-    return ()
-
-
-def _config(meta: Any) -> str:
-    """mmcv's meta["config"], mmengine's meta["cfg"]."""
-    found = meta.get("config", meta.get("cfg")) if isinstance(meta, dict) else None
-    return found if isinstance(found, str) else ""
+def _told(meta: Any) -> tuple[tuple[str, ...], str]:
+    """mmcv's meta["CLASSES"] and meta["config"], mmengine's meta["dataset_meta"]["classes"] and meta["cfg"]."""
+    if not isinstance(meta, dict):
+        return (), ""
+    data, config = meta.get("dataset_meta"), meta.get("config", meta.get("cfg"))
+    classes = data.get("classes", data.get("CLASSES")) if isinstance(data, dict) else meta.get("CLASSES")
+    known = isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)
+    return tuple(classes) if known else (), config if isinstance(config, str) else ""

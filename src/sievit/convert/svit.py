@@ -1,5 +1,7 @@
 """The released backbones: ViT-Adapter, and SViT, whose blocks are gated."""
 
+import re
+
 from torch import Tensor
 
 from sievit.config import ConfigError
@@ -29,10 +31,8 @@ SPARSE_RULES: Rules = (
     (r"blocks\.(\d+)\.TransformerEncoderLayer\.(norm[12]\..*)", r"vit.blocks.\1.\2"),
     (r"blocks\.(\d+)\.TransformerEncoderLayer\.self_attn\.in_proj_(.*)", r"vit.blocks.\1.attn.qkv.\2"),
     (r"blocks\.(\d+)\.TransformerEncoderLayer\.self_attn\.out_proj\.(.*)", r"vit.blocks.\1.attn.proj.\2"),
-    (r"blocks\.(\d+)\.TransformerEncoderLayer\.linear1\.(.*)", r"vit.blocks.\1.mlp.fc1.\2"),
-    (r"blocks\.(\d+)\.TransformerEncoderLayer\.linear2\.(.*)", r"vit.blocks.\1.mlp.fc2.\2"),
-    (r"selective_modules\.(\d+)\.mlp\.(.*)", r"policy.gates.\1.\2"),
-    (r"selective_modules\.(\d+)\.(norm\..*)", r"policy.gates.\1.\2"),
+    (r"blocks\.(\d+)\.TransformerEncoderLayer\.linear([12])\.(.*)", r"vit.blocks.\1.mlp.fc\2.\3"),
+    (r"selective_modules\.(\d+)\.(?:mlp\.)?(.*)", r"policy.gates.\1.\2"),
 )
 
 
@@ -99,14 +99,8 @@ def adapter_backbone(
 def _number_extra_extractors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Extra extractors of the last interaction as extractors behind the interactions' own."""
     last = max(numbers(state, "interactions."), default=0)
-    numbered = {}
-    for key, value in state.items():
-        prefix = f"interactions.{last}.extra_extractors."
-        if key.startswith(prefix):
-            number, rest = key.removeprefix(prefix).split(".", 1)
-            key = f"extractors.{last + 1 + int(number)}.{rest}"
-        numbered[key] = value
-    return numbered
+    extra = re.compile(rf"interactions\.{last}\.extra_extractors\.(\d+)")
+    return {extra.sub(lambda m: f"extractors.{last + 1 + int(m[1])}", key): value for key, value in state.items()}
 
 
 def _adapter_config(state: dict[str, Tensor], *, vit: ViTConfig, num_heads: int | None, source: str) -> AdapterConfig:

@@ -25,7 +25,12 @@ RULES: Rules = (
     (r"(?:head|head_dist|fc_norm|attn_pool)\..*", None),  # the classifier
 )
 
-ACTIVATIONS: dict[str, Activation] = {"GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
+ACTIVATIONS: dict[str, Activation] = {
+    "GELU": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "QuickGELU": "quick_gelu",
+    "SiLU": "silu",
+}
 NORMS = {"LayerNorm": "layer", "RmsNorm": "rms", "RMSNorm": "rms"}
 MODELS = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
 BLOCKS = ("Block", "EvaBlock")
@@ -173,10 +178,12 @@ def _created(name: str, **options: Any) -> nn.Module:
         ) from error
 
 
-def _refuse(thing: object, reason: str | None = None) -> ConfigError:
+def _require(fits: bool, thing: object, reason: str | None = None) -> None:
+    """Raise a ConfigError that names the thing, and says why, unless it fits."""
     name = thing if isinstance(thing, str) else type(thing).__name__
-    why = reason or (REASONS.get(name, "it is none of the known ones"))
-    return ConfigError(f"this timm model cannot be run exactly: {name}: {why}")
+    if not fits:
+        why = reason or REASONS.get(name, "it is none of the known ones")
+        raise ConfigError(f"this timm model cannot be run exactly: {name}: {why}")
 
 
 def _there(module: object) -> bool:
@@ -185,13 +192,11 @@ def _there(module: object) -> bool:
 
 def _read(model: Any) -> ViTConfig:
     """The configuration, after a look at everything that a family could have and ours has not."""
-    if type(model).__name__ not in MODELS or not type(model).__module__.startswith("timm."):
-        raise _refuse(model)
+    _require(type(model).__name__ in MODELS and type(model).__module__.startswith("timm."), model)
     blocks = list(model.blocks)
     first = _read_block(blocks[0])
     for i, block in enumerate(blocks):
-        if _read_block(block) != first:
-            raise _refuse(type(model).__name__, f"block {i} is built unlike block 0")
+        _require(_read_block(block) == first, model, f"block {i} is built unlike block 0")
     registers = (getattr(model, name, None) for name in ("reg_token", "dist_token"))  # DeiT's stands among them
     return ViTConfig(
         **_read_patches(model),
@@ -209,11 +214,10 @@ def _read(model: Any) -> ViTConfig:
 
 def _read_patches(model: Any) -> dict[str, Any]:
     patches = model.patch_embed
-    if type(patches).__name__ != "PatchEmbed":
-        raise _refuse(patches, "its patches are not cut by one convolution")
+    _require(type(patches).__name__ == "PatchEmbed", patches, "its patches are not cut by one convolution")
     proj = patches.proj
-    if proj.in_channels != 3 or proj.kernel_size[0] != proj.kernel_size[1] or proj.stride != proj.kernel_size:
-        raise _refuse(patches, "its patches are not squares of three channels side by side")
+    square = proj.kernel_size[0] == proj.kernel_size[1] and proj.stride == proj.kernel_size
+    _require(proj.in_channels == 3 and square, patches, "its patches are not squares of three channels side by side")
     height, width = patches.grid_size
     return {
         "grid": (int(height), int(width)),
@@ -225,36 +229,28 @@ def _read_patches(model: Any) -> dict[str, Any]:
 
 
 def _read_block(block: Any) -> dict[str, Any]:
-    if type(block).__name__ not in BLOCKS:
-        raise _refuse(block)
+    _require(type(block).__name__ in BLOCKS, block)
     attn, mlp = block.attn, block.mlp
-    if type(attn).__name__ not in ATTENTIONS:
-        raise _refuse(attn)
-    if getattr(attn, "gate", None) is not None:
-        raise _refuse(attn, "its attention is gated")
-    if getattr(attn, "num_kv_groups", 1) != 1:
-        raise _refuse(attn, "several heads share keys and values")
-    if attn.proj.in_features != attn.proj.out_features or attn.num_heads * attn.head_dim != attn.proj.in_features:
-        raise _refuse(attn, "its heads are not as wide as the embedding together")
-    if type(mlp).__name__ not in MLPS or not isinstance(mlp.fc2, nn.Linear):
-        raise _refuse(mlp)
-    if getattr(mlp, "gate_last", False):
-        raise _refuse(mlp, "its gate is the second half")
-    if (attn.proj.bias is None) != (mlp.fc2.bias is None):
-        raise _refuse(block, "of attention and MLP only one has biases")
+    _require(type(attn).__name__ in ATTENTIONS, attn)
+    _require(getattr(attn, "gate", None) is None, attn, "its attention is gated")
+    _require(getattr(attn, "num_kv_groups", 1) == 1, attn, "several heads share keys and values")
+    width = attn.num_heads * attn.head_dim
+    fits = width == attn.proj.in_features == attn.proj.out_features
+    _require(fits, attn, "its heads are not as wide as the embedding together")
+    _require(type(mlp).__name__ in MLPS and isinstance(mlp.fc2, nn.Linear), mlp)
+    _require(not getattr(mlp, "gate_last", False), mlp, "its gate is the second half")
+    biased = attn.proj.bias is not None
+    _require(biased == (mlp.fc2.bias is not None), block, "of attention and MLP only one has biases")
     scales = [_there(getattr(block, f"ls{i}", None)) or getattr(block, f"gamma_{i}", None) is not None for i in (1, 2)]
-    if scales == [False, True]:
-        raise _refuse(block, "only its MLP is scaled")
-    if _there(attn.q_norm) != _there(attn.k_norm):
-        raise _refuse(attn, "of queries and keys only one has a norm")
+    _require(scales != [False, True], block, "only its MLP is scaled")
+    _require(_there(attn.q_norm) == _there(attn.k_norm), attn, "of queries and keys only one has a norm")
     has_q_bias = getattr(attn, "q_bias", None) is not None
-    gated = type(mlp).__name__ != "Mlp"
     return {
         "num_heads": attn.num_heads,
         "qkv_bias": (attn.q_proj if attn.qkv is None else attn.qkv).bias is not None or has_q_bias,
-        "proj_bias": attn.proj.bias is not None,
+        "proj_bias": biased,
         "mlp_ratio": mlp.fc2.in_features / mlp.fc2.out_features,
-        "gated_mlp": gated,
+        "gated_mlp": type(mlp).__name__ != "Mlp",
         "act": _activation(mlp.act),
         "layer_scale": "both" if all(scales) else "attn" if scales[0] else "none",
         "qk_norm": _there(attn.q_norm),
@@ -264,14 +260,9 @@ def _read_block(block: Any) -> dict[str, Any]:
 
 
 def _activation(module: nn.Module) -> Activation:
-    if isinstance(module, nn.GELU):
-        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     name = type(module).__name__
-    if name == "GELU":  # timm's own, which is exact
-        return "gelu"
-    if name not in ACTIVATIONS:
-        raise _refuse(module, "its activation is none of the known ones")
-    return ACTIVATIONS[name]
+    _require(name in ACTIVATIONS, module, "its activation is none of the known ones")
+    return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else ACTIVATIONS[name]
 
 
 def _read_norms(model: Any) -> dict[str, Any]:
@@ -279,11 +270,9 @@ def _read_norms(model: Any) -> dict[str, Any]:
     outside = ("head", "fc_norm", "attn_pool")
     norms: list[Any] = [m for n, m in model.named_modules() if hasattr(m, "eps") and not n.startswith(outside)]
     found = {(type(norm).__name__, float(norm.eps)) for norm in norms}
-    if len(found) != 1:
-        raise _refuse(type(model).__name__, f"it mixes norms: {sorted(found)}")
+    _require(len(found) == 1, model, f"it mixes norms: {sorted(found)}")
     name, eps = found.pop()
-    if name not in NORMS:
-        raise _refuse(name, "its norm is none of the known ones")
+    _require(name in NORMS, name, "its norm is none of the known ones")
     return {"norm": NORMS[name], "norm_eps": eps}
 
 
@@ -291,21 +280,19 @@ def _read_rope(model: Any) -> RopeConfig | None:
     rope = getattr(model, "rope", None)
     if rope is None:
         return None
-    kind = type(rope).__name__
-    if kind not in ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3"):
-        raise _refuse(rope)
+    by_index = type(rope).__name__ == "RotaryEmbeddingCat"
+    _require(by_index or type(rope).__name__ == "RotaryEmbeddingDinoV3", rope)
     attn = model.blocks[0].attn
-    if rope.dim != attn.head_dim or getattr(attn, "rotate_half", False) != rope.rotate_half:
-        raise _refuse(rope, "its tables do not fit its heads")
-    if getattr(rope, "in_pixels", False) or rope.normalize_coords != "separate":
-        raise _refuse(rope, "its coordinates are scaled in a way that is not known")
-    if kind == "RotaryEmbeddingDinoV3" and (rope.min_period is not None or rope.max_period is not None):
-        raise _refuse(rope, "its wave lengths are given by their ends")
-    if kind == "RotaryEmbeddingCat" and rope.grid_type != "index":
-        raise _refuse(rope, "its coordinates are scaled in a way that is not known")
+    fits = rope.dim == attn.head_dim and getattr(attn, "rotate_half", False) == rope.rotate_half
+    _require(fits, rope, "its tables do not fit its heads")
+    known = not getattr(rope, "in_pixels", False) and rope.normalize_coords == "separate"
+    known = known and (not by_index or rope.grid_type == "index")
+    _require(known, rope, "its coordinates are scaled in a way that is not known")
+    by_ends = not by_index and (rope.min_period is not None or rope.max_period is not None)
+    _require(not by_ends, rope, "its wave lengths are given by their ends")
     reference = getattr(rope, "ref_feat_shape", None)
     return RopeConfig(
-        kind="index" if kind == "RotaryEmbeddingCat" else "centred",
+        kind="index" if by_index else "centred",
         temperature=float(rope.temperature),
         reference=None if reference is None else (int(reference[0]), int(reference[1])),
         offset=float(rope.grid_offset),

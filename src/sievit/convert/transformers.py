@@ -4,7 +4,6 @@ A model is read from its class, its configuration and its weights. A class that 
 name, as is anything that its configuration asks for and this ViT cannot compute exactly.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,44 +46,25 @@ ACTIVATIONS: dict[str, Activation] = {
 """By `hidden_act`."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """What no configuration of transformers says.
-
-    Attributes:
-        wrappers: classes that hold a `<name>Model`, and under which attribute.
-        backbone: whether the class called `<name>Backbone` has the same parts as the model.
-        antialias: how its code resizes positions.
-    """
-
-    wrappers: tuple[tuple[str, str], ...] = ()
-    backbone: bool = False
-    antialias: bool = False
-
-
-FAMILIES = {
-    "ViT": Family((("ViTForImageClassification", "vit"), ("ViTForMaskedImageModeling", "vit"))),
-    "DeiT": Family(
-        (
-            ("DeiTForImageClassification", "deit"),
-            ("DeiTForImageClassificationWithTeacher", "deit"),
-            ("DeiTForMaskedImageModeling", "deit"),
-        )
-    ),
-    "Dinov2": Family((("Dinov2ForImageClassification", "dinov2"),), backbone=True),
-    "Dinov2WithRegisters": Family(
-        (("Dinov2WithRegistersForImageClassification", "dinov2_with_registers"),), backbone=True, antialias=True
-    ),
-    "DINOv3ViT": Family(backbone=True),
+KNOWN = {
+    "ViTModel": False,
+    "DeiTModel": False,
+    "Dinov2Model": False,
+    "Dinov2Backbone": False,
+    "Dinov2WithRegistersModel": True,
+    "Dinov2WithRegistersBackbone": True,
+    "DINOv3ViTModel": False,
+    "DINOv3ViTBackbone": False,
 }
+"""The classes that are read, and whether their code resizes positions with an anti-aliased filter."""
 
 
 def from_transformers(source: nn.Module | str, **options: Any) -> ViT:
     """Our ViT with the weights of a ViT, DeiT, DINOv2 or DINOv3 of transformers.
 
     Args:
-        source: a model of one of these classes, its classifier or its backbone class; or what `from_pretrained` takes,
-            a name on Hugging Face's hub or a folder, which needs transformers to be installed.
+        source: a model of one of these classes, its backbone class, or a classifier or the like around it; or what
+            `from_pretrained` takes, a name on Hugging Face's hub or a folder, which needs transformers to be installed.
         options: of `AutoModel.from_pretrained`, where a name is given.
 
     Returns:
@@ -95,10 +75,10 @@ def from_transformers(source: nn.Module | str, **options: Any) -> ViT:
         ConfigError: transformers is not installed, a name that it cannot load, or a model that cannot be run exactly.
     """
     model = _loaded(source, **options) if isinstance(source, str) else source
-    family, base = _base(model)
+    base = _base(model)
     name = f"a {type(base).__name__} of transformers"
     state = {k: v.detach().float() for k, v in rename(base.state_dict(), RULES, source=name).items()}
-    config = _read(base, family, state, name)
+    config = _read(base, state, name)
     vit = ViT(config)
     load_strictly(vit, _joined(state, config), source=name)
     return vit.eval()
@@ -117,22 +97,24 @@ def _loaded(name: str, **options: Any) -> nn.Module:
         raise ConfigError(f"transformers cannot load {name!r}: {error}") from error
 
 
-def _base(model: Any) -> tuple[Family, Any]:
-    """The family, and the part of the model that is the ViT."""
+def _base(model: nn.Module) -> Any:
+    """The part of the model that is the ViT."""
+    for part in (model, *model.children()):
+        if type(part).__name__ in KNOWN and type(part).__module__.startswith("transformers."):
+            return part
+    known = ", ".join(name for name in KNOWN if name.endswith("Model"))
     name = type(model).__name__
-    if type(model).__module__.startswith("transformers."):
-        for prefix, family in FAMILIES.items():
-            if name == f"{prefix}Model" or (name == f"{prefix}Backbone" and family.backbone):
-                return family, model
-            if name in dict(family.wrappers):
-                return family, getattr(model, dict(family.wrappers)[name])
-    known = ", ".join(f"{prefix}Model" for prefix in FAMILIES)
     raise ConfigError(f"{name} is no plain ViT of transformers that is known here; {known} are, and what holds them")
 
 
-def _read(model: Any, family: Family, state: dict[str, Tensor], name: str) -> ViTConfig:
+def _read(model: Any, state: dict[str, Tensor], name: str) -> ViTConfig:
     """The configuration, after a look at everything that ours has not."""
     theirs = model.config
+    act = "silu" if getattr(theirs, "use_swiglu_ffn", False) else theirs.hidden_act  # DINOv2's, whatever that says
+    if act not in ACTIVATIONS:
+        raise ConfigError(f"{name} cannot be run exactly: its activation {act!r} is none of the known ones")
+    size = theirs.image_size
+    height, width = size if isinstance(size, list | tuple) else (size, size)
     patches = need(state, "patch_embed.proj.weight", source=name)
     if patches.shape[1] != 3 or patches.shape[2] != patches.shape[3]:
         raise ConfigError(f"{name} cannot be run exactly: its patches are not squares of three channels")
@@ -141,13 +123,12 @@ def _read(model: Any, family: Family, state: dict[str, Tensor], name: str) -> Vi
     if query.shape[0] != embed_dim:
         raise ConfigError(f"{name} cannot be run exactly: its heads are not as wide as the embedding together")
     down = need(state, "blocks.0.mlp.fc2.weight", source=name)
-    swiglu = getattr(theirs, "use_swiglu_ffn", False)  # DINOv2's, whatever hidden_act says
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
     positions = "none"
     if "pos_embed" in state:
         positions = "patches" if registers and "register" in type(model).__name__.lower() else "all"
     return ViTConfig(
-        grid=_grid(theirs.image_size, patch),
+        grid=(height // patch, width // patch),
         patch_size=patch,
         embed_dim=embed_dim,
         depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
@@ -158,25 +139,14 @@ def _read(model: Any, family: Family, state: dict[str, Tensor], name: str) -> Vi
         class_token=True,
         num_registers=registers,
         pos_embed=positions,
-        pos_antialias=family.antialias,
+        pos_antialias=KNOWN[type(model).__name__],
         rope=RopeConfig(kind="centred", temperature=theirs.rope_theta) if positions == "none" else None,
         layer_scale="both" if "blocks.0.ls1.gamma" in state else "none",
-        act="silu" if swiglu else _activation(theirs.hidden_act, name),
-        gated_mlp=swiglu or "blocks.0.mlp.gate.weight" in state,
+        act=ACTIVATIONS[act],
+        gated_mlp=getattr(theirs, "use_swiglu_ffn", False) or "blocks.0.mlp.gate.weight" in state,
         norm_eps=theirs.layer_norm_eps,
         final_norm=True,
     )
-
-
-def _grid(size: Any, patch: int) -> tuple[int, int]:
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return height // patch, width // patch
-
-
-def _activation(name: object, source: str) -> Activation:
-    if name not in ACTIVATIONS:
-        raise ConfigError(f"{source} cannot be run exactly: its activation {name!r} is none of the known ones")
-    return ACTIVATIONS[str(name)]
 
 
 def _joined(state: dict[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:

@@ -157,6 +157,8 @@ class LabelReader:
             raise ConfigError(f"palette: {len(palette.colours)} colours for {count} classes; give one for each class")
         if label_map is not None and zero_is_ignored:
             raise ConfigError("zero_is_ignored and label_map both say what values mean; use one of them")
+        if not all(-_UNKNOWN <= value < _UNKNOWN for value in (ignore_index, *(label_map or ()))):
+            raise ConfigError("ignore_index and the values of label_map are numbers of pixels: they have 32 bits")
         for value, label in (label_map or {}).items():
             if label != ignore_index and not 0 <= label < count:
                 raise ConfigError(f"label_map: {value} becomes {label}, which is none of the {count} classes")

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.precision import MixedPrecision
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sievit import terminal
 from sievit.config import ConfigError
@@ -199,9 +198,7 @@ class _Run:
 
     def loop(self, stop: Stop) -> dict:
         """Train to the last epoch, validating and saving on the way."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        shown = self.fabric.is_global_zero and self.console.is_terminal
-        with Progress(*columns, console=self.console, transient=True, disable=not shown) as bar:
+        with terminal.progress(self.console, shown=self.fabric.is_global_zero) as bar:
             task = bar.add_task("training", total=self.total, completed=self.step)
             while True:
                 if self._validation_is_due():

@@ -1,4 +1,4 @@
-"""The constants of Mask R-CNN. Defaults are the SViT paper's; `torchvision_config` has torchvision's.
+"""The constants of Mask R-CNN. Defaults are the SViT paper's.
 
 Lengths are pixels of the network's input, boxes are xyxy.
 """
@@ -189,16 +189,3 @@ class MaskRCNNConfig(Config):
             else:
                 new[name] = value
         return new
-
-
-def torchvision_config(*, num_classes: int, with_masks: bool = True) -> MaskRCNNConfig:
-    """The constants of `torchvision.models.detection.MaskRCNN`."""
-    return MaskRCNNConfig(
-        num_classes=num_classes,
-        with_masks=with_masks,
-        anchors=AnchorConfig(strides=None, rounded=True),
-        rpn=RPNConfig(low_quality_iou=0.0, loss="smooth_l1", post_nms_train=2000),
-        roi=RoIConfig(aligned=False, sampling_ratio=2, level_rule="outside"),
-        box=BoxConfig(loss="smooth_l1"),
-        mask=MaskConfig(targets="soft", paste="torchvision"),
-    )

@@ -7,20 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
-from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from sievit.heads import boxes as box_ops
 from sievit.heads.config import MaskRCNNConfig
 
 
-def base_anchors(sizes: tuple[float, ...], ratios: tuple[float, ...], *, rounded: bool) -> Tensor:
-    """(a, 4): the anchors around the origin, ratios outside, sizes inside; ratio = height / width."""
-    size = torch.tensor(sizes, dtype=torch.float32)
-    root = torch.tensor(ratios, dtype=torch.float32).sqrt()[:, None]
+def base_anchors(sizes: tuple[float, ...], ratios: tuple[float, ...]) -> Tensor:
+    """(a, 4): the anchors around the origin as torchvision's, but not rounded to whole pixels."""
+    root, size = torch.tensor(ratios).sqrt()[:, None], torch.tensor(sizes)
     half = torch.stack([(1 / root * size).flatten(), (root * size).flatten()], dim=1) / 2
-    anchors = torch.cat([-half, half], dim=1)
-    return anchors.round() if rounded else anchors
+    return torch.cat([-half, half], dim=1)
 
 
 class RegionProposals(nn.Module):
@@ -55,19 +53,14 @@ class RegionProposals(nn.Module):
 
     def anchors(self, grids: list[tuple[int, int]], image_size: tuple[int, int], device: torch.device) -> list[Tensor]:
         """Per level (h*w*a, 4) float32: row-major over the pixels, then the base anchors."""
-        config, anchors = self.config, []
-        for level, (height, width) in enumerate(grids):
-            base = base_anchors(config.anchors.sizes[level], config.anchors.ratios, rounded=config.anchors.rounded)
-            if config.anchors.strides is None:
-                stride_y, stride_x = image_size[0] // height, image_size[1] // width
-            else:
-                stride_y = stride_x = config.anchors.strides[level]
-            y = torch.arange(height, device=device, dtype=torch.float32) * stride_y
-            x = torch.arange(width, device=device, dtype=torch.float32) * stride_x
-            y, x = torch.meshgrid(y, x, indexing="ij")
-            shifts = torch.stack([x, y, x, y], dim=-1).view(-1, 1, 4)
-            anchors.append((shifts + base.to(device)).view(-1, 4))
-        return anchors
+        config = self.config.anchors
+        generator = AnchorGenerator(config.sizes, (config.ratios,) * len(config.sizes))
+        if not config.rounded:
+            generator.cell_anchors = [base_anchors(sizes, config.ratios) for sizes in config.sizes]
+        generator.cell_anchors = [anchors.to(device) for anchors in generator.cell_anchors]
+        inferred = [(image_size[0] // height, image_size[1] // width) for height, width in grids]
+        strides = inferred if config.strides is None else [(stride, stride) for stride in config.strides]
+        return generator.grid_anchors(list(map(list, grids)), [list(map(torch.tensor, stride)) for stride in strides])
 
     @torch.no_grad()
     def propose(

@@ -108,16 +108,13 @@ class SETRNaive(TokenHead):
         self.fc2 = nn.Linear(config.channels, num_classes)
 
     def classify(self, x: Float[Tensor, "*rows c"]) -> Float[Tensor, "*rows k"]:
-        x = self.fc1(self.norm(x))
-        x = F.relu(self._normalised(x.flatten(0, -2)).view_as(x))
-        return self.fc2(self.drop(x))
-
-    def _normalised(self, rows: Float[Tensor, "t c"]) -> Float[Tensor, "t c"]:
-        """(t, c); where training leaves no two tokens, which have a variance, by the running statistics."""
-        if self.training and len(rows) < 2 and world_size() == 1:
-            bn = self.bn
-            return F.batch_norm(rows, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
-        return self.bn(rows[..., None, None])[..., 0, 0]
+        x, bn = self.fc1(self.norm(x)), self.bn
+        rows = x.flatten(0, -2)
+        if self.training and len(rows) < 2 and world_size() == 1:  # a variance takes two tokens
+            rows = F.batch_norm(rows, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
+        else:
+            rows = bn(rows[..., None, None])[..., 0, 0]
+        return self.fc2(self.drop(F.relu(rows.view_as(x))))
 
     def macs(self, tokens: Num[Tensor, " b"], grid: tuple[int, int]) -> Float[Tensor, " b"]:
         return tokens.double() * (self.fc1.weight.numel() + self.fc2.weight.numel())

@@ -139,8 +139,16 @@ def model_card(config: ModelConfig, card: Card, *, parameters: int, repo_id: str
         ConfigError: figures of another kind of model, or of another policy.
     """
     kind = kind_of(config) or ""
-    _check_figures(config, card.figures)
-    default = repo_id.rpartition("/")[2] if repo_id else f"{_backbone(config)} {kind} ({kind_of(config.policy)})"
+    policy = kind_of(config.policy)
+    if card.figures and not any(name in card.figures for name in config.figures):
+        expected = f"{kind} ({', '.join(config.figures)})"
+        raise ConfigError(f"figures: none of a {expected}; give the JSON that `sievit eval` printed of this model")
+    if card.figures.get("policy", policy) != policy:
+        other = card.figures["policy"]
+        raise ConfigError(
+            f"figures: of the policy {other!r}, and the model's is {policy!r}; evaluate the model as it is"
+        )
+    default = repo_id.rpartition("/")[2] if repo_id else f"{_backbone(config)} {kind} ({policy})"
     name = card.name or default
     known = card.license in LICENSES
     results = _results(config, card)
@@ -152,7 +160,7 @@ def model_card(config: ModelConfig, card: Card, *, parameters: int, repo_id: str
         datasets=[name for name in card.datasets if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)] or None,
         base_model=card.base_model,
         pipeline_tag=config.hub_task,
-        tags=[*TAGS, kind_of(config.policy) or "", *config.hub_tags],
+        tags=[*TAGS, policy or "", *config.hub_tags],
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -173,17 +181,6 @@ def model_card(config: ModelConfig, card: Card, *, parameters: int, repo_id: str
         notes=f"\n## Notes\n\n{card.notes.strip()}\n" if card.notes.strip() else "",
     )
     return ModelCard(text)
-
-
-def _check_figures(config: ModelConfig, figures: Mapping[str, Any]) -> None:
-    policy = kind_of(config.policy)
-    if figures and not any(name in figures for name in config.figures):
-        expected = f"{kind_of(config)} ({', '.join(config.figures)})"
-        raise ConfigError(f"figures: none of a {expected}; give the JSON that `sievit eval` printed of this model")
-    if figures.get("policy", policy) != policy:
-        raise ConfigError(
-            f"figures: of the policy {figures['policy']!r}, and the model's is {policy!r}; evaluate the model as it is"
-        )
 
 
 def _results(config: ModelConfig, card: Card) -> list[EvalResult]:
@@ -256,8 +253,5 @@ def _figures(config: ModelConfig, card: Card) -> str:
 
 def _rows(rows: Iterable[tuple[str, Any]]) -> str:
     """A table of two columns."""
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_listed(value)} |" for name, value in rows)])
-
-
-def _listed(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    cells = ((name, ", ".join(map(str, v)) if isinstance(v, tuple | list) else v) for name, v in rows)
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])

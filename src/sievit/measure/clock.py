@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -62,26 +63,25 @@ def in_turns(
     calls: Sequence[Callable[[T], R]],
     inputs: Iterable[T],
     clock: Callable[[int, Callable[[], R]], tuple[float, R]],
-    kept: Callable[[int, R], C],
-) -> Iterator[list[tuple[float, C]]]:
+    kept: Callable[[int, R], Any] = lambda which, result: None,
+) -> list[list[tuple[float, Any]]]:
     """All calls on each input, one after the other; with each input another call is the first.
 
     Args:
         clock: the index of a call and the call on an input, to its milliseconds and its result.
-        kept: the index of a call and its result, to what is yielded of it. It runs right after the call and is not
+        kept: the index of a call and its result, to what is returned of it. It runs right after the call and is not
             timed: a CUDA graph overwrites its result.
 
-    Yields:
-        Of each input milliseconds and what is kept, call by call.
+    Returns:
+        Of each call milliseconds and what is kept, input by input.
     """
+    taken: list[list[tuple[float, Any]]] = [[] for _ in calls]
     for turn, value in enumerate(inputs):
-        taken: dict[int, tuple[float, C]] = {}
         for place in range(len(calls)):
             which = (place + turn) % len(calls)
-            call = calls[which]
-            elapsed, result = clock(which, lambda call=call, value=value: call(value))
-            taken[which] = elapsed, kept(which, result)
-        yield [taken[which] for which in range(len(calls))]
+            elapsed, result = clock(which, partial(calls[which], value))
+            taken[which].append((elapsed, kept(which, result)))
+    return taken
 
 
 class Pair(NamedTuple, Generic[C]):
@@ -113,25 +113,10 @@ def alternately(
     for value in inputs[:warm_on]:
         for call, _ in sides * warm_up:
             call(value)
-    turns = in_turns(
+    taken = in_turns(
         [call for call, _ in sides],
         inputs,
         clock=lambda _, call: clocked(call, device),
         kept=lambda which, result: sides[which][1](result),
     )
-    return [Pair(a_ms, b_ms, a, b) for (a_ms, a), (b_ms, b) in turns]
-
-
-def summary(pairs: Sequence[Pair], predicted: Sequence[float]) -> dict[str, Any]:
-    """Medians over the pairs, and their spread; `predicted` is the ratio of multiply-adds of each pair."""
-    ratios = [pair.dense_ms / pair.sparse_ms for pair in pairs]
-    realised = Quartiles.of([a / b for a, b in zip(ratios, predicted, strict=True)])
-    return {
-        **median_and_p95("dense_ms", [pair.dense_ms for pair in pairs]),
-        **median_and_p95("sparse_ms", [pair.sparse_ms for pair in pairs]),
-        "speedup": round(statistics.median(ratios), 3),
-        "predicted": round(statistics.median(predicted), 3),
-        "realised": round(realised.median, 3),
-        "realised_quartiles": [round(realised.low, 3), round(realised.high, 3)],
-        "pairs": len(pairs),
-    }
+    return [Pair(a_ms, b_ms, a, b) for (a_ms, a), (b_ms, b) in zip(*taken, strict=True)]

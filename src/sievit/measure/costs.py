@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sievit import terminal
 from sievit.config import ConfigError, kind_of
@@ -114,11 +115,7 @@ def per_image(
 def _rows(model: Model, answer: Answer, names: Sequence[str]) -> list[dict[str, Any]]:
     """The figures of each image of a pass."""
     spent, published = model.spent(answer), model.published_gflops(answer)
-    gflops = (
-        {"gflops": spent.pop("gflops")}
-        if published is None
-        else {"gflops": spent.pop("gflops"), "published": published}
-    )
+    gflops = {"gflops": spent.pop("gflops")} | ({} if published is None else {"published": published})
     del spent["tokens"]
     return [
         {
@@ -132,8 +129,7 @@ def _rows(model: Model, answer: Answer, names: Sequence[str]) -> list[dict[str, 
 
 def _summary(values: Sequence[float]) -> dict[str, Any]:
     """Mean, spread and quantiles."""
-    ordered = torch.tensor(values, dtype=torch.float64)
-    quantiles = ordered.quantile(torch.tensor(QUANTILES, dtype=torch.float64) / 100).tolist()
+    quantiles = np.quantile(values, [q / 100 for q in QUANTILES]).tolist()
     return {
         "mean": round(statistics.fmean(values), 6),
         "std": round(statistics.pstdev(values), 6),
@@ -145,22 +141,17 @@ def _summary(values: Sequence[float]) -> dict[str, Any]:
 
 def _means(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The means over images of everything but GFLOPs."""
-    means: dict[str, Any] = {}
-    if "published" in rows[0]:
-        means["published"] = round(statistics.fmean(row["published"] for row in rows), 6)
-    for key in (key for key, value in rows[0].items() if isinstance(value, list)):
-        columns = zip(*(row[key] for row in rows), strict=True)
-        means[key] = [round(statistics.fmean(column), 4) for column in columns]
-    return means
+    keys = [key for key, value in rows[0].items() if key == "published" or isinstance(value, list)]
+    means = {key: np.mean([row[key] for row in rows], axis=0) for key in keys}
+    return {key: np.round(mean, 4 if mean.ndim else 6).tolist() for key, mean in means.items()}
 
 
 def _table(figures: dict[str, Any], *, published: bool) -> Table:
     height, width = figures["size"]
     title = f"{height}x{width} pixels, every token in every block, {figures['parameters'] / 1e6:.1f} M parameters"
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    table.add_column("GFLOPs", justify="right")
-    table.add_column("share", justify="right")
+    table = Table(
+        "", *(Column(name, justify="right") for name in ("GFLOPs", "share")), title=title, title_justify="left"
+    )
     for name, value in figures["by_module"].items():
         table.add_row(name, f"{value:.3f}", f"{value / figures['gflops_full']:.1%}")
     table.add_section()
@@ -174,16 +165,11 @@ def _distribution(figures: dict[str, Any], source: str) -> Table:
     """A histogram of the GFLOPs per image."""
     values = [row["gflops"] for row in figures["images"]]
     low, high = figures["min"], figures["max"]
-    edges = [low + (high - low) * i / BINS for i in range(BINS + 1)] if high > low else [low, high]
-    counts = [0] * (len(edges) - 1)
-    for value in values:
-        counts[min(len(counts) - 1, int((value - low) / (high - low) * BINS)) if high > low else 0] += 1
+    counts, edges = np.histogram(values, np.linspace(low, high, 1 + (BINS if high > low else 1)))
     title = f"{source}: {len(values)} images, {figures['mean']:.2f} GFLOPs (± {figures['std']:.2f})"
-    table = Table(title=title, title_justify="left")
-    table.add_column("GFLOPs", justify="right")
-    table.add_column("images", justify="right")
-    table.add_column("", min_width=30)
-    for first, last, count in zip(edges, edges[1:], counts, strict=False):
+    numbers = (Column(name, justify="right") for name in ("GFLOPs", "images"))
+    table = Table(*numbers, Column("", min_width=30), title=title, title_justify="left")
+    for first, last, count in zip(edges, edges[1:], counts.tolist(), strict=False):
         table.add_row(f"{first:.2f} - {last:.2f}", str(count), "█" * round(30 * count / max(counts)))
     if "left_at" in figures:
         table.add_section()

@@ -34,11 +34,6 @@ def traced_macs(config: ViTConfig, trace: Trace) -> Tensor:
     return block_macs(config, trace.counts(), trace.seen(), trace.mlp_counts()).sum(0)
 
 
-def blocks_gflops(config: ViTConfig, trace: Trace) -> Tensor:
-    """(b,) GFLOPs of all blocks of a trace."""
-    return traced_macs(config, trace) / 1e9
-
-
 _COUNTED: WeakKeyDictionary[nn.Module, dict[tuple, float]] = WeakKeyDictionary()
 
 

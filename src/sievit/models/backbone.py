@@ -1,5 +1,7 @@
 """The wiring of a backbone, and what it costs."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -91,7 +93,7 @@ def _rest_macs(backbone: Backbone, size: tuple[int, int]) -> float:
     return total - config.depth * float(block_macs(config, torch.tensor(tokens))) + backbone.sampling_macs(size)
 
 
-def padded_size(size: tuple[int, int], divisor: int) -> tuple[int, int]:
+def padded_size(size: Sequence[int], divisor: int) -> tuple[int, int]:
     """(height, width), each the next multiple of `divisor`."""
     height, width = (-(-side // divisor) * divisor for side in size)
     return height, width

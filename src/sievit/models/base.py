@@ -286,10 +286,12 @@ def model_class(config: ModelConfig) -> type[Model]:
     return _MODELS[type(config)]
 
 
-def dense_trace(policy: Policy, grid: tuple[int, int], vit: ViTConfig) -> Trace:
-    """The trace of one image of which every token takes part in every block."""
+def dense_trace(policy: Policy, grid: tuple[int, int], vit: ViTConfig, *, valid: Tensor | None = None) -> Trace:
+    """The trace of one image of which every token takes part in every block; `valid`, of the shape `grid`, are those
+    that stand on it, None for all of them."""
     num_prefix, depth = vit.num_prefix, vit.depth
     tokens = num_prefix + grid[0] * grid[1]
-    canvas = Tokens(torch.zeros(1, 1, 1).expand(1, tokens, 1), grid, num_prefix)
+    real = None if valid is None else valid.reshape(1, -1)
+    canvas = Tokens(torch.zeros(1, 1, 1).expand(1, tokens, 1), grid, num_prefix, valid=real)
     notes, valid = tuple(policy.dense_notes(index, canvas) for index in range(depth + 1)), canvas.valid_or_all()
     return Trace(grid, valid, (valid,) * depth, (valid,) * depth, ((num_prefix, num_prefix),) * depth, notes)

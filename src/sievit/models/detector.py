@@ -3,6 +3,7 @@
 Letters: b images, (h, w) an image's pixels, d detections, g objects. Boxes are xyxy pixels.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
@@ -144,18 +145,18 @@ class Detector(Model[dict[str, Tensor]]):
         """See `Model.count`; further parts are `neck`, `fpn`, `rpn`, `box` (at the limit of proposals per image) and
         `mask` (on the detections that there are). The sampling of deformable attention is counted, which the papers'
         tools leave out."""
-        sizes = answer.sizes
-        if self.config.padding == "seen":
-            sizes = [answer.image_size] * len(sizes)
+        seen = self.config.padding == "seen"
+        sizes = [answer.image_size if seen else self._padded(size) for size in answer.sizes]
         parts = backbone_gflops(self.backbone, answer.trace, sizes)
-        heads = [
-            self._head_macs(padded_size(size, self.backbone.size_divisor), len(found["boxes"]))
-            for size, found in zip(sizes, answer.results, strict=True)
-        ]
+        heads = [self._head_macs(size, len(found["boxes"])) for size, found in zip(sizes, answer.results, strict=True)]
         device = parts["blocks"].device
         for name in heads[0]:
             parts[name] = torch.tensor([macs[name] for macs in heads], dtype=torch.float64, device=device) / 1e9
         return parts
+
+    def _padded(self, size: Size) -> Size:
+        """What an image of `size` is padded to when it is alone."""
+        return padded_size(size, math.lcm(self.config.input.size_divisor, self.backbone.size_divisor))
 
     def _head_macs(self, size: Size, detections: int) -> dict[str, float]:
         """Multiply-adds of FPN, proposals, box branch and mask branch."""
@@ -176,11 +177,12 @@ class Detector(Model[dict[str, Tensor]]):
         }
 
     def dense_answer(self, size: Size) -> Output:
-        padded, vit = padded_size(size, self.backbone.size_divisor), self.vit.config
-        grid = (padded[0] // vit.stride, padded[1] // vit.stride)
-        trace = dense_trace(self.policy, grid, vit)
+        padded, vit = self._padded(size), self.vit.config
+        rows, cols = (torch.arange(0, edge, vit.stride) for edge in padded)
+        there = (rows[:, None] < size[0]) & (cols < size[1]) if self.config.padding == "hidden" else None
+        trace = dense_trace(self.policy, (len(rows), len(cols)), vit, valid=there)
         found = {"boxes": torch.zeros(self.config.head.box.max_detections, 4)}
-        return Output.whole(trace, [size], size, results=[found])
+        return Output.whole(trace, [size], padded, results=[found])
 
     def timed_parts(self) -> list[TimedPart]:
         backbone, head, roi = self.backbone, self.head, self.head.roi_heads

@@ -5,6 +5,7 @@ Letters: b images or windows, (h, w) pixels of one, n grid tokens, k classes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -15,6 +16,7 @@ from sievit.config import Byte, ConfigError, Count, Label, Natural, NonNegative,
 from sievit.heads.semantic import SemanticHead, SemanticHeadConfig, build_head, extents, repeat_edges, resize
 from sievit.measure.flops import traced_macs
 from sievit.measure.published import head_tokens, published_macs
+from sievit.models.backbone import padded_size
 from sievit.models.base import Answer, Model, TimedPart, dense_trace, register_model
 from sievit.models.inputs import ModelConfig, Size, batched, normalised, windows_over
 from sievit.policies import Policy, PolicyConfig
@@ -101,7 +103,7 @@ class SegmentationNet(nn.Module):
         self.out_indices = out_indices
         behind: dict[int, Head] = dict(zip(out_indices, heads, strict=True))
         if vit.config.final_norm:
-            behind[out_indices[-1]] = _AfterNorm(vit.norm, heads[-1])
+            behind[out_indices[-1]] = partial(_after_norm, vit.norm, heads[-1])
         self._behind = behind
         self.policy = self.build_policy(policy)
 
@@ -130,7 +132,8 @@ class SegmentationNet(nn.Module):
                 of the training images for any input.
         """
         predictions, trace = self.predictions(images, sizes, policy=policy, execution=execution)
-        logits = upsampled(predictions[self.out_indices[-1]], trace.grid, self._canvas(images), via=head_size)
+        canvas = padded_size(images.shape[2:], self.vit.config.stride)
+        logits = upsampled(predictions[self.out_indices[-1]], trace.grid, canvas, via=head_size)
         return logits[..., : images.shape[2], : images.shape[3]], trace
 
     def predictions(
@@ -144,7 +147,7 @@ class SegmentationNet(nn.Module):
         """Predictions of the heads, by the block that they stand behind: in training all of them, else those that ran;
         the last one's is the answer. Padding has the predictions of the edge of the image."""
         policy = self.policy if policy is None else policy
-        height, width = self._canvas(images)
+        height, width = padded_size(images.shape[2:], self.vit.config.stride)
         images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
         tokens = self.vit.embed(images, sizes)
         trace = Trace.start(tokens)
@@ -158,11 +161,6 @@ class SegmentationNet(nn.Module):
             predictions[block] = _filled(head(tokens, tokens.valid, None), tokens)
             start = block + 1
         return predictions, trace
-
-    def _canvas(self, images: Tensor) -> Size:
-        """The size of the images with whole patches."""
-        stride = self.vit.config.stride
-        return -(-images.shape[2] // stride) * stride, -(-images.shape[3] // stride) * stride
 
 
 def _filled(prediction: Prediction, tokens: Tokens) -> Prediction:
@@ -178,14 +176,11 @@ def _filled(prediction: Prediction, tokens: Tokens) -> Prediction:
     return replace(prediction, maps=maps, fine=fine)
 
 
-class _AfterNorm:
+def _after_norm(
+    norm: nn.Module, head: SemanticHead, tokens: Tokens, part: Tensor | None, previous: Prediction | None
+) -> Prediction:
     """The last head of a backbone that ends with a norm."""
-
-    def __init__(self, norm: nn.Module, head: SemanticHead) -> None:
-        self.norm, self.head = norm, head
-
-    def __call__(self, tokens: Tokens, part: Tensor | None, previous: Prediction | None) -> Prediction:
-        return self.head(replace(tokens, x=self.norm(tokens.x)), part, previous)
+    return head(replace(tokens, x=norm(tokens.x)), part, previous)
 
 
 def upsampled(prediction: Prediction, grid: tuple[int, int], size: Size, *, via: Size | None = None) -> Tensor:
@@ -288,8 +283,7 @@ class Segmenter(Model[Tensor]):
         placed = [
             (i, window) for i, size in enumerate(resized) for window in windows_over(size, config.crop, config.stride)
         ]
-        stride = config.vit.stride
-        size = tuple(-(-max(window[axis] for _, window in placed) // stride) * stride for axis in (2, 3))
+        size = padded_size([max(window[axis] for _, window in placed) for axis in (2, 3)], config.vit.stride)
         sums = [torch.zeros(len(config.classes), *each, device=self.device) for each in resized]
         counts = [torch.zeros(each, device=self.device) for each in resized]
         traces = []
@@ -314,7 +308,7 @@ class Segmenter(Model[Tensor]):
             owner=owner,
             windows=windows,
             sizes=resized,
-            image_size=(size[0], size[1]),
+            image_size=size,
         )
 
     def count(self, answer: Answer[Tensor]) -> dict[str, Tensor]:
@@ -359,10 +353,9 @@ class Segmenter(Model[Tensor]):
         return answer.per_image(macs) / 1e9
 
     def dense_answer(self, size: Size) -> Segmentation:
-        vit = self.vit.config
-        grid = (-(-size[0] // vit.stride), -(-size[1] // vit.stride))
-        trace = dense_trace(self.policy, grid, vit)
-        return Segmentation.whole(trace, [size], (grid[0] * vit.stride, grid[1] * vit.stride))
+        vit, canvas = self.vit.config, padded_size(size, self.vit.config.stride)
+        trace = dense_trace(self.policy, (canvas[0] // vit.stride, canvas[1] // vit.stride), vit)
+        return Segmentation.whole(trace, [size], canvas)
 
     def timed_parts(self) -> list[TimedPart]:
         parts: list[TimedPart] = [

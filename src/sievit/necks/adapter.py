@@ -23,6 +23,7 @@ from sievit.necks.norm import BatchNorm2d, conv_norm_relu
 from sievit.policies.base import Policy
 from sievit.tokens import Tokens, Trace
 from sievit.vit import Execution, Sizes, ViT
+from sievit.vit.model import standing
 
 
 @variant("adapter")
@@ -55,17 +56,15 @@ class Masks:
 
     def __init__(self, sizes: Sizes | None, canvas: tuple[int, int], device: torch.device) -> None:
         full = sizes is None or all(tuple(size) == tuple(canvas) for size in sizes)
-        self.canvas, self.device = canvas, device
+        self.canvas = canvas
         self.sizes = None if full else torch.tensor(sizes, device=device)
 
     def at(self, stride: int) -> Tensor | None:
         """(b, 1, h, w) bool, or None when every cell stands on an image."""
         if self.sizes is None:
             return None
-        cells = (self.sizes + stride - 1) // stride  # (b, 2)
-        y = torch.arange(self.canvas[0] // stride, device=self.device) < cells[:, :1]
-        x = torch.arange(self.canvas[1] // stride, device=self.device) < cells[:, 1:]
-        return (y[:, :, None] & x[:, None, :])[:, None]
+        cells, grid = (self.sizes + stride - 1) // stride, (self.canvas[0] // stride, self.canvas[1] // stride)
+        return standing(cells, grid)[:, None]
 
     def apply(self, x: Tensor, stride: int) -> Tensor:
         """(b, c, h, w) with zeros where there is no image."""
@@ -202,7 +201,8 @@ class ViTAdapter(nn.Module):
         shapes = [(canvas[0] // s, canvas[1] // s) for s in (8, 16, 32)]
         masks = Masks(sizes, canvas, images.device)
         c1, *levels = self.spm(images, masks)
-        c = torch.cat([_to_tokens(x) + embed for x, embed in zip(levels, self.level_embed, strict=True)], dim=1)
+        pairs = zip(levels, self.level_embed, strict=True)
+        c = torch.cat([x.flatten(2).transpose(1, 2) + embed for x, embed in pairs], dim=1)  # (b, m, c)
         tokens = self.vit.embed(images, sizes)
         trace = Trace.start(tokens)
         token_points = reference_points(shapes[1:2], images.device)
@@ -279,11 +279,6 @@ def _sum(a: Tensor, b: Tensor) -> Tensor:
     """a + b, in inference in a's memory, which is not used again. The cast matters: adding float32 to bfloat16 costs
     thirty times as much as casting it first."""
     return a + b if torch.is_grad_enabled() else a.add_(b.to(a.dtype))
-
-
-def _to_tokens(x: Tensor) -> Tensor:
-    """(b, c, h, w) to (b, h*w, c)."""
-    return x.flatten(2).transpose(1, 2)
 
 
 def _to_map(x: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -201,9 +201,8 @@ class Policy(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """The fields of the configuration that differ from their defaults."""
-        values = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
-        defaults = {f.name: f.default for f in fields(self.config)}
-        return {name: to_json(value) for name, value in values.items() if value != defaults[name]}
+        values = ((f, getattr(self.config, f.name)) for f in fields(self.config))
+        return {f.name: to_json(value) for f, value in values if value != f.default}
 
     def report(self, trace: Trace) -> dict[str, Num[Tensor, "b k"]]:
         """Further figures of a pass by name: (b, k) numbers of tokens, for k stages or blocks."""

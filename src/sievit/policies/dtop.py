@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sievit.config import ConfigError, Count, Natural, Share, variant
 from sievit.policies.base import FEWEST, BlockRange, Dial, Head, Notes, Policy, PolicyConfig, register
-from sievit.policies.selection import Scale, select_top, tidy
+from sievit.policies.selection import quantile, select_top, tidy
 from sievit.tokens import Prediction, Tokens, Trace
 
 
@@ -62,13 +62,9 @@ class DToPConfig(PolicyConfig):
         Raises:
             ConfigError: there are more or fewer than there are heads.
         """
-        given = self.thresholds
-        if len(given) == stages:
-            return given
-        if len(given) == 1:
-            return (*given * (stages - 1), 1.0)
-        if len(given) == stages - 1:
-            return (*given, 1.0)
+        given = self.thresholds * (stages - 1) if len(self.thresholds) == 1 < stages else self.thresholds
+        if stages - 1 <= len(given) <= stages:
+            return (*given, 1.0)[:stages]
         raise ConfigError(
             f"dtop: {len(given)} thresholds for {stages - 1} auxiliary heads; give 1, {stages - 1} or {stages}"
         )
@@ -105,43 +101,30 @@ class DToP(Policy):
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         if index == 0:
             return tokens.select(None), {}
-        exited, aux = _exited(trace), {}
-        if self.config.static_left is not None and not self.training:
-            return self._static(index, tokens, trace)
-        if index - 1 in self.heads:
-            aux = self._stage(index - 1, tokens, trace, exited)
+        aux, rejoin = {}, self.config.rejoin and index == self.depth - 1
+        if index - 1 not in self.heads:
+            pass  # the choice stands
+        elif self.config.static_left is not None and not self.training:
+            tokens, aux = self._static_stage(index - 1, tokens, trace)
+        else:
+            aux = self._stage(index - 1, tokens, trace)
             exited = aux["exited"]
-        if self.config.rejoin and index == self.depth - 1:
-            return tokens.select(None), aux
-        if not aux:
-            return tokens, aux  # the choice stands
-        assert exited is not None
-        if not exited.any():
-            return tokens.select(None), aux
-        context = exited & tokens.valid_or_all() if self.config.preserve else None
-        return tokens.select(~exited, context=context), aux
+            if not rejoin and exited.any():
+                context = exited & tokens.valid_or_all() if self.config.preserve else None
+                return tokens.select(~exited, context=context), aux
+            tokens = tokens.select(None)
+        return tokens.select(None) if rejoin else tokens, aux
 
     def after_blocks(self, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
-        exited = _exited(trace)
         if self.config.static_left is not None and not self.training:
-            exited = torch.zeros_like(tokens.valid_or_all()) if exited is None else exited
-            return tokens, {"exited": exited, **self._predict(self.depth - 1, tokens, trace).tensors}
-        return tokens, self._stage(self.depth - 1, tokens, trace, exited)
-
-    def _static(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
-        """The choice of `static_left`."""
-        aux: Notes = {}
-        if index - 1 in self.heads:
-            tokens, aux = self._static_stage(index - 1, tokens, trace)
-        if self.config.rejoin and index == self.depth - 1:
-            return tokens.select(None), aux
-        return tokens, aux
+            return tokens, {"exited": _exited(trace), **self._predict(self.depth - 1, tokens, trace).tensors}
+        return tokens, self._stage(self.depth - 1, tokens, trace)
 
     def _static_stage(self, block: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
+        """The choice of `static_left` behind `block`."""
         assert self.config.static_left is not None
         shares, stage = (0.0, *self.config.static_left), list(self.heads).index(block) + 1
         valid, exited = tokens.valid_or_all(), _exited(trace)
-        exited = torch.zeros_like(valid) if exited is None else exited
         if shares[stage] == shares[stage - 1]:
             return tokens, {"exited": exited}
         prediction, left = self._predict(block, tokens, trace), valid & ~exited
@@ -168,14 +151,12 @@ class DToP(Policy):
             maps = torch.where(tokens.real[:, None], maps, earlier.maps.gather(2, order))
         return replace(prediction, maps=earlier.maps.scatter(2, order, maps.to(earlier.maps.dtype)))
 
-    def _stage(self, block: int, tokens: Tokens, trace: Trace, exited: Bool[Tensor, "b n"] | None) -> Notes:
+    def _stage(self, block: int, tokens: Tokens, trace: Trace) -> Notes:
         """Ask the head behind `block`, and let tokens go."""
-        threshold, last = self.thresholds[block], block == self.depth - 1
-        valid = tokens.valid_or_all()
-        exited = torch.zeros_like(valid) if exited is None else exited
+        threshold, last, exited = self.thresholds[block], block == self.depth - 1, _exited(trace)
         if threshold >= 1 and not last and not self.training:
             return {"exited": exited}  # the prediction of the head would change nothing
-        left = valid & ~exited
+        left = tokens.valid_or_all() & ~exited
         all_tokens = last and self.config.rejoin
         earlier = trace.predictions[-1] if trace.predictions and not all_tokens else None
         part = tokens.valid if all_tokens else None if bool(left.all()) else left
@@ -234,17 +215,19 @@ class DToP(Policy):
         stages, last = len(self._stages), self.thresholds[self.depth - 1]
 
         @cache
-        def scale() -> Scale:
+        def grades() -> Tensor:
             none_leave = replace(self.config, thresholds=(*[math.nextafter(1.0, 0.0)] * stages, 1.0))
-            grades = [
+            of_passes = [
                 graded(prediction.scores(), self.config.grade)[trace.valid].float().cpu()
                 for trace in passes(none_leave)
                 for prediction in trace.predictions[:-1]
             ]
-            return Scale(torch.cat(grades))
+            return torch.cat(of_passes)
 
         def turn(position: float) -> PolicyConfig:
-            value = 1.0 if position <= 0 else 0.0 if position >= 1 else min(1.0, max(0.0, scale().at(1 - position)))
+            value = 1.0 if position <= 0 else 0.0
+            if 0 < position < 1:
+                value = min(1.0, max(0.0, quantile(grades(), 1 - position)))
             return replace(self.config, thresholds=(*[value] * stages, last))
 
         return [turn]
@@ -270,8 +253,9 @@ class DToP(Policy):
         return {"left_at": gone.diff(dim=1, prepend=torch.zeros_like(gone[:, :1]))}
 
 
-def _exited(trace: Trace) -> Bool[Tensor, "b n"] | None:
-    return trace.exited[-1] if trace.exited else None
+def _exited(trace: Trace) -> Bool[Tensor, "b n"]:
+    """(b, n) bool: the tokens that have left."""
+    return trace.exited[-1] if trace.exited else torch.zeros_like(trace.valid)
 
 
 @torch.no_grad()
@@ -294,24 +278,12 @@ def leave(
 
 
 def graded(scores: Float[Tensor, "b k n"], grade: str) -> Float[Tensor, "b n"]:
-    """(b, n): the grade of each token, of the scores (b, k, n) of its classes."""
-    if grade == "max":
+    """(b, n): the grade of each token, of the scores (b, k, n) of its classes; of a single class its score."""
+    if grade == "max" or scores.shape[1] == 1:
         return scores.amax(1)
-    return _margin(scores) if grade == "margin" else _certainty(scores)
-
-
-def _margin(scores: Float[Tensor, "b k n"]) -> Float[Tensor, "b n"]:
-    """(b, n): the best score less the second; of a single class the score itself."""
-    if scores.shape[1] == 1:
-        return scores[:, 0]
-    first, second = scores.topk(2, dim=1).values.unbind(1)
-    return first - second
-
-
-def _certainty(scores: Float[Tensor, "b k n"]) -> Float[Tensor, "b n"]:
-    """(b, n): one minus the entropy of the normalised scores, as a share of the largest entropy."""
-    if scores.shape[1] == 1:
-        return scores[:, 0]
+    if grade == "margin":
+        first, second = scores.topk(2, dim=1).values.unbind(1)
+        return first - second
     total = scores.sum(1, keepdim=True)
     shares = scores / total.clamp(min=torch.finfo(scores.dtype).tiny)
     certainty = 1 + torch.special.xlogy(shares, shares).sum(1) / math.log(scores.shape[1])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sievit.config import ConfigError, Count, Finite, Natural, NonNegative, Positive, Share, variant
 from sievit.distributed import from_first, global_sum
 from sievit.policies.base import FEWEST, BlockRange, Dial, Notes, Policy, PolicyConfig, register
-from sievit.policies.selection import PAPER_SCHEDULE, Scale, scaled, select_top, spread, tidy
+from sievit.policies.selection import PAPER_SCHEDULE, quantile, scaled, select_top, spread, tidy
 from sievit.tokens import Tokens, Trace
 
 
@@ -133,7 +133,8 @@ class SViT(Policy):
             return tokens.select(None), {}
         aux: Notes = {}
         if self.training and config.budgets is not None and index == config.first_block:
-            aux["budget"] = _drawn(config.budgets, tokens.x)
+            drawn = torch.empty((), device=tokens.x.device).uniform_(*config.budgets)
+            aux["budget"] = from_first(drawn).expand(len(tokens.x))  # the same for every image of every process
         budget = self._budget(aux if index == config.first_block else trace.aux[config.first_block])
         aux["logits"] = logits = self.gates[index - config.first_block](tokens.patches, budget).float()  # (b, n, 2)
         earlier = None if config.reactivate or index == config.first_block else trace.aux[-1]
@@ -243,24 +244,23 @@ def _threshold_dial(
     """The threshold by the share of all margins that it is above; of a part, from or to its value in `config`."""
 
     @cache
-    def scale() -> Scale:
-        margins = [
+    def margins() -> Tensor:
+        of_passes = [
             (aux["logits"][..., 0] - aux["logits"][..., 1])[trace.valid].float().cpu()
             for trace in passes(replace(config, threshold=-math.inf, sample=False))
             for aux in trace.aux
             if "logits" in aux
         ]
-        return Scale(torch.cat(margins))
+        return torch.cat(of_passes)
 
     def turn(position: float) -> PolicyConfig:
-        values = scale().values
-        here = (values < config.threshold).double().mean().item()
+        here = (margins() < config.threshold).double().mean().item()
         low, high = (here if part == "above" else 0.0), (here if part == "below" else 1 - FEWEST)
         if position <= 0 and part != "above":
-            return replace(config, threshold=values[0].item() - 1.0)
+            return replace(config, threshold=margins().min().item() - 1.0)
         if position == (0 if part == "above" else 1) and part != "all":
             return config
-        return replace(config, threshold=scale().at(low + position * max(0.0, high - low)))
+        return replace(config, threshold=quantile(margins(), low + position * max(0.0, high - low)))
 
     return turn
 
@@ -292,12 +292,6 @@ def _check(config: SViTConfig, *, gated: int) -> None:
         raise ConfigError(f"svit: budgets are two rising factors, such as (0.5, 1.2), not {config.budgets}")
     if not least <= config.budget <= most:
         raise ConfigError(f"svit: budget {config.budget} is not in the range of budgets, {least} to {most}")
-
-
-def _drawn(budgets: tuple[float, float], like: Float[Tensor, "b t c"]) -> Float[Tensor, " b"]:
-    """(b,): a budget, uniform in the range, the same for every image of every process."""
-    drawn = torch.empty((), device=like.device).uniform_(*budgets)
-    return from_first(drawn).expand(len(like))
 
 
 def gumbel_noise(like: Tensor) -> Tensor:

@@ -13,6 +13,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sievit.data.presets import preset
 from sievit.data.transforms import AugmentConfig
@@ -22,8 +23,7 @@ from sievit.models.detector import DetectorConfig
 from sievit.models.inputs import InputConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.policies import KeepAllConfig, SViTConfig
-from sievit.recipes.backbones import DINOV2_B, DINOV2_S, DINOV3_B, DINOV3_S, weights
-from sievit.recipes.common import Listed, pair
+from sievit.recipes.common import DINOV2_B, DINOV2_S, DINOV3_B, DINOV3_S, Listed, pair, weights
 from sievit.tasks.detection import CocoData
 from sievit.vit import ViTConfig
 
@@ -102,19 +102,10 @@ def _dino(vit: ViTConfig) -> Recipe:
     return Recipe(model=_detector(_at_stride_16(vit)), data=COCO, train=replace(DINO_TRAIN, vit_from=weights(vit)))
 
 
-def _svit(
-    name: str,
-    what: str,
-    dense: Recipe,
-    *,
-    epochs: int = 4,
-    step: int = 3,
-    paper: tuple[str, str] | None = None,
-    sparse_name: str | None = None,
-) -> dict[str, Listed]:
-    """With SViT's fine-tuning of `epochs`, the rate falling after `step`."""
-    fine_tuning = {"lr": 1e-5, "weight_decay": 1e-6, "epochs": epochs, "step_epochs": (step,)}
-    return pair(name, what, dense, SViTConfig(), paper=paper, sparse_name=sparse_name, **fine_tuning)
+def _svit(name: str, what: str, dense: Recipe, *, epochs: int = 4, step: int = 3, **listed: Any) -> dict[str, Listed]:
+    """With SViT's fine-tuning of `epochs`, the rate falling after `step`; `listed` as of `pair`."""
+    listed |= {"lr": 1e-5, "weight_decay": 1e-6, "epochs": epochs, "step_epochs": (step,)}
+    return pair(name, what, dense, SViTConfig(), **listed)
 
 
 MY_DETECTOR = Recipe(

@@ -26,8 +26,7 @@ from sievit.heads import ATMConfig, SemanticHeadConfig, SETRNaiveConfig
 from sievit.models.inputs import InputConfig
 from sievit.models.segmenter import SegmenterConfig
 from sievit.policies import DToPConfig, KeepAllConfig
-from sievit.recipes.backbones import DINOV2_B, DINOV2_S, DINOV3_B, VIT_B, VIT_L, VIT_S, weights
-from sievit.recipes.common import Listed, pair
+from sievit.recipes.common import DINOV2_B, DINOV2_S, DINOV3_B, VIT_B, VIT_L, VIT_S, Listed, pair, weights
 from sievit.tasks.segmentation import LabelsData
 from sievit.vit import ViTConfig
 
@@ -139,14 +138,9 @@ def _folders(model: SegmenterConfig, train: TrainConfig) -> Recipe:
 
 
 def _dtop(
-    name: str,
-    what: str,
-    dense: Recipe,
-    *thresholds: float,
-    steps: int = 40_000,
-    paper: tuple[str, str] | None = None,
+    name: str, what: str, dense: Recipe, *thresholds: float, steps: int = 40_000, **listed: Any
 ) -> dict[str, Listed]:
-    return pair(name, what, dense, DToPConfig(thresholds=thresholds), paper=paper, steps=steps)
+    return pair(name, what, dense, DToPConfig(thresholds=thresholds), steps=steps, **listed)
 
 
 DINOV2_FOLDERS = _segmenter(replace(DINOV2_S, drop_path_rate=0.1), _atm(192, 3), IMAGENET, crop=518, stride=345)

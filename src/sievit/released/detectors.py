@@ -11,12 +11,13 @@ from sievit.convert.mmdet_heads import HEAD_PREFIXES
 from sievit.convert.pth import Checkpoint
 from sievit.data.coco_json import CocoFile
 from sievit.heads.config import MaskRCNNConfig
+from sievit.hub.file import listed
 from sievit.models.detector import Detector, DetectorConfig
 from sievit.necks.adapter import ViTAdapter
 from sievit.policies import SViTConfig
 from sievit.recipes import recipe
 from sievit.recipes.detectors import CATEGORY_IDS, CLASSES
-from sievit.released.common import Converted, ReleasedOptions, described, lines
+from sievit.released.common import Converted, ReleasedOptions, class_names, described, lines
 
 RECIPES = {192: "coco_{}_adapter_t", 384: "coco_{}_adapter_s"}
 """By width of the ViT; the braces are `svit` or `vit`."""
@@ -74,7 +75,15 @@ def assemble(
         drop_path_rate=base.vit.drop_path_rate if width in RECIPES else 0.0,
     )
     head = mmdet_heads(state, constants=release_limits(base.head) if constants is None else constants)
-    classes, ids = _classes(head.config.num_classes, checkpoint, options)
+    count = head.config.num_classes
+    classes, ids = class_names(
+        count,
+        checkpoint.classes,
+        (CLASSES, CATEGORY_IDS) if count == len(CLASSES) else None,
+        {"--classes": (options.classes, lines), "--annotations": (options.annotations, _categories)},
+        way_out=f"not COCO's {len(CLASSES)}; name them with --annotations FILE (the COCO file of the training) or "
+        "--classes FILE (a name a line, in the order of training)",
+    )
     config = replace(
         base,
         vit=backbone.vit.config,
@@ -82,7 +91,7 @@ def assemble(
         neck=backbone.config,
         head=head.config,
         classes=classes,
-        category_ids=ids,
+        category_ids=ids or tuple(range(1, count + 1)),
         padding="seen",
     )
     model = Detector(config, backbone=backbone, head=head).eval()
@@ -93,8 +102,7 @@ def _refuse(checkpoint: Checkpoint) -> None:
     """Raise if the checkpoint holds what none of the released detectors has."""
     unknown = sorted(key for key in checkpoint.state if not key.startswith(("backbone.", *HEAD_PREFIXES)))
     if unknown:
-        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-        raise ConfigError(f"has {', '.join(unknown[:8])}{more}, which no released detector has")
+        raise ConfigError(f"has {listed(unknown)}, which no released detector has")
     if re.search(r"window_attn\s*=\s*\[[^\]]*True", checkpoint.config):
         raise ConfigError("was trained with attention inside windows (window_attn), which sievit does not have")
 
@@ -119,29 +127,6 @@ def _facts(model: Detector) -> dict[str, str]:
         as_it_is = f"--model.vit.norm-eps {config.vit.norm_eps} --model.padding seen"
         facts["to train on"] = f"sievit train {name} --train.init-from FILE {as_it_is}"
     return facts
-
-
-def _classes(count: int, checkpoint: Checkpoint, options: ViTAdapterOptions) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names and ids."""
-    if options.classes is not None and options.annotations is not None:
-        raise ConfigError("--classes and --annotations both name the classes; give one of them")
-    numbers = tuple(range(1, count + 1))
-    if options.annotations is not None:
-        source, (names, ids) = options.annotations, _categories(options.annotations)
-    elif options.classes is not None:
-        source, names, ids = options.classes, lines(options.classes), numbers
-    elif count == len(CLASSES):
-        return CLASSES, CATEGORY_IDS
-    elif len(checkpoint.classes) == count:
-        return checkpoint.classes, numbers
-    else:
-        raise ConfigError(
-            f"has {count} classes, which are not COCO's {len(CLASSES)}; name them with --annotations FILE (the COCO "
-            "file of the training) or --classes FILE (a name a line, in the order of training)"
-        )
-    if len(names) != count:
-        raise ConfigError(f"has {count} classes, but {source} names {len(names)}")
-    return names, ids
 
 
 def _categories(path: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:

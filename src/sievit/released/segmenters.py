@@ -2,19 +2,11 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from sievit.config import ConfigError, Count, Finite, Natural, Positive, Share
-from sievit.convert.dtop import (
-    ATM_RULES,
-    SOURCE,
-    VIT_RULES,
-    num_stages,
-    numbered_heads,
-    read_network,
-    segvit_segmenter,
-)
-from sievit.convert.keys import dropped, need
+from sievit.convert.dtop import SOURCE, left_out, num_stages, read_network, segvit_segmenter
+from sievit.convert.keys import need
 from sievit.convert.pth import Checkpoint
 from sievit.data.label_files import read_palette
 from sievit.data.presets import preset
@@ -23,7 +15,7 @@ from sievit.models.inputs import InputConfig
 from sievit.models.segmenter import Segmenter, SegmenterConfig
 from sievit.policies import DToPConfig, KeepAllConfig
 from sievit.recipes import recipe
-from sievit.released.common import Converted, ReleasedOptions, described, lines
+from sievit.released.common import Converted, ReleasedOptions, class_names, described, lines
 
 Triple = tuple[float, float, float]
 
@@ -121,9 +113,7 @@ def assemble(checkpoint: Checkpoint, options: SegViTOptions) -> Converted:
     }
     if isinstance(config.policy, DToPConfig):
         facts["policy"] = f"dtop, thresholds {', '.join(map(str, config.policy.thresholds))}"
-    names = dict(zip(numbered_heads(state), state, strict=True))
-    left_out = {why: [names[key] for key in keys] for why, keys in dropped(names, (*VIT_RULES, *ATM_RULES)).items()}
-    return Converted(model=Segmenter(config, net).eval(), facts=facts, keys=len(state), dropped=left_out)
+    return Converted(model=Segmenter(config, net).eval(), facts=facts, keys=len(state), dropped=left_out(state))
 
 
 def _base(checkpoint: Checkpoint, options: SegViTOptions, stages: int) -> SegmenterConfig:
@@ -136,29 +126,34 @@ def _base(checkpoint: Checkpoint, options: SegViTOptions, stages: int) -> Segmen
     num_classes = len(need(state, "heads.0.queries", source=SOURCE, ndim=2))
     name = RECIPES.get((num_classes, vit.embed_dim, vit.grid[0] * vit.patch_size))
     known = None if name is None else cast(SegmenterConfig, recipe(name).model)
-    classes, palette = _classes(num_classes, checkpoint, options)
+    data = preset(DATA_SETS[num_classes]) if num_classes in DATA_SETS else None
+    classes, palette = class_names(
+        num_classes,
+        checkpoint.classes,
+        None if data is None else (data.classes, data.palette),
+        {"--classes": (options.classes, lines), "--palette": (options.palette, _palette)},
+        way_out="none of the data sets of the papers; name them with --classes FILE (a name a line, in the order of "
+        "training) or --palette FILE (lines `red green blue name`)",
+    )
     crop = options.crop or vit.grid[0] * vit.patch_size
-    stride, head_heads, pixels = options.stride, options.head_num_heads, None
-    out_indices = options.out_indices or ((vit.depth - 1,) if stages == 1 else None)
+    given: dict[str, Any] = {
+        "--stride": options.stride,
+        "--head-num-heads": options.head_num_heads,
+        "--out-indices": options.out_indices or ((vit.depth - 1,) if stages == 1 else None),
+        "--mean and --std": None,
+    }
     if options.mean is not None and options.std is not None:
-        (a, b, c), (d, e, f) = options.mean, options.std
-        pixels = ((a / 255, b / 255, c / 255), (d / 255, e / 255, f / 255))
+        given["--mean and --std"] = [tuple(value / 255 for value in values) for values in (options.mean, options.std)]
     if known is not None:
         assert isinstance(known.head, ATMConfig) and known.stride is not None
-        stride, head_heads = stride or known.stride[0], head_heads or known.head.num_heads
-        out_indices = out_indices or known.out_indices
-        pixels = pixels or (known.input.mean, known.input.std)
-    if stride is None or head_heads is None or out_indices is None or pixels is None:
-        needed = {
-            "--stride": stride,
-            "--head-num-heads": head_heads,
-            "--out-indices": out_indices,
-            "--mean and --std": pixels,
-        }
+        theirs = (known.stride[0], known.head.num_heads, known.out_indices, (known.input.mean, known.input.std))
+        given = {name: value or other for (name, value), other in zip(given.items(), theirs, strict=True)}
+    if missing := [name for name, value in given.items() if value is None]:
         raise ConfigError(
             f"has a ViT {vit.embed_dim} wide for {num_classes} classes, trained on images of {crop} pixels, which is "
-            f"none of the released models; also give {', '.join(k for k, value in needed.items() if value is None)}"
+            f"none of the released models; also give {', '.join(missing)}"
         )
+    stride, head_heads, out_indices, (mean, std) = given.values()
     short = options.short_edge or (crop if known is None else known.input.min_size)
     assert short is not None
     long = options.long_edge or (4 * short if known is None or options.short_edge else known.input.max_size)
@@ -166,8 +161,8 @@ def _base(checkpoint: Checkpoint, options: SegViTOptions, stages: int) -> Segmen
         vit=vit if known is None else replace(vit, drop_path_rate=known.vit.drop_path_rate),
         policy=KeepAllConfig() if known is None else known.policy,
         input=InputConfig(
-            mean=pixels[0],
-            std=pixels[1],
+            mean=mean,
+            std=std,
             min_size=short,
             max_size=long,
             size_divisor=vit.patch_size,
@@ -182,28 +177,6 @@ def _base(checkpoint: Checkpoint, options: SegViTOptions, stages: int) -> Segmen
     )
 
 
-def _classes(
-    count: int, checkpoint: Checkpoint, options: SegViTOptions
-) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
-    """Names and colours."""
-    if options.classes is not None and options.palette is not None:
-        raise ConfigError("--classes and --palette both name the classes; give one of them")
-    names, colours, source = (), (), options.palette or options.classes
-    if options.palette is not None:
-        palette = read_palette(options.palette)
-        names, colours = palette.names or tuple(map(str, range(len(palette.colours)))), palette.colours
-    elif options.classes is not None:
-        names = lines(options.classes)
-    elif count in DATA_SETS:
-        data = preset(DATA_SETS[count])
-        return data.classes, data.palette
-    elif len(checkpoint.classes) == count:
-        return checkpoint.classes, ()
-    else:
-        raise ConfigError(
-            f"has {count} classes, which is none of the data sets of the papers; name them with --classes FILE (a name "
-            "a line, in the order of training) or --palette FILE (lines `red green blue name`)"
-        )
-    if len(names) != count:
-        raise ConfigError(f"has {count} classes, but {source} names {len(names)}")
-    return names, colours
+def _palette(path: Path) -> tuple[tuple[str, ...], tuple]:
+    palette = read_palette(path)
+    return palette.names or tuple(map(str, range(len(palette.colours)))), palette.colours

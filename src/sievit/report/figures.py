@@ -1,4 +1,4 @@
-"""Pictures of what a model answers for an image, and of the tokens that it took."""
+"""Pictures of what a model answers for an image, and of the tokens that it took; and the loop over images."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -33,8 +33,7 @@ def answer_figure(
         for name, (note, result) in results.items()
     ]
     legends = [task.legend([result for _, result in results.values()])]
-    below = []
-    exits = exits_of(answer)
+    exits, below = exits_of(answer), []
     if exits is None:
         keep = answer.on_image(0, torch.stack(answer.trace.keep, dim=1))
         panels.append(viz.heat_panel(image, keep))
@@ -52,10 +51,10 @@ def answer_note(task: Task, model: Model, answer: Answer, *, min_score: float = 
     return " · ".join(part for part in parts if part)
 
 
-def exits_of(answer: Answer, index: int = 0) -> viz.Exits | None:
-    """Where the tokens of an image left for good; None where none can."""
+def exits_of(answer: Answer) -> viz.Exits | None:
+    """Where the tokens of the first image left for good; None where none can."""
     blocks = [block for block, notes in enumerate(answer.trace.aux, start=-1) if "exited" in notes]
     if not blocks:
         return None
     places = [f"after block {block}" for block in blocks[:-1]]
-    return viz.Exits(answer.exit_stages(index).clamp(max=len(places)), (*places, "never"))
+    return viz.Exits(answer.exit_stages(0).clamp(max=len(places)), (*places, "never"))

@@ -1,9 +1,10 @@
 """The picture of a sweep: accuracy against cost, and against time."""
 
 from io import BytesIO
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sievit.files import write_atomically
 
@@ -12,6 +13,8 @@ MARKERS = ("o", "s", "^", "D", "v")
 INK, GRID = "#333333", "#e2e2e2"
 TEXT = 8
 """Size in points of the values."""
+BESIDE = ((0, 9), (0, -9), (1, 7), (-1, 7), (1, -7), (-1, -7), (1, 0), (-1, 0), (0, 15), (0, -15))
+"""Where a value may stand: to the left or the right of its point, and points above it."""
 
 
 def draw_curves(points: list[dict[str, Any]], path: Path, *, measure: str, label: str, device: str) -> None:
@@ -67,36 +70,29 @@ def _style(axes: Any, label: str) -> None:
     axes.margins(x=0.09, y=0.14)
     axes.tick_params(colors=INK, length=0, labelleft=True)
     axes.ticklabel_format(useOffset=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
 
 
 def _name_points(axes: Any, points: list[dict[str, Any]], models: list[str], key: str, measure: str) -> None:
     """Each point's value beside it, where it covers the least of curves, points and other values."""
-    scale = axes.figure.dpi / 72
-    occupied: list[tuple[float, float]] = []
+    scale, steps = axes.figure.dpi / 72, np.linspace(0, 1, 61)[1:-1, None, None]
+    occupied = np.empty((0, 2))
     for line in axes.get_lines():
-        places = [tuple(place) for place in line.get_transform().transform(line.get_xydata())]
-        occupied += places
-        for (x0, y0), (x1, y1) in pairwise(places):
-            steps = 60
-            occupied += [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(1, steps)]
+        places = line.get_transform().transform(line.get_xydata())
+        between = places[:-1] + steps * np.diff(places, axis=0)
+        occupied = np.concatenate([occupied, places, between.reshape(-1, 2)])
     for point in points:
         if point["value"] is None:
             continue
         text = point["value"] if isinstance(point["value"], str) else f"{point['value']:g}"
         x, y = axes.transData.transform((point[key], 100 * point[measure]))
-        width, height = 0.62 * TEXT * len(text) * scale, TEXT * scale
-        best = (float("inf"), 0.0, 0.0)
-        for dx, dy in ((0, 9), (0, -9), (1, 7), (-1, 7), (1, -7), (-1, -7), (1, 0), (-1, 0), (0, 15), (0, -15)):
-            cx, cy = x + dx * (width / 2 + 5 * scale), y + dy * scale
-            covered = sum(abs(px - cx) < width / 2 + 2 and abs(py - cy) < height / 2 + 2 for px, py in occupied)
-            if covered < best[0]:
-                best = (covered, cx, cy)
-        _, cx, cy = best
-        occupied += [(cx + width * u / 8, cy + height * v / 4) for u in range(-4, 5) for v in (-2, 0, 2)] * 2
+        size = scale * TEXT * np.array([0.62 * len(text), 1.0])
+        centres = [np.array([x + dx * (size[0] / 2 + 5 * scale), y + dy * scale]) for dx, dy in BESIDE]
+        covered = [(abs(occupied - centre) < size / 2 + 2).all(1).sum() for centre in centres]
+        cx, cy = centres[int(np.argmin(covered))]
+        corners = [(cx + size[0] * u / 8, cy + size[1] * v / 4) for u in range(-4, 5) for v in (-2, 0, 2)]
+        occupied = np.concatenate([occupied, corners, corners])
         at = ((cx - x) / scale, (cy - y) / scale)
         colour = COLOURS[models.index(point["model"]) % len(COLOURS)]
         axes.annotate(

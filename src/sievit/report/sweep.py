@@ -76,11 +76,13 @@ def sweep(
         device: cpu, cuda, cuda:1, or auto.
     """
     console = terminal.console()
-    series = Series(images=images, truth=truth, policy=policy, field=field, device=pick_device(device))
-    curves = [series.curve(name, model, values), *(series.parsed(text, values) for text in also)]
+    shared: dict[str, Any] = {"images": images, "truth": truth, "policy": policy, "field": field}
+    shared["device"] = pick_device(device)
+    curves = [_curve(name, model, values, **shared), *(_curve(*_parsed(text, values), **shared) for text in also)]
     if len({curve.name for curve in curves}) < len(curves):
         raise ConfigError(f"--also: two curves of one name among {', '.join(curve.name for curve in curves)}")
-    settings = {**series.to_json(), "field": curves[0].field, "limit": limit, "batch_size": batch_size}
+    settings = to_json({"images": images, **vars(truth), **vars(policy)}) | {"device": device_name(shared["device"])}
+    settings |= {"field": curves[0].field, "limit": limit, "batch_size": batch_size}
     task = task_of(curves[0].model.config)
     table = _Points(out, settings, {curve.name: curve.digest for curve in curves}, task)
     jobs = [(curve, value) for curve in curves for value in curve.policies]
@@ -113,51 +115,47 @@ class Curve:
         return self.model.with_config(policy=self.policies[value])
 
 
-@dataclass(frozen=True)
-class Series:
-    """What all curves of a sweep share."""
+def _curve(
+    name: str | None,
+    path: Path,
+    values: Sequence[str],
+    with_dense: bool = True,
+    *,
+    images: Path,
+    truth: Truth,
+    policy: PolicyOptions,
+    field: str | None,
+    device: torch.device,
+) -> Curve:
+    """A checkpoint at these values of the field, the highest first; further arguments as of `sweep`.
 
-    images: Path
-    truth: Truth
-    policy: PolicyOptions
-    field: str | None
-    device: torch.device
+    Raises:
+        ConfigError: it cannot be loaded, the data is not for it, or a value does not fit its policy.
+    """
+    path = model_file(path)
+    model = load(path, policy=policy, device=device)
+    own = model.config.policy
+    usual, texts = own.swept or (None, ())
+    field = field or usual
+    if field is None or not (values or field == usual):
+        raise ConfigError(
+            f"{path}: which values of its policy {kind_of(own)!r}? Give --field and --values, or another --policy"
+        )
+    of_values: dict[Value, PolicyConfig] = {None: KeepAllConfig()} if with_dense else {}
+    for value in sorted({_number(str(text)) for text in values or texts}, key=_order):
+        of_values[value] = chosen_policy(own, PolicyOptions(set=(f"{field}={value}",)))
+        model.new_policy(of_values[value])  # raises now where the value does not fit
+    name = name or (policy.policy or kind_of(own) or type(own).__name__).rpartition(":")[2]
+    return Curve(name, model, digest(path), task_of(model.config).open(images, truth), field, of_values)
 
-    def to_json(self) -> dict[str, Any]:
-        """For the settings in sweep.json."""
-        options = {"images": self.images, **vars(self.truth), **vars(self.policy)}
-        return {**to_json(options), "device": device_name(self.device)}
 
-    def curve(self, name: str | None, path: Path, values: Sequence[str], *, with_dense: bool = True) -> Curve:
-        """A checkpoint at these values of the field, the highest first.
-
-        Raises:
-            ConfigError: it cannot be loaded, the data is not for it, or a value does not fit its policy.
-        """
-        path = model_file(path)
-        model = load(path, policy=self.policy, device=self.device)
-        own = model.config.policy
-        usual, texts = own.swept or (None, ())
-        field = self.field or usual
-        if field is None or not (values or field == usual):
-            raise ConfigError(
-                f"{path}: which values of its policy {kind_of(own)!r}? Give --field and --values, or another --policy"
-            )
-        of_values: dict[Value, PolicyConfig] = {None: KeepAllConfig()} if with_dense else {}
-        for value in sorted({_number(str(text)) for text in values or texts}, key=_order):
-            of_values[value] = chosen_policy(own, PolicyOptions(set=(f"{field}={value}",)))
-            model.new_policy(of_values[value])  # raises now where the value does not fit
-        data = task_of(model.config).open(self.images, self.truth)
-        usual_name = (self.policy.policy or kind_of(own) or type(own).__name__).rpartition(":")[2]
-        return Curve(name or usual_name, model, digest(path), data, field, of_values)
-
-    def parsed(self, text: str, values: Sequence[str]) -> Curve:
-        """`NAME=CHECKPOINT`, at `values`, or `NAME=CHECKPOINT@V,V,...` at its own and not densely."""
-        name, equals, rest = text.partition("=")
-        path, at, own = rest.partition("@")
-        if not (name and equals and path and (own or not at)):
-            raise ConfigError(f"--also {text!r}: write NAME=CHECKPOINT, or NAME=CHECKPOINT@0.9,0.95")
-        return self.curve(name, Path(path), own.split(",") if at else values, with_dense=not at)
+def _parsed(text: str, values: Sequence[str]) -> tuple[str, Path, Sequence[str], bool]:
+    """`NAME=CHECKPOINT`, at `values`, or `NAME=CHECKPOINT@V,V,...` at its own and not densely."""
+    name, equals, rest = text.partition("=")
+    path, at, own = rest.partition("@")
+    if not (name and equals and path and (own or not at)):
+        raise ConfigError(f"--also {text!r}: write NAME=CHECKPOINT, or NAME=CHECKPOINT@0.9,0.95")
+    return name, Path(path), own.split(",") if at else values, not at
 
 
 def _number(text: str) -> float | str:
@@ -208,9 +206,8 @@ def _time(table: "_Points", curves: dict[str, Curve], count: int, console: Conso
     calls = [partial(timed, model) for model in swept]
     for call in calls:
         call(images[0])
-    inputs = terminal.track(images, "timing", console=console)
-    turns = list(in_turns(calls, inputs, lambda _, call: call()[::-1], lambda _, answer: None))
-    table.timed([[turn[which][0] for turn in turns] for which in range(len(calls))])
+    taken = in_turns(calls, terminal.track(images, "timing", console=console), clock=lambda _, call: call()[::-1])
+    table.timed([[elapsed for elapsed, _ in of_call] for of_call in taken])
 
 
 class _Points:

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
+from sievit import terminal
 from sievit.bench.common import fitted
-from sievit.config import ConfigError
+from sievit.config import ConfigError, kind_of, to_json
 from sievit.data.dataset import ImageDataset
 from sievit.data.images import list_images, read_image, to_tensor
 from sievit.data.truth import Truth
@@ -19,18 +22,19 @@ from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import evaluate
 from sievit.files import write_atomically
 from sievit.hub.file import require_free
-from sievit.measure.modes import DENSE
+from sievit.measure.clock import median_and_p95
+from sievit.measure.modes import DENSE, RunMode
 from sievit.models.base import Model
 from sievit.models.build import load, model_file, read, save
 from sievit.policies import PolicyConfig, PolicyOptions
 from sievit.tasks import task_of
-from sievit.tune.candidates import Say, candidates_of, check_modes
+from sievit.tune.candidates import Candidate, Outcome, Say, candidates_of, check_modes, dense_setups, run_race
 from sievit.tune.options import Goal, Tuning
-from sievit.tune.race import Outcome, dense_setups, run_race
-from sievit.tune.report import figures_of, show
 from sievit.tune.targets import MaxDrop, MaxGFLOPs, MaxMilliseconds, NoTarget, Target
 from sievit.tune.workload import Clock, Workload, wall_clock
 from sievit.vit.execution import Execution
+
+DENSE_MODES = ("dense", "dense_compiled")
 
 
 @torch.inference_mode()
@@ -84,12 +88,11 @@ def tune(
         "out": str(out),
         "report": str(report),
         "model": str(model),
-        "images": len(tensors),
-        **_conditions(tuning, own.device),
+        **_conditions(tuning, own.device, len(tensors)),
         **figures_of(workload, goal, outcome, accuracy.known(outcome)),
         **({"failures": failures} if failures else {}),
     }
-    _save_like(model, workload.model_with(outcome.setup, own), out)
+    _save_like(model, own.with_config(**vars(outcome.setup)), out)
     write_atomically(report, (json.dumps(figures, indent=1) + "\n").encode())
     if progress is not None:
         show(figures)
@@ -103,9 +106,10 @@ def _save_like(original: Path, model: Model, out: Path) -> None:
     save(model, out, half=half)
 
 
-def _conditions(tuning: Tuning, device: torch.device) -> dict[str, Any]:
+def _conditions(tuning: Tuning, device: torch.device, images: int) -> dict[str, Any]:
     """How it was measured."""
     return {
+        "images": images,
         **{name: getattr(tuning, name) for name in ("batch_size", "repeats", "precision")},
         "size": None if tuning.size is None else list(tuning.size),
         "device": device_name(device),
@@ -173,7 +177,7 @@ class _Accuracy:
     """Points (0..100) of policies on annotated images, if there are any, as `sievit eval` finds them."""
 
     def __init__(self, model: Model, data: ImageDataset | None, tuning: Tuning, progress: Console | None) -> None:
-        self.workload = Workload(model, [], execution=Execution(precision=tuning.precision))
+        self.model, self.execution = model, Execution(precision=tuning.precision)
         self.data, self.limit, self.progress = data, tuning.eval_limit, progress
         self.measure = ""
         self.points: dict[PolicyConfig, float] = {}
@@ -182,14 +186,14 @@ class _Accuracy:
         assert self.data is not None
         if config not in self.points:
             figures = evaluate(
-                self.workload.model_with(self.workload.setup(config)),
+                self.model.with_config(policy=config, execution=self.execution),
                 self.data,
                 limit=self.limit,
                 skip_failures=True,
                 console=self.progress,
                 title="evaluating",
             )
-            self.measure = task_of(self.workload.model.config).headline(figures)
+            self.measure = task_of(self.model.config).headline(figures)
             self.points[config] = 100 * figures[self.measure]
         return self.points[config]
 
@@ -199,3 +203,108 @@ class _Accuracy:
             for config in (DENSE, outcome.setup.policy):
                 self(config)
         return lambda config: {self.measure: round(self.points[config], 3)} if config in self.points else {}
+
+
+def figures_of(
+    workload: Workload, goal: Goal, outcome: Outcome, accuracy: Callable[[PolicyConfig], dict[str, float]]
+) -> dict[str, Any]:
+    """What `tune` returns about the policies, see there."""
+    chosen, setup = outcome.chosen, outcome.setup
+
+    def row(config: PolicyConfig, times: Sequence[float]) -> dict[str, Any]:
+        cost = workload.cost(config)
+        return {
+            "gflops": round(cost.gflops, 6),
+            "keep": [round(share, 4) for share in cost.shares.double().mean(1).tolist()],
+            **(median_and_p95("ms", times, digits=3) if times else {}),
+            **accuracy(config),
+        }
+
+    def candidate_row(candidate: Candidate) -> dict[str, Any]:
+        times = candidate.times
+        return {
+            "mode": candidate.name,
+            "execution": to_json(candidate.execution),
+            "settings": workload.policy(candidate.found.config).settings(),
+            **row(candidate.found.config, times.other),
+            "speedup": times.ratio.to_json() if times.other else None,
+            "dials": len(candidate.variant.dials),
+            "blocks": [t.to_json(dense=t.blocks.start in candidate.dense) for t in candidate.timings],
+            "tried": list(candidate.found.tried),
+            "chosen": candidate is chosen,
+        }
+
+    why = outcome.why
+    if outcome.candidates and not any(c.variant.dials for c in outcome.candidates):
+        why += f"; the policy {kind_of(workload.model.config.policy)!r} has no dial, and ran as it is configured"
+    tuned = row(setup.policy, outcome.times.other)
+    return {
+        "tokens": round(workload.cost(DENSE).tokens),
+        "target": _target(goal, tuned),
+        "policy": kind_of(setup.policy),
+        "mode": RunMode("dense", setup.execution).name if chosen is None else chosen.name,
+        "execution": to_json(setup.execution),
+        "why": why,
+        **{name: row(DENSE, times) for name, times in zip(DENSE_MODES, outcome.times.dense, strict=False)},
+        "tuned": tuned,
+        "speedup": {**outcome.times.ratio.to_json(), "pairs": len(outcome.times.other)},
+        "settings": to_json(setup.policy),
+        "candidates": [candidate_row(candidate) for candidate in outcome.candidates],
+    }
+
+
+def _target(goal: Goal, tuned: dict[str, Any]) -> dict[str, Any] | None:
+    """The target that was given, and whether it is met."""
+    given = {name: value for name, value in vars(goal).items() if value is not None}
+    met = True
+    if goal.target_gflops is not None:
+        met = tuned["gflops"] <= goal.target_gflops * (1 + MaxGFLOPs.tolerance)
+    if goal.target_ms is not None:
+        met = tuned["ms"] <= goal.target_ms * (1 + 2 * MaxMilliseconds.tolerance)
+    return {**given, "met": met} if given else None
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the table, and what was written and why."""
+    console = terminal.console(stderr=False)
+    console.print(table_of(figures))
+    written = f"{figures['out']}: {figures['policy']}, {figures['mode']}; {figures['why']}"
+    console.print(written, soft_wrap=True)
+    if figures["execution"]["compiled"]:
+        console.print(
+            "it is compiled when it first sees a size; sievit.load(..., compile=False) leaves that out", soft_wrap=True
+        )
+    if figures["target"] is not None and not figures["target"]["met"]:
+        console.print("the target was missed", soft_wrap=True)
+
+
+def table_of(figures: dict[str, Any]) -> Table:
+    """The dense model, every policy that was tried, and which of them was written."""
+    size = "own sizes" if figures["size"] is None else "{}x{}".format(*figures["size"])
+    title = (
+        f"{figures['images']} images, {size}, {figures['tokens']} tokens, batch {figures['batch_size']}, "
+        f"{figures['device']}, {figures['precision']}"
+    )
+    measure = next((name for name in figures["dense"] if name not in ("gflops", "keep", "ms", "ms_p95")), None)
+    table = Table(title=title, title_justify="left", box=SIMPLE, collapse_padding=True)
+    for heading in ("", "GFLOPs", "ms", "speed-up", "keep", "dense blocks", *([measure] if measure else [])):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    denses = [{"mode": name, **figures[name]} for name in DENSE_MODES if name in figures]
+    for row in [*({**row, "chosen": row["mode"] == figures["mode"]} for row in denses), *figures["candidates"]]:
+        table.add_row(*_cells(row, measure), style="bold" if row["chosen"] else None)
+    return table
+
+
+def _cells(row: dict[str, Any], measure: str | None) -> list[str]:
+    speedup = row.get("speedup")
+    low, high = speedup["quartiles"] if speedup else (0, 0)
+    dense = ["-".join(map(str, dict.fromkeys(each["blocks"]))) for each in row.get("blocks", ()) if each["dense"]]
+    cells = [
+        f"{row['mode']} *" if row["chosen"] else row["mode"],
+        f"{row['gflops']:.2f}",
+        f"{row['ms']:.1f}" if "ms" in row else "-",
+        f"{speedup['median']:.2f} ({low:.2f} to {high:.2f})" if speedup else "",
+        f"{sum(row['keep']) / len(row['keep']):.0%}",
+        " ".join(dense),
+    ]
+    return cells if measure is None else [*cells, f"{row[measure]:.2f}" if measure in row else "-"]

@@ -4,18 +4,55 @@ import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from sievit.bench.random_models import bisected
 from sievit.config import ConfigError, kind_of
 from sievit.measure.clock import Quartiles
 from sievit.measure.modes import DENSE
 from sievit.policies import PolicyConfig
 from sievit.policies.base import Dial
-from sievit.tune.variant import Variant
+from sievit.tune.options import Tuning
 from sievit.tune.workload import Workload
 
 Accuracy = Callable[[PolicyConfig], float]
 """Points (0..100) of a policy on annotated images."""
+
+
+class Variant:
+    """A policy with dynamic or with static counts.
+
+    Args:
+        base: the policy with dynamic counts; with static ones it is measured how many tokens this keeps.
+
+    Attributes:
+        config: its setting where there is no target.
+        dials: see `Policy.dials`.
+        is_static, is_ragged: see `Policy`.
+    """
+
+    def __init__(
+        self, workload: Workload, counts: Literal["dynamic", "static"], base: PolicyConfig, tuning: Tuning
+    ) -> None:
+        self.workload, self.counts, self.config = workload, counts, base
+        policy = workload.policy(base)
+        self.dials = policy.dials(workload.traces)
+        if counts == "static":
+            shares, quantile = workload.cost(base).shares.double(), tuning.quantile
+            kept = (shares.mean(1) if quantile is None else shares.quantile(quantile, dim=1)).tolist()
+
+            def turn(position: float | None) -> PolicyConfig:
+                static = policy.made_static(kept, multiple=tuning.multiple, position=position)
+                assert static is not None
+                return static
+
+            self.config, self.dials = turn(None), [turn]
+        policy = workload.policy(self.config)
+        self.is_static, self.is_ragged = policy.is_static, policy.is_ragged
+
+    def without(self, config: PolicyConfig, dense: Collection[int]) -> PolicyConfig:
+        """A setting of it that leaves no token out in the ranges of blocks that start at `dense`."""
+        return self.workload.policy(config).without(dense) if dense else config
 
 
 @dataclass(frozen=True)
@@ -53,10 +90,6 @@ class Target(ABC):
         Raises:
             ConfigError: a target that needs a dial, and there is none.
         """
-
-    def unreachable(self, found: Found, dense: Collection[int]) -> str:
-        """The error message for a target that no setting meets."""
-        raise NotImplementedError
 
 
 class NoTarget(Target):
@@ -121,6 +154,7 @@ class Limit(Target):
         return Found(least[1], met=least[0] <= self.limit, tried=tuple(tried))
 
     def unreachable(self, found: Found, dense: Collection[int]) -> str:
+        """The error message for a limit that no setting meets."""
         least = min(step[self.name] for step in found.tried)
         blocks = f" (blocks {', '.join(map(str, sorted(dense)))} are faster dense)" if dense else ""
         option = f"--target-{self.name} {self.limit:g}"
@@ -179,13 +213,8 @@ class MaxDrop(Target):
 
         if is_allowed(variant.config if start is None else start, None) and start is not None:
             return Found(allowed[0], met=True, tried=tuple(tried))
-        low, high = 0.0, 1.0
-        for _ in range(self.steps if dials else 0):
-            middle = (low + high) / 2
-            if is_allowed(dials[0](middle), round(middle, 4)):
-                low = middle
-            else:
-                high = middle
+        if dials:
+            bisected(lambda at: is_allowed(dials[0](at), round(at, 4)), 0.0, 1.0, steps=self.steps)
         if not allowed:
             least = dials[0](0.0) if dials else variant.config
             return Found(variant.without(least, dense), met=False, tried=tuple(tried))

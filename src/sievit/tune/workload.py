@@ -1,23 +1,29 @@
-"""The model that is tuned, the images that it is tuned on, and the clock."""
+"""The model that is tuned, the images that it is tuned on, and the clock.
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+Ranges of blocks are timed alone, on the tokens that reach them: which are faster with tokens left out?
+"""
+
+import statistics
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from sievit import terminal
-from sievit.measure.clock import clocked, in_turns
-from sievit.models.base import Answer, Model
+from sievit.measure.clock import Quartiles, clocked, in_turns
+from sievit.models.base import Model
 from sievit.policies import Policy, PolicyConfig
 from sievit.policies.base import BlockRange
-from sievit.tokens import Trace
+from sievit.tokens import Tokens, Trace
 from sievit.vit.execution import Execution
 
 R = TypeVar("R")
+CANVASES = 5
+"""Batches on which blocks are timed. Of several runs on each the fastest counts: other load only adds time."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +45,12 @@ class Setup:
     execution: Execution
 
 
-class Clock(Protocol):
-    """Runs a call, waits for the device, and returns the milliseconds that it took, and its result."""
-
-    def __call__(self, what: TimedBlocks | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
-        """`what` is what the call runs: some of the blocks, or the whole model."""
-        ...
+Clock = Callable[[TimedBlocks | Setup, Callable[[], Any], torch.device], tuple[float, Any]]
+"""Of what a call runs (some of the blocks, or the whole model), the call and the device: runs it, waits for the device,
+and returns the milliseconds that it took, and its result."""
 
 
-def wall_clock(what: TimedBlocks | Setup, call: Callable[[], R], device: torch.device) -> tuple[float, R]:
+def wall_clock(what: TimedBlocks | Setup, call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     """The time that passes."""
     return clocked(call, device)
 
@@ -96,15 +99,11 @@ class Workload:
         """The policy that `config` describes, with the weights of the model's policy if that is of the same class."""
         return self.model.build_policy(config)
 
-    def run(self, policy: Policy, execution: Execution, images: list[Tensor]) -> Answer:
-        """A pass with a policy in place of the model's."""
-        return self.model(images, policy=policy, execution=execution)
-
     def traces(self, config: PolicyConfig) -> Iterator[Trace]:
         """The traces of a policy, batch by batch."""
         policy = self.policy(config)
         for images in self.batches:
-            yield self.run(policy, self.execution, images).trace
+            yield self.model(images, policy=policy, execution=self.execution).trace
 
     def cost(self, config: PolicyConfig) -> PolicyCost:
         """What a policy costs, over all images."""
@@ -112,7 +111,7 @@ class Workload:
             policy = self.policy(config)
             gflops, shares, tokens, images = 0.0, [], 0.0, 0
             for batch in self.with_progress(self.batches, "counting", len(self.batches)):
-                answer = self.run(policy, self.execution, batch)
+                answer = self.model(batch, policy=policy, execution=self.execution)
                 gflops += self.model.gflops(answer).sum().item()
                 shares.append(answer.trace.shares().cpu())
                 tokens += answer.trace.valid.sum().item()
@@ -136,24 +135,133 @@ class Workload:
         policy, compiled = self.policy(setup.policy), setup.execution.compiled
         for _ in range(3 if compiled else 2):  # graphs are recorded in the second pass
             for images in self.batches if compiled else self.batches[:1]:
-                self.run(policy, setup.execution, images)
+                self.model(images, policy=policy, execution=setup.execution)
         if compiled:
             self._warm[setup] = policy
         return policy
 
     def race(self, setups: Sequence[Setup], rounds: int) -> list[list[float]]:
         """Milliseconds per image of each setup in each round, all in turns on the same images, warmed up."""
-        calls = [partial(self.run, self.warm_up(setup), setup.execution) for setup in setups]
+        runs = [partial(self.model, policy=self.warm_up(setup), execution=setup.execution) for setup in setups]
         batches = (self.batches[turn % len(self.batches)] for turn in range(rounds))
-        turns = in_turns(
-            calls,
+        taken = in_turns(
+            runs,
             self.with_progress(batches, "timing", rounds),
             clock=lambda which, call: self.clock(setups[which], call, self.model.device),
-            kept=lambda *_: None,
         )
-        return [[elapsed / len(self.batches[0]) for elapsed, _ in taken] for taken in zip(*turns, strict=True)]
+        return [[elapsed / len(self.batches[0]) for elapsed, _ in of_setup] for of_setup in taken]
 
-    def model_with(self, setup: Setup, model: Model | None = None) -> Model:
-        """A model (by default the one that is tuned) with another setup."""
-        model = self.model if model is None else model
-        return model.with_config(policy=setup.policy, execution=setup.execution)
+
+@dataclass(frozen=True)
+class BlockTiming:
+    """Times of a range of blocks.
+
+    Attributes:
+        dense_ms, pruned_ms: of a batch, medians over the batches.
+        ratio: dense time by pruned time, batch by batch.
+    """
+
+    blocks: BlockRange
+    dense_ms: float
+    pruned_ms: float
+    ratio: Quartiles
+
+    @property
+    def is_slower(self) -> bool:
+        """Whether the blocks are slower with tokens left out."""
+        return self.ratio.median <= 1
+
+    def to_json(self, *, dense: bool) -> dict[str, Any]:
+        return {
+            "blocks": [self.blocks.start, self.blocks.stop - 1],
+            "dense_ms": round(self.dense_ms, 3),
+            "pruned_ms": round(self.pruned_ms, 3),
+            "speedup": self.ratio.to_json(),
+            "dense": dense,
+        }
+
+
+def time_blocks(workload: Workload, config: PolicyConfig, rounds: int) -> list[BlockTiming]:
+    """The ranges of a policy, each dense and pruned, in turns and warm.
+
+    Where tokens leave for good, the last range is timed first, those before it with what was found behind them, and all
+    once more when one of them was found to be slower.
+    """
+    policy = workload.policy(config)
+    ranges = policy.ranges()
+    if not policy.cascades:
+        return _time(workload, policy, ranges, (), rounds)
+    timings: dict[BlockRange, BlockTiming] = {}
+    dense: set[int] = set()
+    while True:
+        before = set(dense)
+        for blocks in reversed(ranges):
+            if blocks.start not in dense:
+                (timings[blocks],) = _time(workload, policy, [blocks], dense, rounds)
+                if timings[blocks].is_slower:
+                    dense.add(blocks.start)
+        if dense == before or len(dense) == len(ranges):
+            return [timings[blocks] for blocks in ranges]
+
+
+def _time(
+    workload: Workload, policy: Policy, ranges: Sequence[BlockRange], dense: Collection[int], rounds: int
+) -> list[BlockTiming]:
+    """Times of some ranges, while the ranges that start at `dense` leave no token out."""
+    batches = workload.batches[:CANVASES]
+    repeats = max(3, -(-rounds // len(batches)))
+    pruned = workload.policy(policy.without(dense))
+    whole = [workload.policy(policy.without({*dense, blocks.start})) for blocks in ranges]
+    times: list[tuple[list[float], list[float]]] = [([], []) for _ in ranges]
+    seen: dict[int, list[tuple[Tokens, Trace]]] = {}
+    recorder = _recorder(workload.policy(pruned.config), seen)
+    for images in workload.with_progress(batches, "blocks", len(batches)):
+        seen.clear()
+        workload.model(images, policy=recorder, execution=workload.execution)
+        for blocks, all_tokens, of_range in zip(ranges, whole, times, strict=True):
+            for tokens, trace in seen[blocks.start]:  # more than one where there are many windows
+                fastest = _fastest(workload, blocks, (all_tokens, pruned), tokens, trace, repeats)
+                for values, value in zip(of_range, fastest, strict=True):
+                    values.append(value)
+    return [
+        BlockTiming(blocks, *map(statistics.median, of_range), Quartiles.of_ratios(*of_range))
+        for blocks, of_range in zip(ranges, times, strict=True)
+    ]
+
+
+def _fastest(
+    workload: Workload, blocks: BlockRange, policies: tuple[Policy, Policy], tokens: Tokens, trace: Trace, repeats: int
+) -> list[float]:
+    """Milliseconds of the fastest of some runs of the blocks, with each policy: dense, pruned."""
+    device, vit = workload.model.device, workload.model.vit
+    sides = [TimedBlocks(blocks.start, blocks.stop, pruned=pruned) for pruned in (False, True)]
+
+    def run(which: int, canvases: list[Tokens]) -> tuple[Tokens, Trace]:
+        with workload.execution.autocast(device):
+            options: dict[str, Any] = {"start": blocks.start, "stop": blocks.stop, "inplace": True}
+            return vit.run_blocks(canvases[which], policies[which], trace, **options)
+
+    def copies() -> list[Tokens]:
+        return [replace(tokens, x=tokens.x.clone()) for _ in policies]
+
+    for which in (0, 1):
+        run(which, copies())
+    taken = in_turns(
+        [partial(run, 0), partial(run, 1)],
+        (copies() for _ in range(repeats)),
+        clock=lambda which, call: workload.clock(sides[which], call, device),
+    )
+    return [min(elapsed for elapsed, _ in of_side) for of_side in taken]
+
+
+def _recorder(policy: Policy, seen: dict[int, list[tuple[Tokens, Trace]]]) -> Policy:
+    """The policy, which from now on adds the canvas and the trace before each decision to `seen`, by block."""
+    decide = policy.before_block
+
+    def before_block(index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, dict[str, Any]]:
+        canvas = replace(tokens, x=tokens.x.clone())  # blocks may write into it
+        seen.setdefault(index, []).append((canvas, trace))
+        return decide(index, tokens, trace)
+
+    policy.__dict__["before_block"] = before_block
+    return policy

@@ -3,7 +3,6 @@
 from sievit.vit.block import Block
 from sievit.vit.config import RopeConfig, ViTConfig
 from sievit.vit.execution import Execution
-from sievit.vit.executor import execute
 from sievit.vit.model import Sizes, ViT
 
-__all__ = ["Block", "Execution", "RopeConfig", "Sizes", "ViT", "ViTConfig", "execute"]
+__all__ = ["Block", "Execution", "RopeConfig", "Sizes", "ViT", "ViTConfig"]

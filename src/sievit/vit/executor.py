@@ -59,25 +59,17 @@ class Run:
         return x, heads
 
 
-def execute(
-    blocks: Sequence[Block],
-    tokens: Tokens,
-    execution: Execution = Execution(),
-    *,
-    inplace: bool = False,
-) -> Tokens:
+def execute_run(run: Run, tokens: Tokens, execution: Execution, *, inplace: bool = False) -> tuple[Tokens, Half | None]:
     """Compute blocks, one after the other, for the tokens that take part; all others stay as they are.
 
     Tokens are packed once for all the blocks, and come back to the canvas behind the last.
 
     Args:
         inplace: write results into the canvas that came in; for a caller that owns it and needs no gradient.
+
+    Returns:
+        The canvas; of a run that ends with an attention also what the policy may ask of it.
     """
-    return execute_run(Run(blocks), tokens, execution, inplace=inplace)[0]
-
-
-def execute_run(run: Run, tokens: Tokens, execution: Execution, *, inplace: bool = False) -> tuple[Tokens, Half | None]:
-    """As `execute`; of a run that ends with an attention also what the policy may ask of it."""
     part, b, mode = tokens.taking_part(), tokens.x.shape[0], execution.mode
     if mode == "auto":
         mode = "packed" if tokens.gate is None else "masked"

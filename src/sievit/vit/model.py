@@ -198,10 +198,14 @@ class ViT(nn.Module):
         for own in grids:
             if own[0] > grid[0] or own[1] > grid[1] or min(own) < 1:
                 raise ValueError(f"an image of {own} tokens does not fit on a canvas of {grid}")
-        own = torch.tensor(grids, device=device)  # (b, 2)
-        y = torch.arange(grid[0], device=device) < own[:, :1]
-        x = torch.arange(grid[1], device=device) < own[:, 1:]
-        return (y[:, :, None] & x[:, None, :]).flatten(1)
+        return standing(torch.tensor(grids, device=device), grid).flatten(1)
+
+
+def standing(own: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(b, h, w) bool: which cells of a map of `grid` (h, w) stand on images of `own` (b, 2) rows and columns."""
+    y = torch.arange(grid[0], device=own.device) < own[:, :1]
+    x = torch.arange(grid[1], device=own.device) < own[:, 1:]
+    return y[:, :, None] & x[:, None, :]
 
 
 def resized_positions(stored: Tensor, old: tuple[int, int], new: tuple[int, int], *, antialias: bool) -> Tensor:

@@ -160,7 +160,7 @@ class Masked(Dense):
         return _attend(q, k, v, self.part, self.bias)
 
 
-class Packed:
+class Packed(Dense):
     """The packed tokens (t, c) of a batch; attention stays within each image.
 
     Args:
@@ -175,11 +175,8 @@ class Packed:
         rope: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> None:
+        super().__init__(rope=rope, bias=bias)
         self.packing, self.attention = packing, attention
-        self.rope, self.bias = rope, bias
-
-    def queries(self, x: Tensor) -> Tensor:
-        return x
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         lengths, bias = self.packing.lengths, self.bias
@@ -210,7 +207,7 @@ class Packed:
         return values.repeat_interleave(lengths)[:, None]
 
 
-class PackedAmong:
+class PackedAmong(Packed):
     """Packed tokens (t, c) of which only some are computed; the others of their image are visible as keys and values.
 
     Args:
@@ -221,7 +218,8 @@ class PackedAmong:
     def __init__(
         self, packing: Packing, among: Packing, *, rope: Tensor | None = None, bias: Tensor | None = None
     ) -> None:
-        self.packing, self.among, self.rope, self.bias = packing, among, rope, bias
+        super().__init__(packing, rope=rope, bias=bias)
+        self.among = among
         self.rows = torch.searchsorted(among.index, packing.index)  # of the computed tokens among the visible ones
 
     def queries(self, x: Tensor) -> Tensor:
@@ -232,9 +230,6 @@ class PackedAmong:
         bias = None if self.bias is None else pad(self.bias, keys)
         out = _attend(pad(q, queries), pad(k, keys), pad(v, keys), padding_mask(keys), bias)
         return out.flatten(0, 1).index_select(0, queries.slots)
-
-    def per_image(self, values: Tensor) -> Tensor:
-        return values.repeat_interleave(torch.tensor(self.packing.lengths, device=values.device))[:, None]
 
 
 def any_length() -> AbstractContextManager[None]:

@@ -28,28 +28,23 @@ class Half:
     visible: Rows
 
 
+@dataclass(frozen=True, kw_only=True)
 class Projections:
     """What a policy may ask of one block's attention, over the tokens that take part in it (`policies.base`).
 
-    Args:
+    Attributes:
         part: (b, p+n) bool, the tokens that take part.
         query: a range of positions to their queries, (b, ., h, d). key, value: (b, p+n, h, d); zero elsewhere.
         class_token: `attention` is that of the class token, not of the mean query.
     """
 
-    def __init__(
-        self,
-        block: Block,
-        tokens: Tokens,
-        part: Bool[Tensor, "b t"],
-        *,
-        query: Callable[[slice], Tensor],
-        key: Callable[[], Tensor],
-        value: Callable[[], Tensor],
-        class_token: bool,
-    ) -> None:
-        self.block, self.tokens, self.part, self.class_token = block, tokens, part, class_token
-        self.query, self.key, self.value = query, key, value
+    block: Block
+    tokens: Tokens
+    part: Bool[Tensor, "b t"]
+    query: Callable[[slice], Tensor]
+    key: Callable[[], Tensor]
+    value: Callable[[], Tensor]
+    class_token: bool
 
     @classmethod
     def before(cls, block: Block, tokens: Tokens, *, class_token: bool) -> "Projections":
@@ -73,18 +68,16 @@ class Projections:
         def value() -> Tensor:
             return place(attn.project(x, 2, 3)[0])
 
-        part = tokens.with_prefix(tokens.valid_or_all(), value=True) if part is None else part
-        return cls(block, tokens, part, query=query, key=key, value=value, class_token=class_token)
+        part = _or_all(part, tokens)
+        return cls(block=block, tokens=tokens, part=part, query=query, key=key, value=value, class_token=class_token)
 
     @classmethod
     def inside(cls, block: Block, tokens: Tokens, half: Half, *, class_token: bool) -> "Projections":
         """Of a block whose attention was computed."""
-        part = tokens.taking_part()
-        part = tokens.with_prefix(tokens.valid_or_all(), value=True) if part is None else part
         return cls(
-            block,
-            tokens,
-            part,
+            block=block,
+            tokens=tokens,
+            part=_or_all(tokens.taking_part(), tokens),
             query=lambda which: half.computed(half.heads.q)[:, which],
             key=lambda: half.visible(half.heads.k),
             value=lambda: half.visible(half.heads.v),
@@ -117,6 +110,11 @@ class Projections:
     def value_norms(self) -> Float[Tensor, "b n"]:
         """(b, n): the Euclidean norm of the value of each grid token, over all heads."""
         return self.value()[:, self.tokens.num_prefix :].float().flatten(2).norm(dim=2)
+
+
+def _or_all(part: Bool[Tensor, "b t"] | None, tokens: Tokens) -> Bool[Tensor, "b t"]:
+    """(b, p+n) bool, never None."""
+    return tokens.with_prefix(tokens.valid_or_all(), value=True) if part is None else part
 
 
 def placed(packing: Packing, part: Shaped[Tensor, "b t"]) -> Rows:
