@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import operator
 import reprlib
 import sys
@@ -36,7 +37,9 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Finite = Annotated[float, Interval()]
-"""Neither NaN nor infinite, as every number of a configuration."""
+"""Neither NaN nor infinite, as every number is that does not say otherwise."""
+Extended = Annotated[float, Interval(ge=-math.inf, le=math.inf)]
+"""May be infinite."""
 
 _VARIANTS: dict[str, type] = {}
 
@@ -117,12 +120,13 @@ def check_range(hint: Any, value: Any, name: str) -> None:
     kind, limits = number
     if not isinstance(value, Integral if kind is int else Real) or isinstance(value, bool):
         raise ConfigError(f"{name} is {value!r}, and not a {'whole number' if kind is int else 'number'}")
-    if not -sys.float_info.max <= value <= sys.float_info.max:  # nor NaN
+    wanted = [(holds, words, getattr(each, key, None)) for each in limits for key, holds, words in _LIMITS]
+    finite = -sys.float_info.max <= value <= sys.float_info.max  # NaN is not
+    if value != value or not (finite or any(bound == math.inf for _, _, bound in wanted)):
         raise ConfigError(f"{name} is {value!r}; it has to be a finite number")
-    for key, holds, words in _LIMITS:
-        for bound in (getattr(limit, key, None) for limit in limits):
-            if bound is not None and not holds(value, bound):
-                raise ConfigError(f"{name} is {value!r}; it has to be {words} {bound}")
+    for holds, words, bound in wanted:
+        if bound is not None and not holds(value, bound):
+            raise ConfigError(f"{name} is {value!r}; it has to be {words} {bound}")
     return None
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sievit.config import ConfigError, Count, Finite, Natural, NonNegative, Positive, Share, variant
+from sievit.config import ConfigError, Count, Extended, Natural, NonNegative, Positive, Share, variant
 from sievit.distributed import from_first, global_sum
 from sievit.policies.base import FEWEST, BlockRange, Dial, Notes, Policy, PolicyConfig, register
 from sievit.policies.selection import PAPER_SCHEDULE, quantile, scaled, select_top, spread, tidy
@@ -57,7 +57,7 @@ class SViTConfig(PolicyConfig):
     preserve: bool = True
     sample: bool = False
     hidden_ratio: Positive = 0.25
-    threshold: Finite = 0.0
+    threshold: Extended = 0.0
     static_shares: tuple[Share, ...] | None = None
     multiple: Count = 1
     dense_blocks: tuple[Natural, ...] = ()
