@@ -8,7 +8,7 @@ PYTHON3 ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-gpu clean distclean
+.PHONY: help setup demo test fuzz kills lint format bench bench-gpu clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,15 @@ demo: $(READY)  ## find nuclei in images, dense against sparse: pictures in out/
 
 test: lint  ## lint, types and tests
 	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
+
+MINUTES ?= 20
+SEED ?= 0
+
+fuzz: $(READY)  ## hostile files and options for MINUTES=20, from SEED=0: what fails is kept in out/fuzz
+	$(BIN)/python tests/hostile/fuzz.py --minutes $(MINUTES) --seed $(SEED) $(ARGS)
+
+kills: $(READY)  ## kill a training, one of two processes, and a predict 20 times each; compare with whole ones
+	$(BIN)/python tests/hostile/kills.py --seed $(SEED) $(ARGS)
 
 lint: $(READY)  ## lint, format and types
 	$(BIN)/ruff check

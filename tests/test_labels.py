@@ -163,7 +163,7 @@ def test_rgb_labels_need_a_palette(tmp_path: Path):
 
     path = tmp_path / "file"
     path.write_text("[[0, 0], [1, 2, 3]]")
-    refused("is not a list of", read_palette, path)
+    refused("2 values where 3 are expected", read_palette, path)
     path.write_bytes(b"\xff\xfe\x00")
     refused("cannot be read", read_names, path)
 

@@ -38,6 +38,7 @@ def train(args: list[str]) -> dict[str, Any] | None:
         recipe: Annotated[Recipe, arg(name="")] = default,
         *,
         out: Path = Path("runs") / Path(name).stem,
+        resume: Path | None = None,
         data_root: Path | None = None,
         num_classes: Count | None = None,
         ignore_index: Label | None = None,
@@ -47,6 +48,7 @@ def train(args: list[str]) -> dict[str, Any] | None:
 
         Args:
             out: folder of the run.
+            resume: go on with the run in this folder, as it was started; takes no other option, and no recipe.
             data_root: folder of the data sets; default the recipe's, else the environment's SIEVIT_DATA, else
                 ../shared/data.
             num_classes: of a segmenter's labels, where they are not the recipe's.

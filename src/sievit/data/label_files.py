@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sievit.config import Byte, Config, ConfigError
+from sievit.config import Byte, Config, ConfigError, from_json
 from sievit.data.coco_json import CocoFile
 from sievit.data.images import SUFFIXES, list_images, opened
 from sievit.data.text import is_text, read_json, read_text
@@ -51,10 +51,7 @@ def read_palette(path: Path) -> Palette:
     """
     text = read_text(path, "a palette")
     if text.lstrip().startswith("["):
-        try:
-            return Palette(tuple((r, g, b) for r, g, b in read_json(path)))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{path}: is not a list of [red, green, blue] ({error})") from error
+        return from_json(Palette, {"colours": read_json(path)}, where=str(path))
     colours: list[Colour] = []
     ignored: list[Colour] = []
     names: list[str] = []
@@ -72,7 +69,8 @@ def read_palette(path: Path) -> Palette:
             names.append(name)
     if not colours:
         raise ConfigError(f"{path}: holds no colours; give a line `red green blue name` for each class")
-    return Palette(tuple(colours), tuple(names) if all(names) else (), tuple(ignored))
+    found = {"colours": colours, "names": names if all(names) else [], "ignored": ignored}
+    return from_json(Palette, found, where=str(path))
 
 
 def read_names(path: Path) -> list[str]:

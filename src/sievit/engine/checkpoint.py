@@ -83,7 +83,8 @@ class RunFolder:
     def metrics(self) -> dict[str, Any]:
         """The figures of the best model so far."""
         with reading(self.metrics_file):
-            return json.loads(self.metrics_file.read_text(encoding="utf-8"))
+            figures = json.loads(self.metrics_file.read_text(encoding="utf-8"))
+            return {**figures, "step": int(figures["step"]), "images": int(figures["images"])}
 
     def remove_parts(self) -> None:
         """Remove what a killed process left of files it was writing."""
