@@ -89,9 +89,8 @@ def compare(title: str, first: list[str], again: list[str], folder: Path, *, kil
         found = contents(out)
         other |= {name for name in {*whole, *found} if whole.get(name) != found.get(name)}
         rounds += 1
-    print(
-        f"{title}: {done} kills in {rounds} runs of {longest:.0f} s, {len(whole)} files each, different: {other or None}"
-    )
+    said = f"{title}: {done} kills in {rounds} runs of {longest:.0f} s each"
+    print(f"{said}, {len(whole)} files, different: {sorted(other) or 'none'}", flush=True)
     assert not other
 
 
