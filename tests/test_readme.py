@@ -69,3 +69,13 @@ def test_a_file_on_a_page_is_the_file(page: Path, name: str, text: str) -> None:
 
 def test_there_is_one() -> None:
     assert any(page.name == "add-a-policy.md" for page, _, _ in SHOWN)
+
+
+def test_every_row_of_the_page_on_reliability_is_a_test():
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    written = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", page):
+        assert f"def {name}(" in written, name
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith(("| what", "| status"))]
+    assert len(rows) > 30
+    assert all("test" in row.rpartition(" | ")[2] for row in rows)
