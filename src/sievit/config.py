@@ -108,6 +108,8 @@ def check_range(hint: Any, value: Any, name: str) -> None:
             if suits and isinstance(value, Real | tuple | list):
                 return check_range(option, value, name)
         return None
+    if origin is Literal and value not in args:
+        raise ConfigError(f"{name} is {value!r}; it has to be one of {', '.join(map(str, args))}")
     number = _number_of(hint)
     if number is None:
         if origin is tuple and isinstance(value, tuple | list):

@@ -136,8 +136,6 @@ def run(bench: Bench, console: Console | None = None) -> dict[str, Any]:
     console = console or terminal.console(stderr=False)
     if bench.repeats < 2:
         raise ConfigError(f"repeats is at least 2, not {bench.repeats}")
-    if bench.precision not in ("float32", "bfloat16"):
-        raise ConfigError(f"unknown precision {bench.precision!r}{nearest(bench.precision, ('float32', 'bfloat16'))}")
     names, multiple = bench.all_modes()
     modes = [RunMode.of(mode).name for mode in names]
     networks = bench.networks()
