@@ -175,10 +175,9 @@ def test_a_mode_that_cannot_be_compiled_says_so(monkeypatch: pytest.MonkeyPatch)
     assert "dense_compiled: RuntimeError: InvalidCxxCompiler" in console.export_text()
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_modes_are_timed() -> None:
-    """Minutes: `torch.compile` on CPU."""
+    """On the CPU."""
     rows = rows_of("blocks", modes=("dense_compiled", "static_compiled", "bucketed_compiled"), targets=(0.5,))
     assert all("skipped" not in row and row["sparse_ms"] > 0 for row in rows), rows
     assert rows[0]["predicted"] == 1 and rows[1]["predicted"] > 1 and rows[1]["syncs"] == 0

@@ -32,7 +32,7 @@ BUCKETS = 8
 """Counts per canvas of the bucketed mode."""
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, for torch.compile cannot build such an object again where a graph ends
 class Run:
     """Blocks that are computed one after the other for the same tokens.
 
