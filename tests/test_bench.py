@@ -176,11 +176,15 @@ def test_a_mode_that_cannot_be_compiled_says_so(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_modes_are_timed() -> None:
-    """On the CPU."""
-    rows = rows_of("blocks", modes=("dense_compiled", "static_compiled", "bucketed_compiled"), targets=(0.5,))
+@pytest.mark.parametrize(
+    "modes", ["bucketed_compiled", pytest.param("dense_compiled static_compiled", marks=pytest.mark.slow)]
+)
+def test_compiled_modes_are_timed(modes: str) -> None:
+    """On the CPU, where compiling takes a while."""
+    rows = rows_of("blocks", modes=tuple(modes.split()), targets=(0.5,))
     assert all("skipped" not in row and row["sparse_ms"] > 0 for row in rows), rows
-    assert rows[0]["predicted"] == 1 and rows[1]["predicted"] > 1 and rows[1]["syncs"] == 0
+    if len(rows) > 1:
+        assert rows[0]["predicted"] == 1 and rows[1]["predicted"] > 1 and rows[1]["syncs"] == 0
 
 
 def test_images_of_a_folder_are_fitted(tmp_path: Path) -> None:
