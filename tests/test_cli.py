@@ -1,5 +1,6 @@
 """The command line: help, names and mistakes."""
 
+import io
 import json
 import subprocess
 import sys
@@ -142,3 +143,23 @@ def test_scenes_are_written_and_not_overwritten(tmp_path: Path, command: Command
 def test_module_and_version():
     done = subprocess.run([sys.executable, "-m", "sievit", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("sievit ")
+
+
+def test_long_work_shows_where_it_is_without_a_terminal(monkeypatch: pytest.MonkeyPatch):
+    from sievit import terminal
+
+    monkeypatch.setattr(terminal, "EVERY", 0.0)
+    printed, console = io.StringIO(), terminal.console()
+    console.file = printed
+    assert list(terminal.track([1, 2, 3], "[red]counting", console=console)) == [1, 2, 3]
+    with terminal.Work("training", total=10, done=4, console=console) as work:
+        work.show(5, "loss 1.5")
+    lines = printed.getvalue().splitlines()
+    assert lines[0] == "[red]counting: 0 of 3"
+    assert [line.rpartition(", ")[0] for line in lines[1:]] == [
+        "[red]counting: 1 of 3",
+        "[red]counting: 2 of 3",
+        "training: 5 of 10, loss 1.5",
+    ]
+    assert all(line.endswith("0:00:00 left") for line in lines[1:])
+    assert list(terminal.track(range(2), "nothing", console=None)) == [0, 1]

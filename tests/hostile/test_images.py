@@ -229,3 +229,14 @@ def test_exif_data_that_are_damaged_end_in_a_picture_or_an_error():
         except ConfigError:
             errors += 1
     assert 0 < errors < 400
+
+
+def test_a_tiff_without_a_size_is_named(tmp_path: Path):
+    """Pillow raises a TypeError."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "tiff")
+    width = struct.pack("<H", 256)
+    start = buffer.getvalue().index(width + struct.pack("<H", 4))
+    (tmp_path / "a.tif").write_bytes(buffer.getvalue()[:start] + b"\x01\x00" + buffer.getvalue()[start + 2 :])
+    with pytest.raises(ConfigError, match=r"a\.tif: cannot be read as an image"):
+        read_image(tmp_path / "a.tif")

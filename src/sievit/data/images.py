@@ -28,7 +28,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # by the values of it; from 5 on width and height change places
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError, zlib.error, struct.error)
+_ERRORS = (OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError)
+_BROKEN = (*_ERRORS, MemoryError, zlib.error, struct.error)  # what Pillow raises depends on the damage
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # the latter where warnings are errors
 _PICTURES = ("GIF", "PNG", "TIFF", "WEBP")  # formats whose further frames or pages are pictures of their own
 
@@ -153,7 +154,7 @@ def _contradicts(image: Image.Image, size: tuple[int, int] | None) -> bool:
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except (*_BROKEN, AttributeError, TypeError) as error:  # what Pillow raises depends on the damage
+    except _BROKEN as error:
         raise ConfigError(f"its EXIF data are damaged ({error}); remove them") from error
     return value if isinstance(value, int) else 1
 

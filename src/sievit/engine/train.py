@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
@@ -198,8 +199,8 @@ class _Run:
 
     def loop(self, stop: Stop) -> dict:
         """Train to the last epoch, validating and saving on the way."""
-        with terminal.progress(self.console, shown=self.fabric.is_global_zero) as bar:
-            task = bar.add_task("training", total=self.total, completed=self.step)
+        console = self.console if self.fabric.is_global_zero else None
+        with terminal.Work("training", total=self.total, done=self.step, console=console) as work:
             while True:
                 if self._validation_is_due():
                     with stop.at_once():  # the state was saved right before
@@ -207,7 +208,7 @@ class _Run:
                     self._save_state()
                 if self.step == self.total:
                     break
-                self._epoch(stop, lambda text: bar.update(task, completed=self.step, description=text))
+                self._epoch(stop, lambda text: work.show(self.step, text))
                 self._save_state()
             with stop.at_once():
                 self._finish()
@@ -235,7 +236,8 @@ class _Run:
                 row |= {name: value / (self.step - self.logged) for name, value in self.sums.items()}
                 if self.log is not None:
                     self.log.write(row)
-                show(f"epoch {epoch} loss {row['loss']:.3f} {rate:.1f} images/s")
+                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+                show(f"epoch {epoch}, loss {row['loss']:.3f}, {rate:.1f} images/s, {memory:.1f} GB")
                 clock, timed_from, self.logged, self.sums = time.monotonic(), self.step, self.step, {}
             stopped, due = self._any(bool(stop.received), time.monotonic() - saved > 60 * config.save_every)
             if stopped or due:
