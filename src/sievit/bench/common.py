@@ -4,6 +4,7 @@ import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -23,6 +24,7 @@ from sievit.data.images import list_images, read_image, to_tensor
 from sievit.data.scenes import draw
 from sievit.devices import device_name, pick_device
 from sievit.engine.recipe import default_data_root
+from sievit.files import held
 from sievit.measure.modes import RunMode
 from sievit.models.inputs import InputConfig, Size
 from sievit.policies import PolicyOptions
@@ -144,22 +146,23 @@ def run(bench: Bench, console: Console | None = None) -> dict[str, Any]:
     folder, device = bench.folder(), device_name(pick_device(bench.device))
     if folder is not None:
         list_images(folder)
-    file = RowsFile(bench.name, _settings(bench, folder), bench.out, resume=bench.resume)
-    if file.rows:
-        console.print(f"rows kept from {file.path}: {len(file.rows)}", style="dim")
-    jobs = [(model, size, batch) for model in networks for size in bench.all_sizes() for batch in bench.batches]
-    for model, size, batch in terminal.track(jobs, "timing", console=console):
-        shown = "own" if size is None else list(size)
-        row = {"model": model, "size": shown, "batch": batch, "device": device, "precision": bench.precision}
-        missing = [mode for mode in modes if not file.holds({**row, "mode": mode})]
-        if not missing:
-            continue
-        for figures in time_modes(bench.timed(networks[model], size, batch), missing, multiple=multiple):
-            file.add({**row, **figures})
-            console.print(_line({**row, **figures}), style="dim")
-    console.print(bench.table([row for row in file.rows if "skipped" not in row]))
-    file.draw()
-    return file.content()
+    with nullcontext() if bench.out is None else held(bench.out):
+        file = RowsFile(bench.name, _settings(bench, folder), bench.out, resume=bench.resume)
+        if file.rows:
+            console.print(f"rows kept from {file.path}: {len(file.rows)}", style="dim")
+        jobs = [(model, size, batch) for model in networks for size in bench.all_sizes() for batch in bench.batches]
+        for model, size, batch in terminal.track(jobs, "timing", console=console):
+            shown = "own" if size is None else list(size)
+            row = {"model": model, "size": shown, "batch": batch, "device": device, "precision": bench.precision}
+            missing = [mode for mode in modes if not file.holds({**row, "mode": mode})]
+            if not missing:
+                continue
+            for figures in time_modes(bench.timed(networks[model], size, batch), missing, multiple=multiple):
+                file.add({**row, **figures})
+                console.print(_line({**row, **figures}), style="dim")
+        console.print(bench.table([row for row in file.rows if "skipped" not in row]))
+        file.draw()
+        return file.content()
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -61,7 +61,6 @@ class RowsFile:
 
     def _write(self) -> None:
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, (json.dumps(self.content(), indent=1) + "\n").encode())
 
 

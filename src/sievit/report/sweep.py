@@ -24,7 +24,7 @@ from sievit.data.dataset import ImageDataset
 from sievit.data.truth import Truth
 from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import evaluate, timed
-from sievit.files import digest, write_atomically
+from sievit.files import digest, held, write_atomically
 from sievit.measure.clock import in_turns, median_and_p95
 from sievit.models.base import Model
 from sievit.models.build import load, model_file
@@ -84,19 +84,20 @@ def sweep(
     settings = to_json({"images": images, **vars(truth), **vars(policy)}) | {"device": device_name(shared["device"])}
     settings |= {"field": curves[0].field, "limit": limit, "batch_size": batch_size}
     task = task_of(curves[0].model.config)
-    table = _Points(out, settings, {curve.name: curve.digest for curve in curves}, task)
-    jobs = [(curve, value) for curve in curves for value in curve.policies]
-    done = [job for job in jobs if table.has(job[0].name, job[1])]
-    if done:
-        console.print(f"{len(done)} of {len(jobs)} points are in {out / 'sweep.json'} already")
-    for curve, value in jobs:
-        if (curve, value) not in done:
-            _evaluate(table, curve, value, batch_size, limit, console)
-    _time(table, {curve.name: curve for curve in curves}, min(timed_images, limit or timed_images), console)
-    table.draw()
-    terminal.console(stderr=False).print(table.for_people())
-    console.print(f"{out / 'sweep.png'}, sweep.csv, sweep.json", soft_wrap=True)
-    return table.content()
+    with held(out):
+        table = _Points(out, settings, {curve.name: curve.digest for curve in curves}, task)
+        jobs = [(curve, value) for curve in curves for value in curve.policies]
+        done = [job for job in jobs if table.has(job[0].name, job[1])]
+        if done:
+            console.print(f"{len(done)} of {len(jobs)} points are in {out / 'sweep.json'} already")
+        for curve, value in jobs:
+            if (curve, value) not in done:
+                _evaluate(table, curve, value, batch_size, limit, console)
+        _time(table, {curve.name: curve for curve in curves}, min(timed_images, limit or timed_images), console)
+        table.draw()
+        terminal.console(stderr=False).print(table.for_people())
+        console.print(f"{out / 'sweep.png'}, sweep.csv, sweep.json", soft_wrap=True)
+        return table.content()
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +222,6 @@ class _Points:
         self.out, self.settings, self.checkpoints, self.task = out, settings, checkpoints, task
         self.points: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
-        out.mkdir(parents=True, exist_ok=True)
         path = out / "sweep.json"
         if not path.is_file():
             return
