@@ -1,5 +1,6 @@
 """Reports on a model: its results for images of your own, its figures, and the demonstration."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,15 @@ from sievit.data.truth import Truth
 from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import evaluate as run_evaluation
 from sievit.engine.evaluate import timed
-from sievit.engine.signals import Interrupted, stopping
+from sievit.engine.signals import Interrupted, Stop, stopping
 from sievit.files import digest, held, write_png
 from sievit.models.base import Model
 from sievit.models.build import load, model_file
 from sievit.policies import PolicyOptions
 from sievit.report.demonstration import demo
 from sievit.report.figures import answer_figure, answer_note
-from sievit.report.results import JOURNAL, Journal, inputs, is_done, picture_file, require_no_collision, seen
-from sievit.tasks import Writer, task_of
+from sievit.report.results import Journal, inputs, picture_file, seen
+from sievit.tasks import task_of
 
 __all__ = ["demo", "evaluate", "predict"]
 
@@ -62,37 +63,21 @@ def predict(
         raise ConfigError("--score-threshold: the results of this model have no scores; leave it out")
     score = 0.5 if score_threshold is None else score_threshold
     writer = task.writer(out, names, ids=ids)
-    settings = {
-        "model": digest(model_file(model)),
-        "policy": to_json(loaded.config.policy),
-        "score_threshold": score,
-    }
+    file = model_file(model)
+    settings = {"model": digest(file), "policy": to_json(loaded.config.policy), "score_threshold": score}
     if skipped:
         console.print(f"{skipped} images below {images} are left out: earlier runs wrote them", soft_wrap=True)
     with held(out), stopping("the same command") as stop:
-        journal = Journal(out, force=force)
-        outputs = [out / file for name in names for file in (picture_file(name), *writer.files(name))]
-        read = [*(root / name for name in names), model_file(model), *([] if ids is None else [ids])]
-        ours = force or journal.settings is not None
-        require_no_collision([*outputs, *(out / file for file in (JOURNAL, *writer.shared))], read, ours=ours)
-        journal.start(settings, force=force)
-        todo = [name for name in names if not is_done(journal.lines.get(name), root / name, out)]
+        journal = Journal(out, writer, force=force)
+        read = [file, *([] if ids is None else [ids])]
+        todo = journal.start(settings, root, names, read=read, force=force)
         if len(todo) < len(names):
             console.print(f"{len(names) - len(todo)} of {len(names)} images were done before", soft_wrap=True)
-        failures = []
         try:
-            for name in terminal.track(todo, "predicting", console=console):
-                try:
-                    journal.add(_predicted(loaded, root, name, out, writer, min_score=score))
-                except ConfigError as error:
-                    failures.append(str(error))
-                if stop.received:
-                    raise Interrupted(f"stopped after {name}; {stop.advice}")
+            failures = _predict(loaded, journal, root, terminal.track(todo, "predicting", console=console), score, stop)
         finally:
-            done = {name: journal.lines[name] for name in names if name in journal.lines}
-            written = writer.finish(done) if done else ""
-    if written:
-        console.print(written, soft_wrap=True)
+            if done := {name: journal.lines[name] for name in names if name in journal.lines}:
+                console.print(writer.finish(done), soft_wrap=True)
     for failure in failures:
         console.print(f"error: {failure}", soft_wrap=True)
     if failures:
@@ -100,20 +85,26 @@ def predict(
     return 1 if failures else 0
 
 
-def _predicted(model: Model, root: Path, name: str, out: Path, writer: Writer, *, min_score: float) -> dict[str, Any]:
-    """The line of an image, whose files are written.
-
-    Raises:
-        ConfigError: it cannot be used.
-    """
-    before, image, task = seen(root / name), read_image(root / name), task_of(model.config)
-    answer, _ = timed(model, [to_tensor(image)])
-    result = answer.results[0]
-    kept = writer.add(name, (image.height, image.width), result)
-    note = answer_note(task, model, answer, min_score=min_score)
-    figure = answer_figure(task, image, {"prediction": (note, result)}, answer, title=name, min_score=min_score)
-    write_png(out / picture_file(name), figure)
-    return {"image": name, "seen": before, "files": [picture_file(name), *writer.files(name)], **kept}
+def _predict(
+    model: Model, journal: Journal, root: Path, names: Iterable[str], min_score: float, stop: Stop
+) -> list[str]:
+    """Put the results for images into the journal; what is wrong with those that cannot be used."""
+    task, failures = task_of(model.config), []
+    for name in names:
+        try:
+            before, image = seen(root / name), read_image(root / name)
+            answer, _ = timed(model, [to_tensor(image)])
+            result = answer.results[0]
+            kept = journal.writer.add(name, (image.height, image.width), result)
+            shown = {"prediction": (answer_note(task, model, answer, min_score=min_score), result)}
+            figure = answer_figure(task, image, shown, answer, title=name, min_score=min_score)
+            write_png(journal.folder / picture_file(name), figure)
+            journal.add(name, before, kept)
+        except ConfigError as error:
+            failures.append(str(error))
+        if stop.received:
+            raise Interrupted(f"stopped after {name}; {stop.advice}")
+    return failures
 
 
 def evaluate(

@@ -12,6 +12,7 @@ from typing import Any
 
 from sievit.config import ConfigError
 from sievit.data.images import list_images
+from sievit.tasks import Writer
 
 JOURNAL = "results.jsonl"
 KIND = "sievit results"
@@ -31,60 +32,68 @@ class Journal:
         lines: by image.
     """
 
-    def __init__(self, folder: Path, *, force: bool = False) -> None:
+    def __init__(self, folder: Path, writer: Writer, *, force: bool = False) -> None:
         """
         Args:
+            writer: of what there is beside pictures.
             force: begin anew where the file cannot be read.
 
         Raises:
             ConfigError: the file is there and is not such a journal.
         """
-        self.path = folder / JOURNAL
-        self.settings: Line | None = None
-        self.lines: dict[str, Line] = {}
-        self.size = 0
-        if not self.path.is_file():
-            return
-        for text in self.path.read_bytes().splitlines(keepends=True):
-            if not text.endswith(b"\n"):
-                break  # the process was killed meanwhile
-            self.size += len(text)
-            try:
-                line = json.loads(text)
-                if self.settings is None:
-                    assert line.pop("kind") == KIND
-                    self.settings = line
-                else:
-                    self.lines[line["image"]] = line
-            except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
-                if force:
-                    self.settings, self.lines, self.size = None, {}, 0
-                    return
-                what = "damaged" if self.settings else "was not written by sievit predict"
-                raise ConfigError(f"{self.path}: {what}; give another --out, or --force to start anew") from error
+        self.folder, self.path, self.writer = folder, folder / JOURNAL, writer
+        try:
+            self.settings, self.lines, self.size = _read(self.path)
+        except ConfigError:
+            if not force:
+                raise
+            self.settings, self.lines, self.size = None, {}, 0
 
-    def start(self, settings: Line, *, force: bool) -> None:
+    def files(self, name: str) -> list[str]:
+        """All files of an image, below the folder."""
+        return [picture_file(name), *self.writer.files(name)]
+
+    def start(self, settings: Line, root: Path, names: list[str], *, read: list[Path], force: bool) -> list[str]:
         """Go on with the file, or begin it.
 
-        Raises:
-            ConfigError: it holds the results of something else, and they may not be written over.
-        """
-        if self.settings not in (None, settings) and not force:
-            assert self.settings is not None
-            other = [name for name in settings if self.settings.get(name) != settings[name]]
-            raise ConfigError(
-                f"{self.path.parent}: holds results of another {' and '.join(other) or 'version'}; give another --out, "
-                "or --force to write over them"
-            )
-        if self.settings != settings:
-            self.settings, self.lines, self.size = settings, {}, 0
+        Args:
+            root: folder of the images `names`.
+            read: further files that are never written over.
 
-    def add(self, line: Line) -> None:
-        """Add the results of an image.
+        Returns:
+            The images that are not done: those without a line, and those that were changed or have lost a file.
+
+        Raises:
+            ConfigError: it holds the results of something else, and they may not be written over; or an output would
+                lie on an image, or on a file of somebody else.
+        """
+        folder, before = self.folder, self.settings or {}
+        outputs = [JOURNAL, *self.writer.shared, *(file for name in names for file in self.files(name))]
+        ours = force or self.settings is not None
+        _require_no_collision(folder, outputs, [*(root / name for name in names), *read], ours=ours)
+        if self.settings is not None and before != settings and not force:
+            other = " and ".join(key for key in settings if before.get(key) != settings[key])
+            what = f"{folder}: holds results of another {other or 'version'}"
+            raise ConfigError(f"{what}; give another --out, or --force to write over them")
+        if before != settings:
+            self.settings, self.lines, self.size = settings, {}, 0
+        for name, line in list(self.lines.items()):
+            image, files = root / name, [folder / file for file in line["files"]]
+            if not image.exists() or line["seen"] != seen(image) or not all(file.is_file() for file in files):
+                del self.lines[name]
+        return [name for name in names if name not in self.lines]
+
+    def add(self, name: str, before: list[int], kept: Line) -> None:
+        """Add the results of an image, whose files are written.
+
+        Args:
+            before: what `seen` returned before the image was read.
+            kept: what the writer needs of it.
 
         Raises:
             OSError: the disk is full; the file holds all lines before.
         """
+        line = {"image": name, "seen": before, "files": self.files(name), **kept}
         first = [] if self.size else [{"kind": KIND, **(self.settings or {})}]
         data = "".join(json.dumps(each) + "\n" for each in (*first, line)).encode()
         with self.path.open("r+b" if self.path.exists() else "wb") as file:
@@ -95,6 +104,25 @@ class Journal:
             os.fsync(file.fileno())
         self.size += len(data)
         self.lines[line["image"]] = line
+
+
+def _read(path: Path) -> tuple[Line | None, dict[str, Line], int]:
+    """The settings, the lines by image, and the bytes of them all; a last line that was cut short is left out."""
+    settings, lines, size = None, dict[str, Line](), 0
+    for text in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        if not text.endswith(b"\n"):
+            break  # the process was killed meanwhile
+        size += len(text)
+        try:
+            line = json.loads(text)
+            if settings is None and line.pop("kind") == KIND:
+                settings = line
+            else:
+                lines[line["image"]] = {"seen": list(line["seen"]), "files": list(line["files"])} | line
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            what = "damaged" if settings else "was not written by sievit predict"
+            raise ConfigError(f"{path}: {what}; give another --out, or --force to start anew") from error
+    return settings, lines, size
 
 
 def inputs(images: Path) -> tuple[Path, list[str], int]:
@@ -116,8 +144,8 @@ def inputs(images: Path) -> tuple[Path, list[str], int]:
     written: set[Path] = set()
     for path in images.rglob(JOURNAL):
         try:
-            lines = Journal(path.parent).lines.values()
-            written |= {(path.parent / file).resolve() for line in lines for file in line["files"]}
+            lines = _read(path)[1].values()
+            written |= {(path.parent / str(file)).resolve() for line in lines for file in line["files"]}
         except ConfigError:
             continue  # a file of somebody else that is called so
     found = list_images(images)
@@ -127,31 +155,27 @@ def inputs(images: Path) -> tuple[Path, list[str], int]:
     return images, [path.relative_to(images).as_posix() for path in paths], len(found) - len(paths)
 
 
-def require_no_collision(outputs: Iterable[Path], protected: Iterable[Path], *, ours: bool) -> None:
+def _require_no_collision(folder: Path, outputs: Iterable[str], read: Iterable[Path], *, ours: bool) -> None:
     """Raise unless every output is a new file, or one of an earlier run of the same command.
 
     Args:
-        protected: what is read, and never written over.
+        outputs: below `folder`.
+        read: files that are never written over.
         ours: an earlier run of the same command may have written the outputs.
 
     Raises:
-        ConfigError: one is the same file as one of `protected`, by whatever path; or is there, and is not ours.
+        ConfigError: one is the same file as one of `read`, by whatever path; or is there, and is not ours.
     """
-    read = {_identity(path): path for path in protected if path.exists()}
-    for path in outputs:
+    protected = {_identity(path): path for path in read if path.exists()}
+    for path in (folder / output for output in outputs):
         if not (path.exists() or path.is_symlink()):
             continue
-        if path.exists() and _identity(path) in read:
-            raise ConfigError(f"{path}: is {read[_identity(path)]}, which would be written over; give another --out")
+        if path.exists() and _identity(path) in protected:
+            raise ConfigError(
+                f"{path}: is {protected[_identity(path)]}, which would be written over; give another --out"
+            )
         if not ours:
             raise ConfigError(f"{path}: is there already; give another --out, or --force to write over it")
-
-
-def is_done(line: Line | None, image: Path, folder: Path) -> bool:
-    """Whether the line is of the image as it is now, and its files are there."""
-    if line is None or not image.exists():
-        return False
-    return line["seen"] == seen(image) and all((folder / file).is_file() for file in line["files"])
 
 
 def seen(image: Path) -> list[int]:
