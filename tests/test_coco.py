@@ -123,9 +123,9 @@ def test_a_broken_image_is_named(folder: Path):
 
 BROKEN_FILES = {
     "not there": (None, "cannot be read"),
-    "not JSON": ("{]", "is not a JSON file"),
+    "not JSON": ("{]", "cannot be read as JSON"),
     "not text": (b"\xff\xfe\x00", "cannot be read as a JSON file"),
-    "empty": ("", "is not a JSON file"),
+    "empty": ("", "cannot be read as JSON"),
     "a results file": ("[]", "results file"),
     "no images": ('{"annotations": [], "categories": []}', "has no 'images'"),
     "images no list": ('{"images": {}, "annotations": [], "categories": []}', "'images' is not a list"),

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from sievit.config import from_json, load_json, nearest, to_json
+from sievit.config import from_json, nearest, to_json
 from sievit.policies import (
     AttentionConfig,
     DToPConfig,
@@ -19,6 +19,7 @@ from sievit.policies import (
     policies,
     policy_config,
 )
+from sievit.text import load_json
 from tiny import refused
 
 

@@ -397,7 +397,7 @@ def of_segment(**changes: Any) -> Callable[[Path, Any], Any]:
         ),
         (lambda _, c: c["annotations"][0].__delitem__("segments_info"), r"has no 'segments_info'"),
         (lambda root, _: [{"image_id": 5}], r"results file"),
-        (lambda root, _: "{", r"is not a JSON file"),
+        (lambda root, _: "{", r"cannot be read as JSON"),
         (
             lambda root, _: write_image(root / "images/x.png", picture(0)),
             r"x\.png: the labels are 4x3 .*image .* 9x6",

@@ -11,7 +11,6 @@ Every number of a configuration has a range, which its annotation states (`Count
 import dataclasses
 import difflib
 import functools
-import json
 import math
 import operator
 import reprlib
@@ -232,31 +231,6 @@ def from_json(cls: Any, data: Any, *, where: str = "config") -> Any:
     if cls is Any or (isinstance(data, cls) and not (cls is int and isinstance(data, bool))):
         return data
     raise ConfigError(f"{where}: {_short(data)} is not of type {getattr(cls, '__name__', cls)}")
-
-
-def parse_json(text: str | bytes, *, where: str) -> Any:
-    """What a JSON text holds.
-
-    Raises:
-        ConfigError: it is not JSON, not UTF-8, or nested too deep; it begins with `where`.
-    """
-    try:
-        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: cannot be read as JSON ({error})") from error
-
-
-def load_json(cls: type[T], path: Path) -> T:
-    """Read a configuration of type `cls` from a JSON file.
-
-    Raises:
-        ConfigError: the file is missing, not JSON, or does not describe a `cls`; the message names the file.
-    """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    return from_json(cls, parse_json(text, where=str(path)), where=str(path))
 
 
 def _short(data: Any) -> str:

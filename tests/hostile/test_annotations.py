@@ -299,12 +299,12 @@ DEEP = b"[" * 100_000
 ODD_FILES = {
     "no text": (b"\x80\x81\xff", "cannot be read as a JSON file .*UTF-8"),
     "16 bits": ("{}".encode("utf-16"), "cannot be read as a JSON file .*UTF-8"),
-    "nested lists": (DEEP, "is not a JSON file"),
-    "nested objects": (b'{"a":' * 100_000, "is not a JSON file"),
-    "nested and closed": (b'{"images": ' + DEEP + b"]" * 100_000 + b"}", "is not a JSON file"),
+    "nested lists": (DEEP, "cannot be read as JSON"),
+    "nested objects": (b'{"a":' * 100_000, "cannot be read as JSON"),
+    "nested and closed": (b'{"images": ' + DEEP + b"]" * 100_000 + b"}", "cannot be read as JSON"),
     "a key twice": (b'{"images": [], "images": []}', "the key 'images' more than once"),
     "a key twice below": (b'{"images": [{"id": 1, "id": 2}]}', "the key 'id' more than once"),
-    "endless digits": (b'{"images": [{"id": ' + b"9" * 5000 + b"}]}", "is not a JSON file"),
+    "endless digits": (b'{"images": [{"id": ' + b"9" * 5000 + b"}]}", "cannot be read as JSON"),
     "not a number": (b'{"images": [{"id": NaN}]}', "entry 0 .* of 'images' has no whole number 'id'"),
     "infinite": (b'{"images": [{"id": 1, "file_name": "a", "width": Infinity}]}', "has inf as 'width'"),
 }

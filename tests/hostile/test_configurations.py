@@ -22,12 +22,13 @@ from hypothesis import strategies as st
 import sievit
 from hostile.mutate import mutate, spoilt
 from sievit import cli
-from sievit.config import Config, ConfigError, from_json, load_json, to_json
+from sievit.config import Config, ConfigError, from_json, to_json
 from sievit.engine.recipe import Recipe
 from sievit.models.build import build, load, save
 from sievit.models.inputs import ModelConfig
 from sievit.policies import DToPConfig, SViTConfig
 from sievit.recipes import recipe, recipes
+from sievit.text import load_json
 from tiny import tiny_detector, tiny_segmenter
 
 for module in pkgutil.walk_packages(sievit.__path__, "sievit."):

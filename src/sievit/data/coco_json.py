@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sievit.config import ConfigError
-from sievit.data.text import is_text, is_whole, read_json, shown
+from sievit.text import is_text, is_whole, read_json, shown
 
 Fields = dict[str, Callable[[Any], bool]]
 """The fields that an entry has to have, and what has to be true of their values."""

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from sievit.config import ConfigError
-from sievit.data.text import unreadable
+from sievit.text import unreadable
 
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNS = {

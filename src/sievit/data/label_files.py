@@ -12,7 +12,7 @@ import numpy as np
 from sievit.config import Byte, Config, ConfigError, from_json
 from sievit.data.coco_json import CocoFile
 from sievit.data.images import SUFFIXES, list_images, opened
-from sievit.data.text import is_text, read_json, read_text
+from sievit.text import is_text, read_json, read_text
 
 Colour = tuple[Byte, Byte, Byte]
 

@@ -18,7 +18,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from sievit.data.text import is_number, is_whole
+from sievit.text import is_number, is_whole
 
 ROUNDING = 2.0
 """Pixels by which boxes and polygons may stick out of their image, as annotation tools round; they are clipped."""

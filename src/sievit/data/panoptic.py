@@ -11,7 +11,7 @@ import numpy as np
 from sievit.config import ConfigError
 from sievit.data.coco_json import CocoFile, Fields
 from sievit.data.label_files import Colour, Pair, Palette, packed_colours, read_values, some, translated
-from sievit.data.text import is_text, is_whole
+from sievit.text import is_text, is_whole
 
 _EMPTY = 0  # id of pixels that belong to no segment
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from sievit.config import ConfigError, load_json, to_json
+from sievit.config import ConfigError, to_json
 from sievit.engine.recipe import Recipe
 from sievit.files import write_atomically
+from sievit.text import load_json
 
 DAMAGE = (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, TypeError, LookupError, AttributeError)
 """What reading a damaged file may raise."""

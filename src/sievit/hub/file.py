@@ -15,11 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from sievit.config import ConfigError, from_json, kind_of, load_json, parse_json, to_json
+from sievit.config import ConfigError, from_json, kind_of, to_json
 from sievit.files import write_atomically
 from sievit.hub.int8 import SCALE, dequantized, pays, quantized
 from sievit.models.inputs import ModelConfig
 from sievit.policies import PolicyConfig, PolicyOptions, chosen_policy, policy_config
+from sievit.text import load_json, parse_json
 from sievit.vit.execution import Execution
 
 M = TypeVar("M", bound=nn.Module)

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from sievit.config import ConfigError, load_json, nearest
+from sievit.config import ConfigError, nearest
 from sievit.engine.recipe import Recipe
 from sievit.recipes import detectors, nuclei, segmenters
 from sievit.recipes.common import Listed
+from sievit.text import load_json
 
 _RECIPES: dict[str, Listed] = {**nuclei.RECIPES, **detectors.RECIPES, **segmenters.RECIPES}
 

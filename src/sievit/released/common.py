@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from sievit.config import Config, ConfigError
-from sievit.data.text import read_text
 from sievit.models.base import Model
+from sievit.text import read_text
 from sievit.vit import ViT
 
 Names = tuple[str, ...]

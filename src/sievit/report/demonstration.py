@@ -20,6 +20,7 @@ from sievit.models.base import Model
 from sievit.models.build import load
 from sievit.report.figures import answer_figure, answer_note
 from sievit.tasks import Task, task_of
+from sievit.text import read_json
 
 EXAMPLES = Path("examples/nuclei")
 """The images of the demonstration, in the repository."""
@@ -124,7 +125,7 @@ def _nuclei(data_root: Path | None) -> Path:
 
 def _write_thinned(annotations: Path, path: Path, count: int) -> None:
     """Copy a COCO file with `count` of its images, evenly spread."""
-    content = json.loads(annotations.read_text(encoding="utf-8"))
+    content = read_json(annotations)
     images = content["images"]
     kept = [images[i * len(images) // count] for i in range(count)] if count < len(images) else images
     ids = {image["id"] for image in kept}

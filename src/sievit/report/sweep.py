@@ -31,6 +31,7 @@ from sievit.models.build import load, model_file
 from sievit.policies import KeepAllConfig, PolicyConfig, PolicyOptions, chosen_policy
 from sievit.report.plot import draw_curves
 from sievit.tasks import Task, task_of
+from sievit.text import read_json
 
 COLUMNS = ("gflops", "gflops_std", "gflops_min", "gflops_max")
 TIMES = ("ms_per_image", "ms_per_image_p95")
@@ -225,10 +226,10 @@ class _Points:
         path = out / "sweep.json"
         if not path.is_file():
             return
+        known = read_json(path)
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
             before, points, digests = known["settings"], known["points"], known["checkpoints"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise ConfigError(f"{path}: no sweep ({error!r}); delete it, or give another --out") from error
         for name in settings:
             if before.get(name) != settings[name]:

@@ -14,13 +14,13 @@ from sievit.config import ConfigError, Count, variant
 from sievit.data.annotations import load_categories
 from sievit.data.coco import CocoDetection
 from sievit.data.coco_json import CocoFile
-from sievit.data.text import is_text
 from sievit.data.transforms import Augment, AugmentConfig
 from sievit.data.truth import Truth
 from sievit.files import write_atomically
 from sievit.models.detector import DetectorConfig
 from sievit.tasks.base import CACHE, DataConfig, Metric, Task, Writer, register_task
 from sievit.tasks.metrics import CocoMetric, coco_results
+from sievit.text import is_text
 
 Detections = dict[str, Tensor]
 """torchvision's: boxes (d, 4) xyxy pixels, labels (d,) from 1, scores (d,), masks (d, 1, h, w) if there are any."""

@@ -4,9 +4,11 @@ import json
 import reprlib
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sievit.config import ConfigError
+from sievit.config import ConfigError, from_json
+
+T = TypeVar("T")
 
 _LARGEST = 1e300
 """No number of a file is larger: beyond, whole numbers and floats do not go together."""
@@ -41,13 +43,30 @@ def read_json(path: Path) -> Any:
     """What a JSON file holds.
 
     Raises:
-        ConfigError: as `read_text`; or it is not JSON, says two things of one key, or is nested too deeply.
+        ConfigError: as `read_text` and `parse_json`.
     """
-    text = read_text(path, "a JSON file")
+    return parse_json(read_text(path, "a JSON file"), where=str(path))
+
+
+def parse_json(text: str, *, where: str) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ConfigError: it is not JSON, says two things of one key, or is nested too deeply; it begins with `where`.
+    """
     try:
         return json.loads(text, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: is not a JSON file that can be read ({error}); correct the file") from error
+        raise ConfigError(f"{where}: cannot be read as JSON ({error}); correct it") from error
+
+
+def load_json(cls: type[T], path: Path) -> T:
+    """Read a configuration of type `cls` from a JSON file.
+
+    Raises:
+        ConfigError: the file cannot be read, or does not describe a `cls`; the message names it.
+    """
+    return from_json(cls, read_json(path), where=str(path))
 
 
 def is_number(value: Any) -> bool:
