@@ -16,6 +16,7 @@ from sievit import cli
 from sievit.config import ConfigError
 from sievit.hub.card import read_figures
 from sievit.models.build import build, load, save
+from sievit.policies import SViTConfig
 from tiny import random_images, random_pixels, refused, tiny_detector, tiny_segmenter, write_image
 
 
@@ -145,3 +146,17 @@ for end in ends:
     assert "signal 9" in hang or "signal 24" in hang
     assert "status 77" in status
     assert fine == "('status 2', None)"
+
+
+@pytest.mark.parametrize("command", ["tune MODEL --images IMAGES", "init nuclei_svit"])
+def test_a_model_file_that_cannot_be_there_is_refused_before_anything_runs(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").write_text("mine")
+    write_image(tmp_path / "images" / "a.png", random_pixels(0, 8, 8, 3))
+    save(build(tiny_detector(policy=SViTConfig(first_block=1))), tmp_path / "model.safetensors")
+    places = {"MODEL": str(tmp_path / "model.safetensors"), "IMAGES": str(tmp_path / "images")}
+    args = [places.get(word, word) for word in command.split()]
+    assert cli.main([*args, "--out", str(tmp_path / "file" / "fast.safetensors")]) == 2
+    assert "file is a file where a folder is needed" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"

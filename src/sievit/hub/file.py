@@ -67,8 +67,10 @@ def require_free(out: Path, *, force: bool) -> None:
     """Raise if the model file `out` is there already, unless it may be written over.
 
     Raises:
-        ConfigError: it is there, or is a folder.
+        ConfigError: it is there, is a folder, or cannot be there, since something above it is no folder.
     """
+    if blocked := [path for path in out.parents if path.exists() and not path.is_dir()]:
+        raise ConfigError(f"{out}: {blocked[0]} is a file where a folder is needed; give another --out")
     if out.is_dir():
         raise ConfigError(f"{out}: is a folder; --out is the .safetensors file to write")
     if out.exists() and not force:
