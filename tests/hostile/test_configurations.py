@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 import sievit
 from hostile.mutate import mutate, spoilt
 from sievit import cli
-from sievit.config import Config, ConfigError, from_json, to_json
+from sievit.cli.command import parse
+from sievit.config import Config, ConfigError, Count, Positive, Share, from_json, to_json
 from sievit.engine.recipe import Recipe
 from sievit.models.build import build, load, save
 from sievit.models.inputs import ModelConfig
@@ -234,6 +235,41 @@ def test_a_recipe_file_of_any_bytes_is_read_or_refused(tmp_path_factory: Any, do
     else:
         said = str(path)
     assert "recipe.json" in said
+
+
+def command(
+    *,
+    count: Count = 1,
+    share: Share | None = None,
+    size: tuple[Count, Count] | None = None,
+    values: tuple[Positive, ...] = (),
+    config: SViTConfig = SViTConfig(),  # noqa: B008
+) -> dict[str, Any]:
+    """Takes options of every kind.
+
+    Args:
+        count, share, size, values: numbers.
+        config: more of them.
+    """
+    return {"count": count, "share": share, "size": size, "values": values, "config": config}
+
+
+WORDS = st.sampled_from(["-1", "0", "1", "7", "0.5", "nan", "inf", "-inf", "1e400", "9" * 30, "None", "", "x", "True"])
+NAMES = st.sampled_from(["count", "share", "size", "values", "targets", "noise", "threshold", "first-block", "budgets"])
+
+
+@QUICK
+@given(st.lists(st.tuples(NAMES, st.lists(WORDS, max_size=3)), max_size=2))
+def test_option_values_are_in_their_ranges_or_refused(capsys: Any, options: list[tuple[str, list[str]]]):
+    args = [word for name, words in options for word in (f"--{name}", *words)]
+    try:
+        found = parse(command, args, "command")
+    except (SystemExit, ConfigError):
+        return
+    config = found["config"]
+    assert 1 <= found["count"] < 2**31 and (found["share"] is None or 0 <= found["share"] <= 1)
+    assert all(0 < value < math.inf for value in found["values"]) and all(0 <= share <= 1 for share in config.targets)
+    assert config.noise >= 0 and config.first_block >= 0 and not math.isnan(config.threshold)
 
 
 def test_a_model_that_its_weights_do_not_fit_takes_no_memory(tmp_path: Path):

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from hostile.fuzz import mutate_bytes
 from sievit import viz
 from sievit.config import ConfigError
 from sievit.data.images import list_images, read_image, to_rgb, to_tensor
@@ -240,3 +243,27 @@ def test_a_tiff_without_a_size_is_named(tmp_path: Path):
     (tmp_path / "a.tif").write_bytes(buffer.getvalue()[:start] + b"\x01\x00" + buffer.getvalue()[start + 2 :])
     with pytest.raises(ConfigError, match=r"a\.tif: cannot be read as an image"):
         read_image(tmp_path / "a.tif")
+
+
+def encoded(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(COLOURS).save(buffer, kind)
+    return buffer.getvalue()
+
+
+HEADS = {kind: encoded(kind) for kind in ("bmp", "gif", "jpeg", "png", "tiff", "webp")}
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(sorted(HEADS)), st.randoms(use_true_random=True))
+@pytest.mark.filterwarnings("ignore")
+def test_an_image_of_any_header_is_a_picture_or_is_named(tmp_path_factory: pytest.TempPathFactory, suffix: str, random):
+    path = tmp_path_factory.getbasetemp() / f"head.{suffix}"
+    path.write_bytes(mutate_bytes(HEADS[suffix][:60], random) + HEADS[suffix][60:])
+    try:
+        picture = read_image(path)
+    except ConfigError as error:
+        said = str(error)
+    else:
+        said = str(path) if picture.mode == "RGB" else picture.mode
+    assert f"head.{suffix}" in said
