@@ -102,6 +102,8 @@ def _predict(
             journal.add(name, before, kept)
         except ConfigError as error:
             failures.append(str(error))
+        except FileNotFoundError:
+            failures.append(f"{root / name}: was removed meanwhile")
         if stop.received:
             raise Interrupted(f"stopped after {name}; {stop.advice}")
     return failures
