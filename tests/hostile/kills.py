@@ -5,6 +5,7 @@ models, figures and logs of training without the columns of time, and all files 
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -35,11 +36,23 @@ TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-p
 TIMES = {"images_per_s", "s_per_step", "ms_per_image", "ms_per_image_p95"}
 
 
+def family(pid: int) -> list[int]:
+    """A process and all that it has started; torchrun gives its workers sessions of their own."""
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    parents = {}
+    for each in pids:
+        with contextlib.suppress(OSError):
+            parents[each] = int(Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == each]
+    return found
+
+
 def start(command: Sequence[str]) -> Any:
-    """In a group of its own, so that nothing of it outlives a kill."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = subprocess.DEVNULL
-    return subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log)
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
 def run_killed(first: Sequence[str], again: Sequence[str], out: Path, longest: float, rng: random.Random) -> int:
@@ -51,7 +64,9 @@ def run_killed(first: Sequence[str], again: Sequence[str], out: Path, longest: f
         try:
             process.wait(rng.uniform(0, longest))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            for each in family(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(each, signal.SIGKILL)
             process.wait()
             kills += 1
         else:
@@ -98,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="what the title of a job holds")
     parser.add_argument("--steps", type=int, default=120)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -119,6 +135,8 @@ def main() -> None:
             "predict over 200 images": (predict, predict),
         }
         for title, (first, again) in jobs.items():
+            if options.only not in title:
+                continue
             compare(title, first, again, folder / title, kills=options.kills, rng=random.Random(options.seed))
 
 
