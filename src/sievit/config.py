@@ -33,6 +33,8 @@ Byte = Annotated[int, Interval(ge=0, le=255)]
 Label = Annotated[int, Interval(ge=-(2**63), le=2**63 - 1)]
 """An id or value that may be anything that a tensor holds."""
 Share = Annotated[float, Interval(ge=0, le=1)]
+Rate = Annotated[float, Interval(ge=0, lt=1)]
+"""A share below 1, such as dropout."""
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Finite = Annotated[float, Interval()]
@@ -45,6 +47,15 @@ _VARIANTS: dict[str, type] = {}
 
 class ConfigError(ValueError):
     """A configuration, option or name that the user has to change; the message contains the way out."""
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def shown(value: Any) -> str:
+    """Any value, for a message: shortened."""
+    return _SHORT.repr(value)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -213,13 +224,13 @@ def from_json(cls: Any, data: Any, *, where: str = "config") -> Any:
         return _from_json_union(cls, data, where)
     if origin is Literal:
         if data not in typing.get_args(cls):
-            raise ConfigError(f"{where}: {_short(data)} is not one of {', '.join(map(repr, typing.get_args(cls)))}")
+            raise ConfigError(f"{where}: {shown(data)} is not one of {', '.join(map(repr, typing.get_args(cls)))}")
         return data
     if origin in (tuple, list):
         return _from_json_sequence(cls, data, where)
     if origin is dict:
         if not isinstance(data, dict):
-            raise ConfigError(f"{where}: {_short(data)} is not an object")
+            raise ConfigError(f"{where}: {shown(data)} is not an object")
         item = typing.get_args(cls)[1]
         return {key: from_json(item, value, where=f"{where}.{key}") for key, value in data.items()}
     if dataclasses.is_dataclass(cls):
@@ -230,12 +241,7 @@ def from_json(cls: Any, data: Any, *, where: str = "config") -> Any:
         return float(data)
     if cls is Any or (isinstance(data, cls) and not (cls is int and isinstance(data, bool))):
         return data
-    raise ConfigError(f"{where}: {_short(data)} is not of type {getattr(cls, '__name__', cls)}")
-
-
-def _short(data: Any) -> str:
-    """A value, in a message."""
-    return reprlib.repr(data)
+    raise ConfigError(f"{where}: {shown(data)} is not of type {getattr(cls, '__name__', cls)}")
 
 
 def _from_json_union(cls: Any, data: Any, where: str) -> Any:
@@ -249,13 +255,13 @@ def _from_json_union(cls: Any, data: Any, where: str) -> Any:
             return from_json(option, data, where=where)
         except ConfigError as error:
             errors.append(str(error))
-    raise ConfigError("; ".join(errors) or f"{where}: {_short(data)} does not fit {cls}")
+    raise ConfigError("; ".join(errors) or f"{where}: {shown(data)} does not fit {cls}")
 
 
 def _from_json_sequence(cls: Any, data: Any, where: str) -> Any:
     origin, args = typing.get_origin(cls), typing.get_args(cls)
     if not isinstance(data, list | tuple):
-        raise ConfigError(f"{where}: {_short(data)} is not a list")
+        raise ConfigError(f"{where}: {shown(data)} is not a list")
     if origin is tuple and args[-1] is not Ellipsis:
         if len(data) != len(args):
             raise ConfigError(f"{where}: {len(data)} values where {len(args)} are expected")
@@ -265,7 +271,7 @@ def _from_json_sequence(cls: Any, data: Any, where: str) -> Any:
 
 def _from_json_dataclass(cls: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
-        raise ConfigError(f"{where}: {_short(data)} is not an object")
+        raise ConfigError(f"{where}: {shown(data)} is not an object")
     data = dict(data)
     if "kind" in data and "kind" not in (f.name for f in dataclasses.fields(cls)):
         cls = class_of(str(data.pop("kind")), cls, where=where)

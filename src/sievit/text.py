@@ -1,20 +1,16 @@
 """Text and JSON files, with a byte order mark or without; what is wrong with one is said of the file."""
 
 import json
-import reprlib
 from collections import Counter
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sievit.config import ConfigError, from_json
+from sievit.config import ConfigError, from_json, shown
 
 T = TypeVar("T")
 
 _LARGEST = 1e300
 """No number of a file is larger: beyond, whole numbers and floats do not go together."""
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
 
 
 def unreadable(path: Path, what: str, error: OSError) -> ConfigError:
@@ -82,11 +78,6 @@ def is_whole(value: Any) -> bool:
 def is_text(value: Any) -> bool:
     """Whether a field is a string that is not empty."""
     return isinstance(value, str) and bool(value)
-
-
-def shown(value: Any) -> str:
-    """Any value of a file, for a message: shortened."""
-    return _SHORT.repr(value)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from sievit.cli.command import Command
 from sievit.config import ConfigError, nearest
 from sievit.memory import keep_memory
 
-NEWLINE = "\n"
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 """In torch's errors."""
 
@@ -40,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error).lower() for words in OUT_OF_MEMORY):
             raise
-        return _failed(f"not enough memory ({str(error).partition(NEWLINE)[0]}); take smaller images or batches", 1)
+        reason = str(error).partition("\n")[0]
+        return _failed(f"not enough memory ({reason}); take smaller images or batches", 1)
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130

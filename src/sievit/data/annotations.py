@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sievit.config import ConfigError
+from sievit.config import ConfigError, shown
 from sievit.data.coco_json import CocoFile
 from sievit.data.masks import ROUNDING, check_polygons, decode_counts, reach
-from sievit.text import is_number, is_text, is_whole, shown
+from sievit.text import is_number, is_text, is_whole
 
 LARGEST = 2**31 - 1
 """Pixels of an image; masks are counted in 32 bits."""

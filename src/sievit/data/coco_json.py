@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sievit.config import ConfigError
-from sievit.text import is_text, is_whole, read_json, shown
+from sievit.config import ConfigError, shown
+from sievit.text import is_text, is_whole, read_json
 
 Fields = dict[str, Callable[[Any], bool]]
 """The fields that an entry has to have, and what has to be true of their values."""

@@ -19,7 +19,7 @@ import torch
 from sievit.config import ConfigError, to_json
 from sievit.engine.recipe import Recipe
 from sievit.files import write_atomically
-from sievit.text import load_json
+from sievit.text import load_json, read_json
 
 DAMAGE = (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, TypeError, LookupError, AttributeError)
 """What reading a damaged file may raise."""
@@ -59,7 +59,7 @@ class RunFolder:
         if not self.started_file.exists():  # a run of an earlier version
             return
         with reading(self.started_file):
-            started = json.loads(self.started_file.read_text(encoding="utf-8"))
+            started = read_json(self.started_file)
             then, before = started["name"], {part: dict(started["data"][part]) for part in data}
         if None not in (name, then) and name != then:
             raise ConfigError(f"{self.path}: is a run of the recipe {then}, not {name}; --resume needs no recipe")
@@ -84,7 +84,7 @@ class RunFolder:
     def metrics(self) -> dict[str, Any]:
         """The figures of the best model so far."""
         with reading(self.metrics_file):
-            figures = json.loads(self.metrics_file.read_text(encoding="utf-8"))
+            figures = read_json(self.metrics_file)
             return {**figures, "step": int(figures["step"]), "images": int(figures["images"])}
 
     def remove_parts(self) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from sievit.config import Config, ConfigError, Count, Natural, NonNegative, Positive, Seed, Share, kind_of
+from sievit.config import Config, ConfigError, Count, Natural, NonNegative, Positive, Rate, Seed, Share, kind_of
 from sievit.data.dataset import ImageDataset
 from sievit.models.inputs import ModelConfig
 from sievit.tasks import DataConfig, Task, task_of
@@ -67,7 +67,7 @@ class TrainConfig(Config):
     decay_norms: bool = False
     """Weight decay on norms, biases and positions too."""
     clip_norm: Positive | None = None
-    ema: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    ema: Rate = 0.0
     selected_after: Natural | None = None
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     loss_scale: Positive = 512.0

@@ -2,15 +2,13 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Interval
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from sievit.config import ConfigError, Count, Positive, variant
+from sievit.config import ConfigError, Count, Positive, Rate, variant
 from sievit.heads.semantic import SemanticHead, SemanticHeadConfig, on_canvas, register_head
 from sievit.losses import ATMLossConfig, atm_loss
 from sievit.tokens import Prediction, Tokens
@@ -32,7 +30,7 @@ class ATMConfig(SemanticHeadConfig):
     num_heads: Count = 6
     num_layers: Count = 3
     mlp_ratio: Positive = 4.0
-    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
+    dropout: Rate = 0.1
     loss: ATMLossConfig = field(default_factory=ATMLossConfig)
 
     def __post_init__(self) -> None:

@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Interval
 from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
-from sievit.config import Count, variant
+from sievit.config import Count, Rate, variant
 from sievit.distributed import world_size
 from sievit.heads.semantic import (
     SemanticHead,
@@ -92,7 +90,7 @@ class SETRNaiveConfig(SemanticHeadConfig):
     """
 
     channels: Count = 256
-    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
+    dropout: Rate = 0.1
 
 
 @register_head(SETRNaiveConfig)
@@ -132,7 +130,7 @@ class SETRPUPConfig(SemanticHeadConfig):
 
     channels: Count = 256
     num_convs: Count = 4
-    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
+    dropout: Rate = 0.1
 
 
 @register_head(SETRPUPConfig)

@@ -20,7 +20,7 @@ from sievit.files import write_atomically
 from sievit.hub.int8 import SCALE, dequantized, pays, quantized
 from sievit.models.inputs import ModelConfig
 from sievit.policies import PolicyConfig, PolicyOptions, chosen_policy, policy_config
-from sievit.text import load_json, parse_json
+from sievit.text import load_json, parse_json, unreadable
 from sievit.vit.execution import Execution
 
 M = TypeVar("M", bound=nn.Module)
@@ -93,7 +93,7 @@ def read(path: Path, *, kind: str | None = None) -> tuple[ModelConfig, dict[str,
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except PermissionError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+        raise unreadable(path, "a model", error) from error
     except (SafetensorError, OSError) as error:
         raise ConfigError(
             f"{path}: damaged, cut short, or not a safetensors file ({error}); `sievit convert` takes released files"

@@ -8,15 +8,13 @@ Letters: b images, n = h*w tokens at stride 16, m = 4n + n + n/4 branch features
 """
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Interval
 from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
 
-from sievit.config import ConfigError, Count, Natural, Positive, variant
+from sievit.config import ConfigError, Count, Natural, Positive, Rate, variant
 from sievit.necks import NeckConfig
 from sievit.necks.deform_attn import DeformAttn, Shapes, reference_points
 from sievit.necks.norm import BatchNorm2d, conv_norm_relu
@@ -48,7 +46,7 @@ class AdapterConfig(NeckConfig):
     cffn_ratio: Positive = 0.25
     num_interactions: Count = 4
     num_extra_extractors: Natural = 2
-    drop_path_rate: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    drop_path_rate: Rate = 0.0
 
 
 class Masks:

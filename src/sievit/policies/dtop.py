@@ -4,14 +4,13 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from annotated_types import Interval
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
-from sievit.config import ConfigError, Count, Natural, Share, variant
+from sievit.config import ConfigError, Count, Natural, Rate, Share, variant
 from sievit.policies.base import FEWEST, BlockRange, Dial, Head, Notes, Policy, PolicyConfig, register
 from sievit.policies.selection import quantile, select_top, tidy
 from sievit.tokens import Prediction, Tokens, Trace
@@ -44,7 +43,7 @@ class DToPConfig(PolicyConfig):
     grade: Literal["max", "margin", "entropy"] = "max"
     preserve: bool = False
     rejoin: bool = False
-    static_left: tuple[Annotated[float, Interval(ge=0, lt=1)], ...] | None = None
+    static_left: tuple[Rate, ...] | None = None
     multiple: Count = 1
 
     def __post_init__(self) -> None:

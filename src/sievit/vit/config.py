@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from sievit.config import Config, ConfigError, Count, Finite, NonNegative, Positive
+from sievit.config import Config, ConfigError, Count, Finite, NonNegative, Positive, Rate
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
 
@@ -85,7 +85,7 @@ class ViTConfig(Config):
     norm_pre: bool = False
     patch_norm: bool = False
     final_norm: bool = False
-    drop_path_rate: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    drop_path_rate: Rate = 0.0
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
