@@ -21,6 +21,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from sievit.data.masks import Masks, encode, tight_patch
+from sievit.engine.bootstrap import differences
+from sievit.tasks import Metric
 from sievit.tasks.metrics import FIGURES, CocoMetric, SegmentationMetric, coco_results, encode_masks
 from tiny import refused, run_two_processes
 
@@ -118,6 +120,40 @@ def test_equals_pycocotools(seed: int):
         assert figures(values, "box") == pytest.approx(reference(content, metric.results, "bbox", ids), abs=1e-9)
         assert figures(values, "mask") == pytest.approx(reference(content, metric.results, "segm", ids), abs=1e-9)
     json.loads(json.dumps(metric.results))
+
+
+def drawn(content: dict[str, Any], found: dict[int, Any], draw: list[int]) -> tuple[dict[str, Any], dict[int, Any]]:
+    """The data set in which each drawn image is one of its own."""
+    images, objects, again = [], [], {}
+    for new, place in enumerate(draw, start=100):
+        image = content["images"][place]
+        images.append({**image, "id": new})
+        objects += [{**a, "image_id": new} for a in content["annotations"] if a["image_id"] == image["id"]]
+        again[new] = found[image["id"]]
+    objects = [{**each, "id": number} for number, each in enumerate(objects, start=1)]
+    return {**content, "images": images, "annotations": objects}, again
+
+
+def test_figures_of_drawn_images_are_those_of_a_data_set_of_them():
+    rng = np.random.default_rng(5)
+    content = truth(rng, num_images=8)
+    found = detections(rng, content)
+    for each in found.values():
+        each["scores"] = torch.from_numpy(rng.random(len(each["scores"])))  # no ties, which are broken by place
+    metric = CocoMetric(content)
+    for image_id, detection in found.items():
+        metric.update(image_id, detection)
+    draws = np.array([range(8), [0, 0, 3, 5, 5, 5, 7, 2], [1, 2, 3, 4, 4, 3, 2, 1]])
+    values = metric.resampled(draws)
+    for place, draw in enumerate(draws.tolist()):
+        other = CocoMetric(drawn(content, found, draw)[0])
+        for image_id, detection in drawn(content, found, draw)[1].items():
+            other.update(image_id, detection)
+        whole = other.compute()
+        assert {name: value[place] for name, value in values.items()} == pytest.approx(
+            {name: whole[name] for name in ("box_ap", "box_ap50", "mask_ap", "mask_ap50")}, abs=1e-9
+        )
+    assert len(set(values["mask_ap"])) == 3
 
 
 def test_equals_pycocotools_on_real_data(data_root: Path):
@@ -341,6 +377,40 @@ def test_labels_that_do_not_fit_change_nothing(predicted: list, true: list, mess
     refused(message, metric.update, torch.tensor(predicted), torch.tensor(true))
     assert metric.compute() == before
     refused("at least 1", SegmentationMetric, 0)
+
+
+def test_labels_of_drawn_images():
+    pairs = label_pairs(11, 5, count=6)
+    metric = SegmentationMetric(5)
+    for pair in pairs:
+        metric.update(*pair)
+    draws = np.array([[0, 0, 1, 4, 5, 5], [3, 3, 3, 3, 3, 3], range(6)])
+    values = metric.resampled(draws)
+    for place, draw in enumerate(draws.tolist()):
+        whole = judged([pairs[i] for i in draw], 5)
+        assert {name: value[place] for name, value in values.items()} == {
+            name: pytest.approx(whole[name]) for name in ("miou", "pixel_accuracy")
+        }
+
+
+def coins(chances: np.ndarray, rng: np.random.Generator) -> Metric:
+    """A metric whose images are right with these chances."""
+    hits = (rng.random(len(chances)) < chances).astype(float)
+    return Metric(lambda *_: None, dict, lambda draws: {"hits": hits[draws].mean(1)})
+
+
+def test_intervals_hold_the_true_difference_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    held = 0
+    for seed in range(200):
+        chances = rng.random(100)  # easy and hard images
+        pair = coins(chances * 0.8, rng), coins(chances, rng)
+        difference, low, high = differences(*pair, images=100, draws=300, seed=seed)["hits"]
+        assert low <= difference <= high
+        held += low <= 0.2 * chances.mean() <= high
+    assert 0.90 * 200 <= held <= 0.99 * 200
+    same = coins(rng.random(100), rng)
+    assert differences(same, same, images=100)["hits"] == [0, 0, 0], "paired: the same images for both"
 
 
 def worker(folder: Path) -> None:

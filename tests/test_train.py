@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
@@ -121,6 +122,15 @@ def test_a_run_leaves_a_model_a_log_and_figures(recipe: Recipe, whole: RunFolder
     assert whole.recipe() == recipe
     for path in (whole.path, whole.last_file):
         assert load(path).config == recipe.model
+
+
+def test_the_course_of_a_run_is_a_picture(whole: RunFolder, tmp_path: Path, command: Callable[..., Any]):
+    command("curve", whole.path, "--also", whole.path, "--out", tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.size == (1920, 576)
+    assert "is not the folder of a run" in command("curve", tmp_path, status=2).err
+    (tmp_path / "recipe.json").write_text((whole.path / "recipe.json").read_text())
+    assert "nothing is logged yet" in command("curve", tmp_path, status=2).err
 
 
 @pytest.mark.parametrize(("workers", "step"), [(0, 2), (1, 5)])

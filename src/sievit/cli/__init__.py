@@ -93,6 +93,8 @@ COMMANDS = {
         "MODEL IMAGES", "find objects or label pixels, in an image or a folder", "sievit.report:predict"
     ),
     "sweep": Command("MODEL", "a model at many settings of its policy: table and plot", "sievit.report.sweep:sweep"),
+    "inspect": Command("MODEL", "which tokens are computed: by class, size and image", "sievit.report.inspect:inspect"),
+    "curve": Command("RUN", "loss, tokens and accuracy of trainings: a picture", "sievit.report.curve:curve"),
     "tune": Command("MODEL", "a model made fast on this device: what pays, to a target", "sievit.tune:tune"),
     "card": Command("MODEL", "a folder for the Hugging Face Hub: weights, configuration, card", "sievit.cli.card:card"),
     "convert svit": Command("FILE", "a released SViT-Adapter", "sievit.cli.convert:svit"),

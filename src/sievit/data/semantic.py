@@ -9,7 +9,7 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from sievit.config import ConfigError, Count, Positive
+from sievit.config import ConfigError, Count, Positive, Share
 from sievit.data.dataset import Target
 from sievit.data.transforms import Rect, View, ViewConfig, draw_view, jitter
 
@@ -34,6 +34,9 @@ class SemanticAugmentConfig(ViewConfig):
     ratio_range: tuple[Positive, Positive] = (0.5, 2.0)
     cat_max_ratio: Annotated[float, Interval(gt=0, le=1)] = 0.75
     """A crop of whose labelled pixels one class fills a larger share is drawn again, up to ten times; 1 takes any."""
+    class_crops: Share = 0.0
+    """Probability that a crop has to hold a pixel of one class, drawn from those of the image with equal chances; so
+    rare classes are seen more often (as nnU-Net does, arXiv 1809.10486, section 2.3)."""
     photometric: bool = False
     """The usual distortion: brightness, contrast, saturation and hue, each with probability 0.5."""
     hue: Annotated[float, Interval(ge=0, le=180)] = HUE
@@ -85,7 +88,21 @@ class SemanticAugment:
     def draw_view(self, labels: Tensor, generator: torch.Generator) -> View:
         """A random view of an image with these labels (h, w)."""
         accept = partial(self._shows_enough, labels) if self.config.cat_max_ratio < 1 else None
+        if self.config.class_crops and float(torch.rand((), generator=generator)) < self.config.class_crops:
+            pixel = self._pixel(labels, generator)
+            accept = accept if pixel is None else partial(_holds, pixel)
         return draw_view(self.config, (labels.shape[0], labels.shape[1]), generator, accept=accept)
+
+    def _pixel(self, labels: Tensor, generator: torch.Generator) -> tuple[int, int] | None:
+        """Any pixel (y, x) of any class but the ignored one; None: there is none."""
+        classes = labels.unique()
+        classes = classes[classes != self.ignore_index]
+        if not len(classes):
+            return None
+        chosen = classes[torch.randint(len(classes), (), generator=generator)]
+        pixels = (labels == chosen).nonzero()
+        y, x = pixels[torch.randint(len(pixels), (), generator=generator)].tolist()
+        return y, x
 
     def _shows_enough(self, labels: Tensor, rect: Rect) -> bool:
         """Whether no class fills more than `cat_max_ratio` of the labelled pixels."""
@@ -93,6 +110,11 @@ class SemanticAugment:
         part = labels[y : y + h : -(-h // _LOOKED_AT), x : x + w : -(-w // _LOOKED_AT)]
         known = part[part != self.ignore_index]
         return len(known) > 0 and int(torch.bincount(known).max()) <= self.config.cat_max_ratio * len(known)
+
+
+def _holds(pixel: tuple[int, int], rect: Rect) -> bool:
+    """Whether a pixel (y, x) lies in a rectangle."""
+    return all(low <= place < low + edge for place, low, edge in zip(pixel, rect[:2], rect[2:], strict=True))
 
 
 def distort(image: Tensor, generator: torch.Generator, *, hue: float = HUE) -> Tensor:

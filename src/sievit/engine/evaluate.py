@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sievit import terminal
-from sievit.config import ConfigError
+from sievit.config import ConfigError, kind_of
 from sievit.data.dataset import ImageDataset
 from sievit.distributed import gathered, world_size
 from sievit.engine.batches import leave_signals_to_parent, loading
+from sievit.engine.bootstrap import differences
 from sievit.models.base import Answer, Model
 from sievit.tasks import task_of
 
@@ -151,8 +152,15 @@ def compare(
 
     Returns:
         `dense` and `sparse`, each as `evaluate` returns it; `speedup`, the median over images of the ratio of times,
-        and `speedup_quartiles`, the first and the third.
+        and `speedup_quartiles`, the first and the third; `differences`, of the sparse model minus the dense one, see
+        `engine.bootstrap`.
+
+    Raises:
+        ConfigError: an image cannot be read, and the message names it; there is none; or the models are of other
+            kinds or have other classes.
     """
+    if (kind_of(dense.config), dense.config.classes) != (kind_of(sparse.config), sparse.config.classes):
+        raise ConfigError("the two models are not of one kind with the same classes, and cannot be compared")
     models = {"dense": dense.eval(), "sparse": sparse.eval()}
     total = _number(dataset, limit)
     metrics = {name: task_of(model.config).metric(dataset) for name, model in models.items()}
@@ -171,6 +179,7 @@ def compare(
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     figures["speedup"] = round(statistics.median(ratios), 3)
     figures["speedup_quartiles"] = [round(quartiles[0], 3), round(quartiles[2], 3)]
+    figures["differences"] = differences(metrics["dense"], metrics["sparse"], total)
     return figures
 
 

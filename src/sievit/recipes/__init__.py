@@ -4,11 +4,11 @@ from pathlib import Path
 
 from sievit.config import ConfigError, nearest
 from sievit.engine.recipe import Recipe
-from sievit.recipes import detectors, nuclei, segmenters
+from sievit.recipes import detectors, facade, nuclei, segmenters
 from sievit.recipes.common import Listed
 from sievit.text import load_json
 
-_RECIPES: dict[str, Listed] = {**nuclei.RECIPES, **detectors.RECIPES, **segmenters.RECIPES}
+_RECIPES: dict[str, Listed] = {**nuclei.RECIPES, **facade.RECIPES, **detectors.RECIPES, **segmenters.RECIPES}
 
 
 def recipes() -> dict[str, str]:

@@ -9,14 +9,14 @@ from sievit.config import ConfigError, Count, Share, kind_of, to_json
 from sievit.data.images import read_image, to_tensor
 from sievit.data.truth import Truth
 from sievit.devices import device_name, pick_device
+from sievit.engine.evaluate import compare, timed
 from sievit.engine.evaluate import evaluate as run_evaluation
-from sievit.engine.evaluate import timed
 from sievit.engine.signals import Interrupted, Stop, stopping
 from sievit.files import digest, held, write_png
 from sievit.models.base import Model
 from sievit.models.build import load, model_file
 from sievit.policies import PolicyOptions
-from sievit.report.demonstration import demo
+from sievit.report.demonstration import comparison, demo
 from sievit.report.figures import answer_figure, answer_note
 from sievit.report.results import Journal, inputs, picture_file, seen
 from sievit.tasks import task_of
@@ -116,30 +116,40 @@ def evaluate(
     *,
     truth: Truth = Truth(),  # noqa: B008
     policy: PolicyOptions = PolicyOptions(),  # noqa: B008
+    against: Path | None = None,
     batch_size: Count = 1,
     limit: Count | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Evaluate a model; the last line of the output is one JSON object with every figure.
 
-    Images that cannot be used are left out and listed in `failures`; the exit status is 1 then.
+    Images that cannot be used are left out and listed in `failures`; the exit status is 1 then. With --against both
+    models run on each image in turns; the figures of the other one are in `against`, how much faster the model is in
+    `speedup` (median over images, and quartiles), and `differences` has by figure [model minus other, low, high], the
+    limits those of 95 % by a paired bootstrap over images. An image that cannot be used is an error then.
 
     Args:
         model: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
         images: folder that holds the images.
         truth: the annotations of the images.
-        policy: another policy.
+        policy: another policy; of the model, not of the other one.
+        against: another model, as MODEL is named, to compare with.
         batch_size: images that go through the network together.
         limit: only the first so many images.
         device: cpu, cuda, cuda:1, or auto.
     """
-    loaded = load(model, policy=policy, device=pick_device(device))
-    figures = run_evaluation(
-        loaded,
-        task_of(loaded.config).open(images, truth),
-        batch_size=batch_size,
-        limit=limit,
-        skip_failures=True,
-        console=terminal.console(),
-    )
+    loaded, console = load(model, policy=policy, device=pick_device(device)), terminal.console()
+    data = task_of(loaded.config).open(images, truth)
+    if against is None:
+        options: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "console": console}
+        figures = run_evaluation(loaded, data, skip_failures=True, **options)
+    elif batch_size > 1:
+        raise ConfigError("--batch-size: the models are compared image by image; leave it out with --against")
+    else:
+        other = load(against, device=loaded.device)
+        compared = compare(other, loaded, data, limit=limit, console=console)
+        terminal.console(stderr=False).print(
+            comparison(f"{model}, against {against}", task_of(loaded.config), compared, names=("other", "model"))
+        )
+        figures = {**compared.pop("sparse"), "against": compared.pop("dense"), **compared}
     return {**figures, "policy": kind_of(loaded.config.policy), "device": device_name(loaded.device)}

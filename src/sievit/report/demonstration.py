@@ -74,19 +74,23 @@ def demonstrate(
 ) -> dict[str, Any]:
     """Compare, print a table, draw; returns the figures of `engine.compare`, and the number of images."""
     figures, task = compare(dense, sparse, data, console=terminal.console(), title=out.name), task_of(sparse.config)
-    terminal.console(stderr=False).print(_table(title, task, figures))
+    terminal.console(stderr=False).print(comparison(title, task, figures))
     _draw_pairs(task, {"dense": dense, "sparse": sparse}, data, out, count=pictures)
     return {**figures, "images": figures["sparse"]["images"]}
 
 
-def _table(title: str, task: Task, figures: dict[str, Any]) -> Table:
-    """Dense against sparse, for people."""
+def comparison(
+    title: str, task: Task, figures: dict[str, Any], *, names: tuple[str, str] = ("dense", "sparse")
+) -> Table:
+    """What `engine.evaluate.compare` returns, for people; differences with their intervals of 95 %."""
     dense, sparse = figures["dense"], figures["sparse"]
+    intervals = {task.config.figures[name]: limits for name, (_, *limits) in figures["differences"].items()}
     table = Table(title=title, title_justify="left")
-    for column in ("", "dense", "sparse", "difference"):
+    for column in ("", *names, "difference", "95 % interval"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for (label, a), (_, b) in zip(task.accuracies(dense), task.accuracies(sparse), strict=True):
-        table.add_row(label, f"{100 * a:.1f}", f"{100 * b:.1f}", f"{100 * (b - a):+.1f}")
+        limits = " to ".join(f"{100 * limit:+.1f}" for limit in intervals.get(label, ()))
+        table.add_row(label, f"{100 * a:.1f}", f"{100 * b:.1f}", f"{100 * (b - a):+.1f}", limits)
     for label, key in (("GFLOPs", "gflops"), ("ms per image", "ms_per_image")):
         a, b = dense[key], sparse[key]
         table.add_row(label, f"{a:.2f}", f"{b:.2f}", f"{b / a - 1:+.0%}")

@@ -1,5 +1,6 @@
-"""The picture of a sweep: accuracy against cost, and against time."""
+"""Diagrams: accuracy against cost and time, tokens by class, and the course of a training."""
 
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import numpy as np
 
 from sievit.files import write_atomically
 
+Table = Mapping[str, list[float]]
+"""Columns by name."""
 COLOURS = ("#0b6e99", "#d1495b", "#4f8a34", "#7d57b2", "#b97a10")
 MARKERS = ("o", "s", "^", "D", "v")
 INK, GRID = "#333333", "#e2e2e2"
@@ -24,11 +27,7 @@ def draw_curves(points: list[dict[str, Any]], path: Path, *, measure: str, label
         points: `model`, `value`, `gflops`, `ms_per_image` and the accuracy (0..1) each; value None is the dense model.
         measure, label: what the accuracy is called in the points, and in the picture.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 4.2), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(9.6, 4.2)
     panels = figure.subplots(1, 2, sharey=True)
     models = list(dict.fromkeys(point["model"] for point in points))
     for axes, key, of_axis in (
@@ -43,6 +42,68 @@ def draw_curves(points: list[dict[str, Any]], path: Path, *, measure: str, label
     figure.draw_without_rendering()  # from here on places on the axes have places in the picture
     for axes, key in zip(panels, ("gflops", "ms_per_image"), strict=True):
         _name_points(axes, points, models, key, measure)
+    _write(figure, path)
+
+
+def draw_shares(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """A row for each part of the images, a cell for each block: the share of its tokens that was computed, `keep`."""
+    names, shares = list(rows), np.array([row["keep"] for row in rows.values()])
+    figure = _figure(1.6 + 0.62 * shares.shape[1], 1.2 + 0.34 * len(names))
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
+    for (y, x), share in np.ndenumerate(shares):
+        axes.text(
+            x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=TEXT, color="w" if share > 0.55 else INK
+        )
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(shares.shape[1]))
+    axes.set_xlabel("block", color=INK)
+    axes.set_title("tokens computed, in %", color=INK, fontsize=TEXT + 2)
+    axes.tick_params(colors=INK, length=0)
+    axes.spines[:].set_visible(False)
+    _write(figure, path)
+
+
+def draw_runs(runs: Mapping[str, tuple[Table, Table]], path: Path, *, measure: str, label: str) -> None:
+    """The course of trainings: loss, tokens that are computed, and accuracy on the validation set, by step.
+
+    Args:
+        runs: by name the columns of the log and of the validations.
+        measure, label: what the accuracy is called there, and in the picture.
+    """
+    figure = _figure(12.0, 3.6)
+    titles = ["loss", "tokens computed, in %", f"{label} in %"]
+    if not any(measure in validations for _, validations in runs.values()):
+        del titles[2]
+    panels = figure.subplots(1, len(titles))
+    for i, (name, (log, validations)) in enumerate(runs.items()):
+        look = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.4, "label": name}
+        kept = [column for key, column in log.items() if key.startswith("keep_")]
+        panels[0].plot(log["step"], log["loss"], **look)
+        panels[1].plot(log["step"], [100 * sum(shares) / len(shares) for shares in zip(*kept, strict=True)], **look)
+        if measure in validations:
+            panels[2].plot(validations["step"], [100 * x for x in validations[measure]], marker="o", **look)
+    for axes, title in zip(panels, titles, strict=True):
+        _style(axes, "step")
+        axes.set_title(title, color=INK, fontsize=TEXT + 2)
+    panels[1].set_ylim(-4, 104)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=4, frameon=False, labelcolor=INK)
+    _write(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _write(figure: Any, path: Path) -> None:
+    """As PNG."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)

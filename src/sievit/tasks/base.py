@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from sievit.config import Config, ConfigError, kind_of
 from sievit.data.dataset import ImageDataset
@@ -48,10 +50,29 @@ class Metric(Generic[R]):
     Attributes:
         update: takes the target and the result of an image.
         compute: the figures by name, 0..1, of all processes; with several all of them have to call it.
+        resampled: the figures of `Task.shown`, each (draws,), for draws (draws, images) of the images that `update`
+            was called for, as 0-based numbers; an image may be drawn several times. Of this process alone; two
+            metrics that were updated with the same images in the same order number them alike.
     """
 
     update: Callable[[dict[str, Any], R], None]
     compute: Callable[[], dict[str, Any]]
+    resampled: Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of an image of which is asked how many of its tokens are computed.
+
+    Attributes:
+        label: its class, an index into the model's classes.
+        pixels: (h, w) bool, on the pixels of the image.
+        area: in pixels, where it is an object.
+    """
+
+    label: int
+    pixels: Tensor
+    area: float | None = None
 
 
 class Writer(ABC, Generic[R]):
@@ -149,6 +170,10 @@ class Task(ABC, Generic[R]):
     def as_result(self, target: dict[str, Any]) -> R | None:
         """The target of an image in the form of a result, for a picture; None for no such picture."""
         return None
+
+    def regions(self, target: dict[str, Any], size: tuple[int, int]) -> list[Region]:
+        """What the target says of the parts of its image of `size` (height, width); empty where it says nothing."""
+        return []
 
     def summary(self, result: R, *, min_score: float) -> str:
         """A few words on a result; empty for none."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from sievit.data.transforms import Augment, AugmentConfig
 from sievit.data.truth import Truth
 from sievit.files import write_atomically
 from sievit.models.detector import DetectorConfig
-from sievit.tasks.base import CACHE, DataConfig, Metric, Task, Writer, register_task
+from sievit.tasks.base import CACHE, DataConfig, Metric, Region, Task, Writer, register_task
 from sievit.tasks.metrics import CocoMetric, coco_results
 from sievit.text import is_text
 
@@ -109,10 +110,20 @@ class DetectionTask(Task[Detections]):
     def metric(self, data: CocoDetection) -> Metric[Detections]:
         with_masks = self.config.head.with_masks and data.annotations.has_masks
         metric = CocoMetric(data.annotations, with_masks=with_masks, max_detections=data.max_detections)
-        return Metric(lambda target, found: metric.update(target["image_id"], found), metric.compute)
+        return Metric(lambda target, found: metric.update(target["image_id"], found), metric.compute, metric.resampled)
 
     def picture(self, image: viz.Picture, result: Detections, *, min_score: float, box: tuple[int, int]) -> Image.Image:
         return viz.predictions(image, result, self.config.classes, min_score=min_score, box=box)
+
+    def regions(self, target: dict[str, Any], size: tuple[int, int]) -> list[Region]:
+        """The boxes of the objects."""
+        found = []
+        for label, box, area in zip(*(target[name].tolist() for name in ("labels", "boxes", "area")), strict=True):
+            x0, y0, x1, y1 = (round(edge) for edge in box)
+            pixels = torch.zeros(size, dtype=torch.bool)
+            pixels[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = True
+            found.append(Region(label - 1, pixels, area))
+        return found
 
     def summary(self, result: Detections, *, min_score: float) -> str:
         return f"{int((result['scores'] >= min_score).sum())} objects"

@@ -15,6 +15,8 @@ from sievit.data.annotations import Annotations, load_annotations
 from sievit.data.masks import encode, tight_patch
 from sievit.distributed import gathered
 
+Kind = Literal["bbox", "segm"]
+KINDS: tuple[tuple[Kind, str], ...] = (("bbox", "box_"), ("segm", "mask_"))
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
 
@@ -86,18 +88,41 @@ class CocoMetric:
         """box_ap, box_ap50, box_ap75, box_ap_small, box_ap_medium, box_ap_large, and mask_* if there are masks; 0..1,
         or -1 where there is no object to find. Gathers first: with several processes all of them have to call it."""
         self.gather()
-        figures = self._average_precision("bbox", "box_")
-        return {**figures, **self._average_precision("segm", "mask_")} if self.with_masks else figures
+        figures: dict[str, float] = {}
+        for kind, prefix in KINDS[: 1 + self.with_masks]:
+            figures |= self._average_precision(kind, prefix)
+        return figures
 
-    def _average_precision(self, kind: Literal["bbox", "segm"], prefix: str) -> dict[str, float]:
+    def resampled(self, draws: np.ndarray) -> dict[str, np.ndarray]:
+        """AP and AP50 of boxes and of masks for draws of the images, which are numbered by rising id; (draws,) each."""
+        figures: dict[str, list[float]] = {}
+        for kind, prefix in KINDS[: 1 + self.with_masks]:
+            evaluation = self._evaluated(kind, separate_eval=True)
+            whole = np.empty(len(evaluation._evalImgs_cpp), dtype=object)
+            whole[:] = evaluation._evalImgs_cpp
+            by_image = whole.reshape(-1, len(self._results))  # (classes and areas, images)
+            for draw in draws:
+                evaluation._evalImgs_cpp = by_image[:, draw].ravel().tolist()
+                evaluation.accumulate()
+                precision = np.asarray(evaluation.eval["precision"])[..., 0, -1]  # (thresholds, recalls, classes)
+                for name, part in (("ap", precision), ("ap50", precision[0])):
+                    figures.setdefault(prefix + name, []).append(_mean(part))
+        return {name: np.array(values) for name, values in figures.items()}
+
+    def _evaluated(self, kind: Kind, **options: Any) -> COCOeval_faster:
+        """The library's evaluation, before it is accumulated."""
+        truth = COCO(self._judged(kind))
+        results = truth.loadRes(self._numbered(self.results, kind))
+        evaluation = COCOeval_faster(truth, results, kind, print_function=_silent, **options)
+        evaluation.params.maxDets = [1, 10, self.max_detections]
+        evaluation.evaluate()
+        return evaluation
+
+    def _average_precision(self, kind: Kind, prefix: str) -> dict[str, float]:
         names = [prefix + name for name in FIGURES]
         if not self._results:
             return dict.fromkeys(names, -1.0)
-        truth = COCO(self._judged(kind))
-        results = self._numbered(self.results, kind)
-        evaluation = COCOeval_faster(truth, truth.loadRes(results), kind, print_function=_silent)
-        evaluation.params.maxDets = [1, 10, self.max_detections]
-        evaluation.evaluate()
+        evaluation = self._evaluated(kind)
         evaluation.accumulate()
         precision = np.asarray(evaluation.eval["precision"])[..., -1]  # (thresholds, recalls, classes, areas)
         parts = (precision[..., 0], precision[0, ..., 0], precision[5, ..., 0], *np.moveaxis(precision, 3, 0)[1:])
@@ -196,6 +221,8 @@ class SegmentationMetric:
         self.num_classes, self.ignore_index = num_classes, ignore_index
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         """Pixels of this process by (true class, predicted class)."""
+        self._cells: list[tuple[np.ndarray, np.ndarray]] = []
+        """Of each image the cells of its matrix that are not zero, and what they hold."""
 
     def update(self, predicted: Tensor, truth: Tensor) -> None:
         """Add an image.
@@ -214,18 +241,18 @@ class SegmentationMetric:
         truth = truth.to(predicted.device, torch.int64)
         known = truth != self.ignore_index
         truth, predicted = truth[known], predicted[known].to(torch.int64)
-        if len(truth) == 0:
-            return
         for name, labels in (("true", truth), ("predicted", predicted)):
-            low, high = (int(limit) for limit in labels.aminmax())
+            low, high = (int(limit) for limit in labels.aminmax()) if len(labels) else (0, 0)
             if low < 0 or high >= self.num_classes:
                 wrong = low if low < 0 else high
                 raise ConfigError(f"{name} label {wrong} is none of the {self.num_classes} classes")
         counts = torch.bincount(truth * self.num_classes + predicted, minlength=self.num_classes**2)
+        cells = counts.nonzero()[:, 0]
+        self._cells.append((cells.cpu().numpy(), counts[cells].cpu().numpy()))
         self.matrix += counts.reshape(self.matrix.shape).cpu()
 
     def reset(self) -> None:
-        self.matrix = torch.zeros_like(self.matrix)
+        self.matrix, self._cells = torch.zeros_like(self.matrix), []
 
     def total(self) -> Tensor:
         """The matrix of all processes together; with several, all of them have to call it."""
@@ -235,7 +262,23 @@ class SegmentationMetric:
         """miou (over classes that are true or predicted somewhere), pixel_accuracy, mean_accuracy (over classes that
         are true somewhere), and iou of every class; 0..1, or -1 where there is nothing to judge. With several processes
         all of them have to call it."""
-        matrix = self.total().numpy()
+        return self._figures(self.total().numpy())
+
+    def resampled(self, draws: np.ndarray) -> dict[str, np.ndarray]:
+        """miou and pixel_accuracy for draws of the images, which are numbered as `update` got them; (draws,) each."""
+        figures: dict[str, list[float]] = {"miou": [], "pixel_accuracy": []}
+        for draw in draws:
+            matrix = np.zeros(self.num_classes**2, dtype=np.int64)
+            for image in draw:
+                cells, counts = self._cells[image]
+                matrix[cells] += counts
+            drawn = self._figures(matrix.reshape(self.num_classes, -1))
+            for name, values in figures.items():
+                values.append(drawn[name])
+        return {name: np.array(values) for name, values in figures.items()}
+
+    @staticmethod
+    def _figures(matrix: np.ndarray) -> dict[str, Any]:
         right, true, predicted = np.diagonal(matrix), matrix.sum(1), matrix.sum(0)
         iou = _shares(right, true + predicted - right)
         accuracy = _shares(right, true)

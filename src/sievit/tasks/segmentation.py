@@ -19,7 +19,7 @@ from sievit.data.semantic import SemanticAugment, SemanticAugmentConfig
 from sievit.data.truth import Truth
 from sievit.files import write_atomically, write_png
 from sievit.models.segmenter import SegmenterConfig
-from sievit.tasks.base import CACHE, DataConfig, Metric, Task, Writer, register_task
+from sievit.tasks.base import CACHE, DataConfig, Metric, Region, Task, Writer, register_task
 from sievit.tasks.metrics import SegmentationMetric
 
 MOST_CLASSES = 8
@@ -115,7 +115,7 @@ class SegmentationTask(Task[Tensor]):
 
     def metric(self, data: LabelDataset) -> Metric[Tensor]:
         metric = SegmentationMetric(len(self.config.classes), self.config.ignore_index)
-        return Metric(lambda target, labels: metric.update(labels, target["labels"]), metric.compute)
+        return Metric(lambda target, labels: metric.update(labels, target["labels"]), metric.compute, metric.resampled)
 
     def accuracies(self, figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         yield from super().accuracies(figures)
@@ -143,6 +143,10 @@ class SegmentationTask(Task[Tensor]):
 
     def as_result(self, target: dict[str, Any]) -> Tensor:
         return target["labels"]
+
+    def regions(self, target: dict[str, Any], size: tuple[int, int]) -> list[Region]:
+        labels = target["labels"]
+        return [Region(k, labels == k) for k in labels.unique().tolist() if k != self.config.ignore_index]
 
     def writer(self, out: Path, names: Sequence[str], *, ids: Path | None = None) -> Writer[Tensor]:
         if ids is not None:

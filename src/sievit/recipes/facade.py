@@ -1,0 +1,133 @@
+"""Street photographs of facades (`<data-root>/facade`): a detector and a segmenter on DINOv2-S, fine-tuned on a CPU.
+
+The first six blocks keep their weights. The transformer carries nearly all of the work: the detector has ViTDet's
+simple pyramid (arXiv 2203.16527) and narrow heads, the segmenter SegViT's heads (arXiv 2210.05844). The variant
+`facade_adapter` has ViT-Adapter's neck instead of the pyramid.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sievit.data.semantic import SemanticAugmentConfig
+from sievit.data.transforms import AugmentConfig
+from sievit.engine.recipe import Recipe, TrainConfig
+from sievit.heads import ATMConfig, MaskRCNNConfig
+from sievit.heads.config import AnchorConfig, BoxConfig, MaskConfig, RoIConfig, RPNConfig
+from sievit.models.detector import DetectorConfig
+from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import SegmenterConfig
+from sievit.necks.adapter import AdapterConfig
+from sievit.necks.pyramid import PyramidConfig
+from sievit.policies import DToPConfig, KeepAllConfig, SViTConfig
+from sievit.recipes.common import DINOV2_S, Listed, pair, weights, with_policy
+from sievit.tasks.detection import CocoData
+from sievit.tasks.segmentation import LabelsData
+
+CLASSES = (
+    "window",
+    "balcony-fence",
+    "vegetation",
+    "facade",
+    "street",
+    "car",
+    "traffic-infrastructure",
+    "fence",
+    "non-building-infrastructure",
+    "shop",
+)
+PALETTE = (
+    (70, 130, 180),
+    (255, 196, 61),
+    (239, 111, 108),
+    (86, 160, 74),
+    (190, 178, 160),
+    (128, 100, 145),
+    (20, 90, 200),
+    (250, 130, 20),
+    (140, 90, 50),
+    (0, 170, 170),
+    (220, 60, 160),
+)
+FOLDER = Path("facade")
+
+BOXES = CocoData(
+    train_images=FOLDER / "images/train",
+    train_annotations=FOLDER / "annotations/instances_train.json",
+    val_images=FOLDER / "images/val",
+    val_annotations=FOLDER / "annotations/instances_val.json",
+    augment=AugmentConfig(
+        scales=(448, 512, 576, 640, 704), crop=(448, 448), brightness=0.1, contrast=0.2, gamma=0.2, saturation=0.3
+    ),
+    skip_empty=True,
+    invalid="skip",
+)
+LABELS = LabelsData(
+    train_images=FOLDER / "images/train",
+    train_labels=FOLDER / "labels/train",
+    val_images=FOLDER / "images/val",
+    val_labels=FOLDER / "labels/val",
+    augment=SemanticAugmentConfig(
+        base=(644, 1288), ratio_range=(0.6, 1.4), crop=(392, 392), class_crops=0.5, photometric=True
+    ),
+)
+
+TRAIN = TrainConfig(
+    vit_from=weights(DINOV2_S),
+    epochs=10,
+    batch_size=8,
+    lr=2e-4,
+    head_lr=5.0,
+    weight_decay=0.05,
+    warmup_steps=50,
+    schedule="cosine",
+    layer_decay=0.75,
+    freeze=6,
+    clip_norm=1.0,
+    ema=0.99,
+    precision="bf16-mixed",
+    val_every=10,
+    workers=0,
+)
+
+DETECTOR = DetectorConfig(
+    vit=replace(DINOV2_S, token_stride=16, drop_path_rate=0.1),
+    neck=PyramidConfig(out_channels=128),
+    policy=KeepAllConfig(),
+    head=MaskRCNNConfig(
+        num_classes=len(CLASSES),
+        fpn_channels=128,
+        anchors=AnchorConfig(sizes=((16.0,), (32.0,), (64.0,), (128.0,), (256.0,))),
+        rpn=RPNConfig(pre_nms_train=1000, pre_nms_test=500, post_nms_train=500, post_nms_test=300),
+        roi=RoIConfig(sampling_ratio=2, finest_size=28.0),
+        box=BoxConfig(fc=512, batch_size=128),
+        mask=MaskConfig(convs=(128, 128, 128), deconv=128),
+    ),
+    input=InputConfig(min_size=640, max_size=1280),
+    classes=CLASSES,
+    category_ids=tuple(range(1, len(CLASSES) + 1)),
+)
+SEGMENTER = SegmenterConfig(
+    vit=replace(DINOV2_S, drop_path_rate=0.1),
+    policy=KeepAllConfig(),
+    head=ATMConfig(channels=192, num_heads=3),
+    out_indices=(5, 7, 11),
+    input=InputConfig(min_size=644, max_size=1288, size_divisor=14, antialias=False),
+    classes=("other", *CLASSES),
+    palette=PALETTE,
+)
+
+DENSE = Recipe(model=DETECTOR, data=BOXES, train=replace(TRAIN, batch_size=4, head_lr=2.0))
+ADAPTER = replace(DENSE, model=replace(DETECTOR, neck=AdapterConfig(deform_num_heads=6, drop_path_rate=0.1)))
+DENSE_LABELS = Recipe(model=SEGMENTER, data=LABELS, train=TRAIN)
+SVIT: dict[str, Any] = {"policy": SViTConfig(noise=0.0), "epochs": 2, "policy_lr": 10.0}
+DTOP = DToPConfig(thresholds=(0.95,))
+ON_PHOTOGRAPHS = "of photographs on DINOv2-S"
+
+RECIPES = {
+    **pair("facade_vit", f"detector {ON_PHOTOGRAPHS}, simple pyramid", DENSE, **SVIT),
+    **pair("facade_adapter", f"detector {ON_PHOTOGRAPHS}, ViT-Adapter", ADAPTER, **SVIT),
+    **pair("facade_segvit", f"segmenter {ON_PHOTOGRAPHS}", DENSE_LABELS, **SVIT),
+    **pair("facade_segvit", f"segmenter {ON_PHOTOGRAPHS}", DENSE_LABELS, DTOP, epochs=2),
+    "facade_segvit_dtop_retrain": Listed(f"DToP segmenter {ON_PHOTOGRAPHS}", with_policy(DENSE_LABELS, DTOP)),
+}
