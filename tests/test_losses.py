@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sievit.losses import ATMLossConfig, atm_loss, pixel_loss
+from sievit.losses import ATMLossConfig, atm_loss, balanced, pixel_loss
 
 K = 4
 IGNORED = 255
@@ -132,3 +132,28 @@ def test_pixel_loss_is_the_mean_over_known_pixels() -> None:
     places = (labels != IGNORED).nonzero().tolist()
     expected = -sum(float(shares[i, labels[i, y, x], y, x]) for i, y, x in places) / len(places)
     assert float(pixel_loss(logits, labels)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_cross_entropy_of_the_scores_that_decide() -> None:
+    labels = random_labels(height=16, width=24)
+    classes, maps = (value.detach() for value in inputs(labels))
+    config = ATMLossConfig(pixel_weight=3.0, balance=0.5)
+    maps = maps[..., :2, :3]  # a token of eight pixels; of four pixels one is looked at
+    got = float(atm_loss(classes, maps, labels, config=config)["pixel"])
+    scores = classes.softmax(-1)[..., :1, None] * maps.sigmoid()
+    big = F.interpolate(scores.log(), (4, 6), mode="bilinear", align_corners=False).log_softmax(1)
+    seen = labels[:, 2::4, 2::4]
+    places = [(*place, int(seen[tuple(place)])) for place in (seen != IGNORED).nonzero().tolist()]
+    share = {k: sum(label == k for *_, label in places) / len(places) for k in range(K)}
+    each = [(share[k] ** -0.5, float(big[i, k, y, x])) for i, y, x, k in places]
+    expected = -sum(weight * value for weight, value in each) / sum(weight for weight, _ in each)
+    assert got == pytest.approx(3.0 * expected, rel=1e-4)
+    assert "pixel" not in atm_loss(classes, maps, labels)
+
+
+def test_balanced_weights() -> None:
+    labels = torch.tensor([[0, 0, 0, 0, 0, 0, 1, 1, 3, IGNORED]])
+    assert balanced(labels, 4, ignore_index=IGNORED, power=0.0).tolist() == [1, 1, 0, 1]
+    weights = balanced(labels, 4, ignore_index=IGNORED, power=1.0)
+    torch.testing.assert_close(weights * torch.tensor([6, 2, 1, 1]) / 9, torch.tensor([1 / 3, 1 / 3, 0, 1 / 3]))
+    assert not balanced(torch.full((1, 4), IGNORED), 4, ignore_index=IGNORED, power=0.5).any()

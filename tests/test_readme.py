@@ -1,8 +1,12 @@
 """The README and the guides are tests: their Python runs, their commands are commands, files stand as they are."""
 
+import json
 import re
 import shlex
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -10,7 +14,8 @@ import timm
 from sievit import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("use", "train", "weights", "speed"))]
+NAMES = ("use", "train", "train-on-your-data", "weights", "speed")
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
@@ -50,6 +55,51 @@ def test_make_targets_and_files_of_the_readme_exist():
 
     for name in re.findall(r"`((?:src|docs|scripts|models|examples)/[\w./]+)`", README):
         assert (ROOT / name).exists(), name
+
+
+PHOTOGRAPHS = ROOT / "examples" / "facade"
+SMALL = {
+    "train.vit-from": None,
+    "train.steps": 1,
+    "train.batch-size": 2,
+    "train.workers": 0,
+    "train.precision": "32-true",
+    "model.vit.embed-dim": 16,
+    "model.vit.num-heads": 2,
+    "model.neck.deform-num-heads": 2,
+    "model.neck.conv-inplane": 4,
+    "model.head.fpn-channels": 8,
+    "model.head.box.fc": 16,
+    "model.head.rpn.post-nms-test": 20,
+    "model.input.min-size": 64,
+    "data.augment.scales": 64,
+    "data.augment.crop-first": 0,
+}
+"""A model and a training that take a second."""
+
+
+def test_the_page_on_your_own_data_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]):
+    content = json.loads((PHOTOGRAPHS / "annotations" / "instances_val.json").read_text())
+    for part, images in (("train", content["images"][:3]), ("val", content["images"][3:5])):
+        ids = {image["id"] for image in images}
+        objects = [a for a in content["annotations"] if a["image_id"] in ids]
+        (tmp_path / "my" / "images" / part).mkdir(parents=True)
+        (tmp_path / "my" / "annotations").mkdir(exist_ok=True)
+        for image in images:
+            shutil.copy(PHOTOGRAPHS / "images" / "val" / image["file_name"], tmp_path / "my" / "images" / part)
+        written = json.dumps({**content, "images": images, "annotations": objects})
+        (tmp_path / "my" / "annotations" / f"{part}.json").write_text(written)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "train-on-your-data.md").read_text(encoding="utf-8")
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).splitlines()
+    steps = [shlex.split(line) for line in lines if line]
+    small = [f"--{option}={value}" for option, value in SMALL.items()]
+    assert [step[1] for step in steps] == ["train", "train", "eval", "tune", "predict", "curve", "inspect"]
+    for _, name, *args in steps:
+        printed = command(name, *args, *(small if name == "train" else ()))
+        if name == "eval":
+            assert {"differences", "speedup", "against"} <= printed.figures.keys()
+    assert len(json.loads((tmp_path / "found" / "images.json").read_text())["images"]) == 2
 
 
 # Files on pages.

@@ -118,35 +118,44 @@ def test_demo_ends_with_one_json_line(
     (tmp_path / "models").mkdir()
     config, _ = read(checkpoint)
     assert isinstance(config, DetectorConfig)
-    one = replace(config, head=replace(config.head, num_classes=1), classes=("nucleus",), category_ids=(1,))
-    for name in ("vit", "svit"):
-        saved(one, tmp_path / "models" / f"nuclei_{name}.safetensors")
-    for name, policy in (("segvit", KeepAllConfig()), ("segvit_dtop", DToPConfig(thresholds=(0.2,)))):
-        saved(tiny_segmenter(policy=policy), tmp_path / "models" / f"nuclei_{name}.safetensors")
+    for shown in demonstration.SETS.values():
+        content = json.loads((demonstration.REPOSITORY / "examples" / shown.folder / shown.annotations).read_text())
+        classes = tuple(category["name"] for category in content["categories"])
+        ids = tuple(category["id"] for category in content["categories"])
+        head = replace(config.head, num_classes=len(ids))
+        one = replace(config, head=head, classes=classes, category_ids=ids)
+        saved(one, tmp_path / "models" / f"{shown.models['detection']}.safetensors")
+        if "segmentation" in shown.models:
+            policy = DToPConfig(thresholds=(0.2,))
+            model = tiny_segmenter(policy=policy, classes=("other", *classes), input=InputConfig(min_size=64))
+            saved(model, tmp_path / "models" / f"{shown.models['segmentation']}.safetensors")
     out = tmp_path / "out"
     figures = command("demo", "--out", out, "--num-images", 3, "--pictures", 1).figures
-    for task, accuracy in (("detection", {"box_ap", "mask_ap"}), ("segmentation", {"miou"})):
-        part = figures[task]
-        for model in ("dense", "sparse"):
-            assert part[model].keys() >= {*accuracy, "gflops", "ms_per_image"}
-            assert len(part[model]["keep"]) == 4 and part[model]["keep"][0] == 1
-        assert part["speedup"] > 0 and part["images"] == 3
-        assert len(list((out / task).glob("*.png"))) == 1
-    left = figures["segmentation"]["sparse"]["left_at"]
+    assert list(figures) == ["photographs", "nuclei", "device"]
+    for name, shown in demonstration.SETS.items():
+        assert figures[name].keys() == shown.models.keys()
+        for task, part in figures[name].items():
+            for model in ("dense", "sparse"):
+                accuracies = {"box_ap", "mask_ap"} if task == "detection" else {"miou"}
+                assert part[model].keys() >= {*accuracies, "gflops", "ms_per_image"}
+                assert len(part[model]["keep"]) == 4 and part[model]["keep"][0] == 1
+            assert part["dense"]["keep"] == [1.0] * 4 and part["speedup"] > 0 and part["images"] == 3
+            assert len(list((out / name / task).glob("*.png"))) == 1
+    left = figures["photographs"]["segmentation"]["sparse"]["left_at"]
     assert len(left) == 3 and 0 < left[0] < 1
 
 
 def test_demo_finds_data_and_needs_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command):
     monkeypatch.setenv("SIEVIT_DATA", str(tmp_path))
-    assert demonstration._nuclei(None) == demonstration.REPOSITORY / "examples/nuclei"
+    assert demonstration._folder("nuclei", None) == demonstration.REPOSITORY / "examples/nuclei"
     (tmp_path / "nuclei").mkdir()
-    assert demonstration._nuclei(None) == demonstration._nuclei(tmp_path) == tmp_path / "nuclei"
-    refused(r"gone/nuclei: no such folder; give --data-root", demonstration._nuclei, tmp_path / "gone")
+    assert demonstration._folder("nuclei", None) == demonstration._folder("nuclei", tmp_path) == tmp_path / "nuclei"
+    refused(r"gone/nuclei: no such folder; give --data-root", demonstration._folder, "nuclei", tmp_path / "gone")
 
     monkeypatch.setenv("SIEVIT_DATA", str(tmp_path / "gone"))
     monkeypatch.setenv("SIEVIT_MODELS", str(tmp_path))
     printed = command("demo", "--out", tmp_path / "out", "--num-images", 1, status=2)
-    assert "nuclei_vit: no such file or folder" in printed.err
+    assert "facade_svit: no such file or folder" in printed.err
 
 
 def test_eval_ends_with_every_figure(checkpoint: Path, tmp_path: Path, command: Command):

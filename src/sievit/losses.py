@@ -14,6 +14,9 @@ from torchvision.ops import sigmoid_focal_loss
 from sievit.config import Config, NonNegative, Share
 from sievit.distributed import global_sum, world_size
 
+COARSE = 4
+"""Pixels along a side of which the cross-entropy of an attention-to-mask head looks at one."""
+
 
 @dataclass(frozen=True)
 class ATMLossConfig(Config):
@@ -23,6 +26,10 @@ class ATMLossConfig(Config):
         class_weight, mask_weight, dice_weight: of the three terms.
         no_object: weight of classes that are not in the image, in the classification.
         alpha, gamma: of the focal loss on the masks.
+        pixel_weight: of a fourth term that SegViT does not have, the cross-entropy of the scores that decide, the
+            products of presence and mask. It teaches rare classes in hundreds of steps instead of many thousands.
+        balance: in that term a class counts by its share of the batch's pixels to the power of minus this: 0 leaves
+            frequent classes their weight, 1 gives all classes the same.
         ignored: what pixels without a label are: left out, or `background` of every mask, as in the released code.
     """
 
@@ -32,13 +39,15 @@ class ATMLossConfig(Config):
     no_object: NonNegative = 0.1
     alpha: Share = 0.25
     gamma: NonNegative = 2.0
+    pixel_weight: NonNegative = 0.0
+    balance: Share = 0.5
     ignored: Literal["excluded", "background"] = "excluded"
 
 
 def atm_loss(
     classes: Tensor, maps: Tensor, labels: Tensor, *, ignore_index: int = 255, config: ATMLossConfig | None = None
 ) -> dict[str, Tensor]:
-    """Weighted losses by name: `class`, `mask` and `dice`.
+    """Weighted losses by name: `class`, `mask` and `dice`, and `pixel` where it has a weight.
 
     Query k stands for class k. All its targets are "present" or "not"; the masks of the classes that are present are
     compared pixel by pixel (focal) and as a whole (dice), and averaged over the masks of the batch, of all processes.
@@ -64,7 +73,23 @@ def atm_loss(
     counted = torch.ones_like(target) if config.ignored == "background" else known[image].flatten(1).to(logits.dtype)
     per_mask = torch.stack([focal(logits, target, counted, config.alpha, config.gamma), dice(logits, target, counted)])
     mask, dices = per_mask.sum(1) / masks.clamp(min=1)
-    return {**losses, "mask": config.mask_weight * mask, "dice": config.dice_weight * dices}
+    losses |= {"mask": config.mask_weight * mask, "dice": config.dice_weight * dices}
+    if config.pixel_weight:
+        scores = F.log_softmax(classes.float(), -1)[..., :1, None] + F.logsigmoid(maps.float())
+        coarse = labels[:, COARSE // 2 :: COARSE, COARSE // 2 :: COARSE]
+        weights = balanced(coarse, classes.shape[1], ignore_index=ignore_index, power=config.balance)
+        losses["pixel"] = config.pixel_weight * pixel_loss(scores, coarse, ignore_index=ignore_index, weights=weights)
+    return losses
+
+
+def balanced(labels: Tensor, num_classes: int, *, ignore_index: int, power: float) -> Tensor:
+    """(k,) a weight for each class, its share of the labelled pixels of the batch, of all processes, to the power of
+    minus `power`, so that the mean weight of a pixel is 1."""
+    known = labels[labels != ignore_index]
+    counts = global_sum(torch.bincount(known, minlength=num_classes).double())
+    shares = counts / counts.sum().clamp(min=1)
+    weights = torch.where(counts > 0, shares.clamp(min=1e-12) ** -power, 0.0)
+    return (weights / (weights * shares).sum().clamp(min=1e-12)).float()
 
 
 def presence(labels: Tensor, num_classes: int, *, ignore_index: int) -> Tensor:
@@ -87,14 +112,15 @@ def dice(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
     return 1 - (2 * (p * target).sum(1) + 1) / (p.sum(1) + target.sum(1) + 1)
 
 
-def pixel_loss(logits: Tensor, labels: Tensor, *, ignore_index: int = 255) -> Tensor:
+def pixel_loss(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, weights: Tensor | None = None) -> Tensor:
     """Cross-entropy, the mean over the labelled pixels of the batch, of all processes.
 
     Args:
         logits: (b, k, h, w), resized to the labels bilinearly.
         labels: (b, H, W) int64, values 0..k-1 or `ignore_index`.
+        weights: (k,) of the pixels of each class.
     """
     resized = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
-    total = F.cross_entropy(resized, labels, ignore_index=ignore_index, reduction="sum")
+    total = F.cross_entropy(resized, labels, weights, ignore_index=ignore_index, reduction="sum")
     known = global_sum((labels != ignore_index).sum().float()) / world_size()
     return total / known.clamp(min=1)

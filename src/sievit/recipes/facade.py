@@ -14,6 +14,7 @@ from sievit.data.transforms import AugmentConfig
 from sievit.engine.recipe import Recipe, TrainConfig
 from sievit.heads import ATMConfig, MaskRCNNConfig
 from sievit.heads.config import AnchorConfig, BoxConfig, MaskConfig, RoIConfig, RPNConfig
+from sievit.losses import ATMLossConfig
 from sievit.models.detector import DetectorConfig
 from sievit.models.inputs import InputConfig
 from sievit.models.segmenter import SegmenterConfig
@@ -110,7 +111,7 @@ DETECTOR = DetectorConfig(
 SEGMENTER = SegmenterConfig(
     vit=replace(DINOV2_S, drop_path_rate=0.1),
     policy=KeepAllConfig(),
-    head=ATMConfig(channels=192, num_heads=3),
+    head=ATMConfig(channels=192, num_heads=3, loss=ATMLossConfig(pixel_weight=2.0)),
     out_indices=(5, 7, 11),
     input=InputConfig(min_size=644, max_size=1288, size_divisor=14, antialias=False),
     classes=("other", *CLASSES),

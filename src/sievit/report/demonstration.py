@@ -1,7 +1,9 @@
-"""The demonstration: dense against sparse on images of nuclei, for every task."""
+"""The demonstration: every token against those that a model picks, on photographs and on images of nuclei."""
 
 import json
 import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,53 +20,98 @@ from sievit.files import write_atomically, write_png
 from sievit.hub.fetch import REPOSITORY
 from sievit.models.base import Model
 from sievit.models.build import load
+from sievit.policies import PolicyOptions
 from sievit.report.figures import answer_figure, answer_note
 from sievit.tasks import Task, task_of
 from sievit.text import read_json
 
-EXAMPLES = Path("examples/nuclei")
-"""The images of the demonstration, in the repository."""
-PAIRS = {"detection": ("nuclei_vit", "nuclei_svit"), "segmentation": ("nuclei_segvit", "nuclei_segvit_dtop")}
-"""The dense and the sparse model of each task."""
+EXAMPLES = Path("examples")
+"""The images of the demonstration, in the repository, laid out like the data sets."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A data set of the demonstration; paths are below its folder.
+
+    Attributes:
+        images, labels, annotations: of its validation set; the annotations list the images of the labels too.
+        models: the shipped sparse model of each task.
+        num_images: at most so many unless another number is given.
+    """
+
+    folder: str
+    images: str
+    labels: str
+    annotations: str
+    models: Mapping[str, str]
+    num_images: int
+
+
+SETS = {
+    "photographs": Shown(
+        folder="facade",
+        images="images/val",
+        labels="labels/val",
+        annotations="annotations/instances_val.json",
+        models={"detection": "facade_svit", "segmentation": "facade_segvit_dtop"},
+        num_images=32,
+    ),
+    "nuclei": Shown(
+        folder="nuclei",
+        images="images",
+        labels="labels",
+        annotations="annotations/instances_val.json",
+        models={"detection": "nuclei_svit"},
+        num_images=12,
+    ),
+}
 
 
 def demo(
     *,
     out: Path = Path("out/demo"),
-    num_images: Count = 32,
-    pictures: Natural = 8,
+    num_images: Count | None = None,
+    pictures: Natural = 6,
     data_root: Path | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Dense against sparse on images of nuclei: those of the data set, or the few in examples/.
+    """The shipped models with every token and with those that they pick, on photographs of facades and on nuclei.
 
-    Writes pictures to a folder for each task in the output folder, and prints tables.
+    The images are those of the data sets, or the few in examples/. Writes pictures to a folder for each data set and
+    task in the output folder, and prints tables. "Dense" is the same model when no token is left out.
 
     Args:
         out: folder for the pictures.
-        num_images: at most so many, evenly spread over the validation set.
+        num_images: at most so many of each data set, evenly spread over its validation set; by default 32 photographs
+            and 12 images of nuclei.
         pictures: how many images get a picture, per task.
-        data_root: folder with nuclei/; default the environment's SIEVIT_DATA, else ../shared/data.
+        data_root: folder with facade/ and nuclei/; default the environment's SIEVIT_DATA, else ../shared/data.
         device: cpu, cuda, cuda:1, or auto.
 
     Returns:
-        By task the figures of the `dense` and the `sparse` model (see `engine.evaluate`), `speedup` (median of paired
-        ratios) and its quartiles, and `images`.
+        By data set and task the figures of the `dense` and the `sparse` model (see `engine.evaluate`), `speedup`
+        (median of paired ratios) and its quartiles, `differences` with their intervals, and `images`.
 
     Raises:
         ConfigError: no images, or a model that is not there.
     """
     console, where = terminal.console(stderr=False), pick_device(device)
-    root, listing = _nuclei(data_root), out / "nuclei.json"
-    console.print(f"images: {root}", soft_wrap=True)
-    _write_thinned(root / "annotations/instances_val.json", listing, num_images)
-    truths = {"detection": Truth(annotations=listing), "segmentation": Truth(labels=root / "labels", names=listing)}
     figures: dict[str, Any] = {}
-    for name, models in PAIRS.items():
-        dense, sparse = (load(model, device=where) for model in models)
-        data = task_of(dense.config).open(root / "images", truths[name])
-        title = f"{name} of nuclei: {len(data)} images, one at a time, {device_name(where)}"
-        figures[name] = demonstrate(dense, sparse, data, out / name, title=title, pictures=pictures)
+    for title, shown in SETS.items():
+        root, listing = _folder(shown.folder, data_root), out / f"{title}.json"
+        console.print(f"{title}: {root}", soft_wrap=True)
+        _write_thinned(root / shown.annotations, listing, num_images or shown.num_images)
+        truths = {
+            "detection": Truth(annotations=listing),
+            "segmentation": Truth(labels=root / shown.labels, names=listing),
+        }
+        for task, name in shown.models.items():
+            every = PolicyOptions(policy="keep_all")
+            sparse, dense = load(name, device=where), load(name, policy=every, device=where)
+            data = task_of(dense.config).open(root / shown.images, truths[task])
+            line = f"{task}, {title}: {name}, {len(data)} images, one at a time, {device_name(where)}"
+            part = demonstrate(dense, sparse, data, out / title / task, title=line, pictures=pictures)
+            figures.setdefault(title, {})[task] = part
     console.print(f"pictures: {out}", soft_wrap=True)
     return {**figures, "device": device_name(where)}
 
@@ -117,10 +164,10 @@ def _draw_pairs(task: Task, models: dict[str, Model], data: ImageDataset, out: P
         write_png(out / f"{name}.png", answer_figure(task, image, results, answer, title=f"{out.name} {name}"))
 
 
-def _nuclei(data_root: Path | None) -> Path:
-    """The folder of nuclei: of the data sets, else of the examples."""
-    folder = (default_data_root() if data_root is None else data_root) / "nuclei"
-    examples = [] if data_root is not None else [REPOSITORY / EXAMPLES, EXAMPLES]
+def _folder(name: str, data_root: Path | None) -> Path:
+    """The folder of a data set, else of its examples."""
+    folder = (default_data_root() if data_root is None else data_root) / name
+    examples = [] if data_root is not None else [REPOSITORY / EXAMPLES / name, EXAMPLES / name]
     for root in (folder, *examples):
         if root.is_dir():
             return root
