@@ -376,6 +376,20 @@ def test_a_detector_at_fixed_shares(data: Path, tmp_path: Path):
     assert [point["keep"][1] for point in points] == pytest.approx([1.0, 0.9, 0.5], abs=0.05)
 
 
+def test_dense_models_on_smaller_images_are_curves(data: Path, tmp_path: Path):
+    config = tiny_detector(head=tiny_head(with_masks=False))
+    detector = saved(config, tmp_path / "detector.safetensors")
+    shared: dict[str, Any] = {"truth": Truth(annotations=data / "annotations.json"), "timed_images": 1}
+    shared["policy"] = PolicyOptions(policy="random", set=("first_block=1", "shares=0.5"))
+    curve = (f"small={detector}@32,64",)
+    result = swept(detector, data, (0.5,), tmp_path / "two", field="shares", smaller=curve, **shared)
+    points = [point for point in result["points"] if point["model"] == "small"]
+    assert [point["value"] for point in points] == [64.0, 32.0]
+    assert points[0]["gflops"] > points[1]["gflops"] and all(point["keep"] == [1.0] * 4 for point in points)
+    for wrong in ("small", f"small={detector}", f"small={detector}@big"):
+        refused("--also|--smaller", swept, detector, data, (0.5,), tmp_path, field="shares", smaller=(wrong,), **shared)
+
+
 @pytest.mark.usefixtures("evaluated")
 def test_the_command_ends_with_json(data: Path, exits: Path, tmp_path: Path, command: Callable[..., Any]):
     common = ["sweep", exits, "--images", data / "images", "--labels", data / "labels", "--limit", 1]

@@ -8,7 +8,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from sievit.files import digest, held, write_atomically
 from sievit.measure.clock import in_turns, median_and_p95
 from sievit.models.base import Model
 from sievit.models.build import load, model_file
-from sievit.policies import KeepAllConfig, PolicyConfig, PolicyOptions, chosen_policy
+from sievit.policies import KeepAllConfig, PolicyOptions, chosen_policy
 from sievit.report.plot import draw_curves
 from sievit.tasks import Task, task_of
 from sievit.text import read_json
@@ -51,6 +51,7 @@ def sweep(
     out: Path = Path("out/sweep"),
     name: str | None = None,
     also: tuple[str, ...] = (),
+    smaller: tuple[str, ...] = (),
     limit: Count | None = None,
     batch_size: Count = 1,
     timed_images: Natural = 16,
@@ -71,6 +72,8 @@ def sweep(
         out: folder for table, JSON and plot.
         name: of the model's curve in table and plot; by default the policy's.
         also: further checkpoints as curves of their own: NAME=CHECKPOINT, or NAME=CHECKPOINT@0.9,0.95.
+        smaller: dense models on smaller images, as curves to compare with: NAME=CHECKPOINT@322,448 resizes images to
+            these short edges in pixels.
         limit: only the first so many images.
         batch_size: images that go through the network together.
         timed_images: so many images are timed, by all in turns.
@@ -80,14 +83,15 @@ def sweep(
     shared: dict[str, Any] = {"images": images, "truth": truth, "policy": policy, "field": field}
     shared["device"] = pick_device(device)
     curves = [_curve(name, model, values, **shared), *(_curve(*_parsed(text, values), **shared) for text in also)]
+    curves += [_by_size(text, images, truth, shared["device"]) for text in smaller]
     if len({curve.name for curve in curves}) < len(curves):
-        raise ConfigError(f"--also: two curves of one name among {', '.join(curve.name for curve in curves)}")
+        raise ConfigError(f"two curves of one name among {', '.join(curve.name for curve in curves)}; give others")
     settings = to_json({"images": images, **vars(truth), **vars(policy)}) | {"device": device_name(shared["device"])}
     settings |= {"field": curves[0].field, "limit": limit, "batch_size": batch_size}
     task = task_of(curves[0].model.config)
     with held(out):
         table = _Points(out, settings, {curve.name: curve.digest for curve in curves}, task)
-        jobs = [(curve, value) for curve in curves for value in curve.policies]
+        jobs = [(curve, value) for curve in curves for value in curve.changes]
         done = [job for job in jobs if table.has(job[0].name, job[1])]
         if done:
             console.print(f"{len(done)} of {len(jobs)} points are in {out / 'sweep.json'} already")
@@ -103,18 +107,18 @@ def sweep(
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """A model and its policy at each value of the field; None is the dense model."""
+    """A model, and what is changed of its configuration at each value of the field; None is the dense model."""
 
     name: str
     model: Model
     digest: str
     data: ImageDataset
     field: str
-    policies: dict[Value, PolicyConfig]
+    changes: dict[Value, dict[str, Any]]
 
     def at(self, value: Value) -> Model:
-        """The model with the policy of a value."""
-        return self.model.with_config(policy=self.policies[value])
+        """The model of a value."""
+        return self.model.with_config(**self.changes[value])
 
 
 def _curve(
@@ -143,12 +147,29 @@ def _curve(
         raise ConfigError(
             f"{path}: which values of its policy {kind_of(own)!r}? Give --field and --values, or another --policy"
         )
-    of_values: dict[Value, PolicyConfig] = {None: KeepAllConfig()} if with_dense else {}
+    of_values: dict[Value, dict[str, Any]] = {None: {"policy": KeepAllConfig()}} if with_dense else {}
     for value in sorted({_number(str(text)) for text in values or texts}, key=_order):
-        of_values[value] = chosen_policy(own, PolicyOptions(set=(f"{field}={value}",)))
-        model.new_policy(of_values[value])  # raises now where the value does not fit
+        changed = chosen_policy(own, PolicyOptions(set=(f"{field}={value}",)))
+        model.new_policy(changed)  # raises now where the value does not fit
+        of_values[value] = {"policy": changed}
     name = name or (policy.policy or kind_of(own) or type(own).__name__).rpartition(":")[2]
     return Curve(name, model, digest(path), task_of(model.config).open(images, truth), field, of_values)
+
+
+def _by_size(text: str, images: Path, truth: Truth, device: torch.device) -> Curve:
+    """The curve of `NAME=CHECKPOINT@EDGE,EDGE,...`: the dense model on images of these short edges."""
+    name, path, edges, with_dense = _parsed(text, ())
+    model = load(model_file(path), policy=PolicyOptions(policy="keep_all"), device=device)
+    given = model.config.input
+    if with_dense or not all(edge.isdigit() and int(edge) for edge in edges):
+        raise ConfigError(f"--smaller {text!r}: write NAME=CHECKPOINT@322,448, short edges in pixels")
+    if given.min_size is None:
+        raise ConfigError(f"--smaller {text!r}: the model takes images at the size that they have")
+    changes: dict[Value, dict[str, Any]] = {}
+    for edge in sorted(map(int, edges), reverse=True):
+        longest = -(-given.max_size * edge // given.min_size)
+        changes[float(edge)] = {"input": replace(given, min_size=edge, max_size=longest)}
+    return Curve(name, model, digest(model_file(path)), task_of(model.config).open(images, truth), "min_size", changes)
 
 
 def _parsed(text: str, values: Sequence[str]) -> tuple[str, Path, Sequence[str], bool]:
@@ -156,7 +177,7 @@ def _parsed(text: str, values: Sequence[str]) -> tuple[str, Path, Sequence[str],
     name, equals, rest = text.partition("=")
     path, at, own = rest.partition("@")
     if not (name and equals and path and (own or not at)):
-        raise ConfigError(f"--also {text!r}: write NAME=CHECKPOINT, or NAME=CHECKPOINT@0.9,0.95")
+        raise ConfigError(f"--also or --smaller {text!r}: write NAME=CHECKPOINT, or NAME=CHECKPOINT@0.9,0.95")
     return name, Path(path), own.split(",") if at else values, not at
 
 
