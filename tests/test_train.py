@@ -32,11 +32,23 @@ from sievit.models.build import build, load, save
 from sievit.models.detector import Detector, DetectorConfig
 from sievit.models.inputs import InputConfig
 from sievit.necks.adapter import AdapterConfig
+from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import KeepAllConfig, SViTConfig, register
 from sievit.policies.selection import SharesConfig, SharesPolicy
 from sievit.tasks.detection import CocoData
 from sievit.tokens import Tokens, Trace
-from tiny import coco_data, count, killed_at, refused, stopping_at, tiny_detector, tiny_head, tiny_segmenter, tiny_vit
+from tiny import (
+    assert_same_weights,
+    coco_data,
+    count,
+    killed_at,
+    refused,
+    stopping_at,
+    tiny_detector,
+    tiny_head,
+    tiny_segmenter,
+    tiny_vit,
+)
 
 MODEL = tiny_detector(
     vit=tiny_vit(drop_path_rate=0.1),
@@ -391,6 +403,13 @@ def test_sparse_training_starts_from_dense(tmp_path: Path):
     save(sparse, tmp_path / "sparse.safetensors")
     start_from(dense, tmp_path / "sparse.safetensors")  # the gates are left out
     other = build(replace(MODEL, head=replace(MODEL.head, box=BoxConfig(fc=24))))
+    shallow = build(replace(MODEL, vit=replace(MODEL.vit, depth=3), neck=PyramidConfig(8), policy=KeepAllConfig()))
+    deep = build(replace(MODEL, neck=PyramidConfig(8), policy=KeepAllConfig()))
+    save(deep, tmp_path / "deep.safetensors")
+    assert start_from(shallow, tmp_path / "deep.safetensors") == ()
+    assert_same_weights(shallow.vit.blocks[2], deep.vit.blocks[2])
+    save(shallow, tmp_path / "shallow.safetensors")
+    refused(r"another model.*blocks\.3", start_from, deep, tmp_path / "shallow.safetensors")
     refused(r"another model.*box_head", start_from, other, tmp_path / "dense.safetensors")
     refused("no such file", start_from, other, tmp_path / "nowhere.safetensors")
 

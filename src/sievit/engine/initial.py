@@ -27,7 +27,7 @@ def start_from(model: Model, path: Path) -> tuple[str, ...]:
     """Load the weights of a checkpoint or run, and return the names of those that stay new.
 
     New are those of the policy unless the checkpoint has them, and the rows for classes where its classes are others.
-    Optional parts that this model does not have are left out.
+    Optional parts that this model does not have are left out, and the last blocks where its ViT has fewer.
 
     Raises:
         ConfigError: no such file, or other weights that are missing or do not fit.
@@ -36,7 +36,12 @@ def start_from(model: Model, path: Path) -> tuple[str, ...]:
     config, tensors = read(file)
     state = model.state_dict()
     absent = tuple(part for part in model.optional if not any(name.startswith(part) for name in state))
-    tensors = {k: v for k, v in tensors.items() if k in state or not (of_policy(k) or k.startswith(absent))}
+    deeper = tuple(f"vit.blocks.{i}." for i in range(model.config.vit.depth, config.vit.depth))
+    tensors = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in state or not (of_policy(name) or name.startswith(absent) or any(part in name for part in deeper))
+    }
     counts = len(config.classes), len(model.config.classes)
     new = {k for k in state.keys() & tensors.keys() if _rows_of_classes(tensors[k].shape, state[k].shape, counts)}
     new |= {name for name in state.keys() - tensors.keys() if of_policy(name)}
