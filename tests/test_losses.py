@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sievit.losses import ATMLossConfig, atm_loss, balanced, pixel_loss
+from sievit.losses import ATMLossConfig, PixelLossConfig, atm_loss, balanced, pixel_loss
 
 K = 4
 IGNORED = 255
@@ -137,7 +137,7 @@ def test_pixel_loss_is_the_mean_over_known_pixels() -> None:
 def test_the_cross_entropy_of_the_scores_that_decide() -> None:
     labels = random_labels(height=16, width=24)
     classes, maps = (value.detach() for value in inputs(labels))
-    config = ATMLossConfig(pixel_weight=3.0, balance=0.5)
+    config = ATMLossConfig(pixel_weight=3.0, pixel=PixelLossConfig(balance=0.5, stride=4))
     maps = maps[..., :2, :3]  # a token of eight pixels; of four pixels one is looked at
     got = float(atm_loss(classes, maps, labels, config=config)["pixel"])
     scores = classes.softmax(-1)[..., :1, None] * maps.sigmoid()

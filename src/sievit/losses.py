@@ -3,7 +3,7 @@
 Letters: b images, k classes, (h, w) a grid of tokens, (H, W) pixels of the labels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -11,11 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from sievit.config import Config, NonNegative, Share
+from sievit.config import Config, Count, NonNegative, Share
 from sievit.distributed import global_sum, world_size
 
-COARSE = 4
-"""Pixels along a side of which the cross-entropy of an attention-to-mask head looks at one."""
+
+@dataclass(frozen=True)
+class PixelLossConfig(Config):
+    """The cross-entropy of the pixels.
+
+    Attributes:
+        balance: a class counts by its share of the batch's pixels to the power of minus this: 0 leaves frequent classes
+            their weight, 1 gives all classes the same. Rare classes are then learnt in hundreds of steps.
+        stride: of so many pixels along a side one is looked at.
+    """
+
+    balance: Share = 0.0
+    stride: Count = 1
 
 
 @dataclass(frozen=True)
@@ -26,10 +37,8 @@ class ATMLossConfig(Config):
         class_weight, mask_weight, dice_weight: of the three terms.
         no_object: weight of classes that are not in the image, in the classification.
         alpha, gamma: of the focal loss on the masks.
-        pixel_weight: of a fourth term that SegViT does not have, the cross-entropy of the scores that decide, the
-            products of presence and mask. It teaches rare classes in hundreds of steps instead of many thousands.
-        balance: in that term a class counts by its share of the batch's pixels to the power of minus this: 0 leaves
-            frequent classes their weight, 1 gives all classes the same.
+        pixel_weight, pixel: of a fourth term that SegViT does not have, the cross-entropy of the scores that decide,
+            which are products of presence and mask.
         ignored: what pixels without a label are: left out, or `background` of every mask, as in the released code.
     """
 
@@ -40,7 +49,7 @@ class ATMLossConfig(Config):
     alpha: Share = 0.25
     gamma: NonNegative = 2.0
     pixel_weight: NonNegative = 0.0
-    balance: Share = 0.5
+    pixel: PixelLossConfig = field(default_factory=PixelLossConfig)
     ignored: Literal["excluded", "background"] = "excluded"
 
 
@@ -76,9 +85,8 @@ def atm_loss(
     losses |= {"mask": config.mask_weight * mask, "dice": config.dice_weight * dices}
     if config.pixel_weight:
         scores = F.log_softmax(classes.float(), -1)[..., :1, None] + F.logsigmoid(maps.float())
-        coarse = labels[:, COARSE // 2 :: COARSE, COARSE // 2 :: COARSE]
-        weights = balanced(coarse, classes.shape[1], ignore_index=ignore_index, power=config.balance)
-        losses["pixel"] = config.pixel_weight * pixel_loss(scores, coarse, ignore_index=ignore_index, weights=weights)
+        pixels = pixel_loss(scores, labels, ignore_index=ignore_index, config=config.pixel)
+        losses["pixel"] = config.pixel_weight * pixels
     return losses
 
 
@@ -112,14 +120,20 @@ def dice(logits: Tensor, target: Tensor, counted: Tensor) -> Tensor:
     return 1 - (2 * (p * target).sum(1) + 1) / (p.sum(1) + target.sum(1) + 1)
 
 
-def pixel_loss(logits: Tensor, labels: Tensor, *, ignore_index: int = 255, weights: Tensor | None = None) -> Tensor:
+def pixel_loss(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = 255, config: PixelLossConfig | None = None
+) -> Tensor:
     """Cross-entropy, the mean over the labelled pixels of the batch, of all processes.
 
     Args:
         logits: (b, k, h, w), resized to the labels bilinearly.
         labels: (b, H, W) int64, values 0..k-1 or `ignore_index`.
-        weights: (k,) of the pixels of each class.
     """
+    config = config or PixelLossConfig()
+    labels = labels[:, config.stride // 2 :: config.stride, config.stride // 2 :: config.stride]
+    weights = None
+    if config.balance:
+        weights = balanced(labels, logits.shape[1], ignore_index=ignore_index, power=config.balance)
     resized = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
     total = F.cross_entropy(resized, labels, weights, ignore_index=ignore_index, reduction="sum")
     known = global_sum((labels != ignore_index).sum().float()) / world_size()

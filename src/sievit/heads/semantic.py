@@ -4,7 +4,7 @@ Letters: b images, n = h*w grid tokens, t packed tokens, c channels, k classes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from sievit.config import Config, ConfigError, variants
-from sievit.losses import pixel_loss
+from sievit.losses import PixelLossConfig, pixel_loss
 from sievit.tokens import Prediction, Tokens
 from sievit.vit.packed import Packing, unpack
 
@@ -23,9 +23,18 @@ class SemanticHeadConfig(Config):
     """Base of every semantic head's configuration."""
 
 
+@dataclass(frozen=True)
+class PixelHeadConfig(SemanticHeadConfig):
+    """Base of the heads that learn from the cross-entropy of the pixels."""
+
+    loss: PixelLossConfig = field(default_factory=PixelLossConfig, kw_only=True)
+
+
 class SemanticHead(nn.Module):
     """A head behind some block: tokens to a `Prediction`."""
 
+    pixel_loss: PixelLossConfig = PixelLossConfig()
+    """Of `losses`."""
     scale: int = 1
     """Predictions per token and side of an image."""
 
@@ -40,7 +49,7 @@ class SemanticHead(nn.Module):
     ) -> dict[str, Float[Tensor, ""]]:
         """Weighted losses by name, for labels (b, H, W) of the whole canvas."""
         fine = prediction.fine if prediction.fine is not None else prediction.maps.unflatten(2, grid)
-        return {"pixel": pixel_loss(fine, labels, ignore_index=ignore_index)}
+        return {"pixel": pixel_loss(fine, labels, ignore_index=ignore_index, config=self.pixel_loss)}
 
     def macs(self, tokens: Num[Tensor, " b"], grid: tuple[int, int]) -> Float[Tensor, " b"]:
         """Multiply-adds for (b,) tokens of a canvas of `grid`."""
@@ -93,7 +102,10 @@ def build_head(config: SemanticHeadConfig, *, embed_dim: int, num_classes: int) 
     """The head that `config` describes, with random weights."""
     if type(config) not in _HEADS:
         raise ConfigError(f"no head is registered for {type(config).__name__} (known: {', '.join(semantic_heads())})")
-    return _HEADS[type(config)](config, embed_dim=embed_dim, num_classes=num_classes)
+    head = _HEADS[type(config)](config, embed_dim=embed_dim, num_classes=num_classes)
+    if isinstance(config, PixelHeadConfig):
+        head.pixel_loss = config.loss
+    return head
 
 
 def semantic_heads() -> dict[str, type[SemanticHeadConfig]]:

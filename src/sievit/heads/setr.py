@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from sievit.config import Count, Rate, variant
 from sievit.distributed import world_size
 from sievit.heads.semantic import (
+    PixelHeadConfig,
     SemanticHead,
-    SemanticHeadConfig,
     TokenHead,
     extents,
     register_head,
@@ -25,7 +25,7 @@ from sievit.tokens import Prediction, Tokens
 
 @variant("linear")
 @dataclass(frozen=True)
-class LinearConfig(SemanticHeadConfig):
+class LinearConfig(PixelHeadConfig):
     """One linear layer per token (Segmenter's linear decoder, arXiv 2105.05633), behind a layer norm."""
 
 
@@ -49,7 +49,7 @@ class Linear(TokenHead):
 
 @variant("mlp")
 @dataclass(frozen=True)
-class MLPConfig(SemanticHeadConfig):
+class MLPConfig(PixelHeadConfig):
     """An MLP per token, DToP's stand-in for SETR's convolutions.
 
     Attributes:
@@ -81,7 +81,7 @@ class MLP(TokenHead):
 
 @variant("setr_naive")
 @dataclass(frozen=True)
-class SETRNaiveConfig(SemanticHeadConfig):
+class SETRNaiveConfig(PixelHeadConfig):
     """SETR-naive: a 1x1 convolution, batch norm, ReLU, up-sampling, and a classifying 1x1 convolution.
 
     Attributes:
@@ -120,7 +120,7 @@ class SETRNaive(TokenHead):
 
 @variant("setr_pup")
 @dataclass(frozen=True)
-class SETRPUPConfig(SemanticHeadConfig):
+class SETRPUPConfig(PixelHeadConfig):
     """SETR-PUP: 3x3 convolutions, each followed by up-sampling by two.
 
     Attributes:

@@ -53,7 +53,7 @@ SETS = {
         images="images/val",
         labels="labels/val",
         annotations="annotations/instances_val.json",
-        models={"detection": "facade_svit", "segmentation": "facade_segvit_dtop"},
+        models={"detection": "facade_svit", "segmentation": "facade_setr_dtop"},
         num_images=32,
     ),
     "nuclei": Shown(
