@@ -19,7 +19,7 @@ $(READY): pyproject.toml uv.lock
 	@UV="$(UV)" PYTHON3="$(PYTHON3)" sh scripts/setup.sh
 	@touch $@
 
-demo: $(READY)  ## find nuclei in images, dense against sparse: pictures in out/demo, a table, one JSON line
+demo: $(READY)  ## photographs and nuclei, dense against sparse: pictures in out/demo, tables, one JSON line
 	@$(BIN)/sievit demo --out out/demo $(ARGS)
 
 test: lint  ## lint, types and tests

@@ -193,7 +193,7 @@ def test_shipped_models_are_found_by_name(detector, tmp_path, monkeypatch, comma
     (tmp_path / "models").mkdir()
     sievit.save(detector, tmp_path / "models/balls.safetensors")
     monkeypatch.chdir(tmp_path)
-    assert {"balls", "nuclei_vit", "nuclei_svit", "nuclei_segvit", "nuclei_segvit_dtop"} <= shipped().keys()
+    assert {"balls", "facade_svit", "facade_setr_dtop", "nuclei_svit"} <= shipped().keys()
     monkeypatch.setenv("SIEVIT_MODELS", str(tmp_path / "models"))
     assert shipped().keys() == {"balls"}
     for load in (sievit.load, Detector.from_pretrained):

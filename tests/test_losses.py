@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sievit.heads import LinearConfig, MLPConfig, SETRNaiveConfig
+from sievit.heads.semantic import PixelHeadConfig, build_head
 from sievit.losses import ATMLossConfig, PixelLossConfig, atm_loss, balanced, pixel_loss
+from sievit.tokens import Prediction
 
 K = 4
 IGNORED = 255
@@ -157,3 +160,15 @@ def test_balanced_weights() -> None:
     weights = balanced(labels, 4, ignore_index=IGNORED, power=1.0)
     torch.testing.assert_close(weights * torch.tensor([6, 2, 1, 1]) / 9, torch.tensor([1 / 3, 1 / 3, 0, 1 / 3]))
     assert not balanced(torch.full((1, 4), IGNORED), 4, ignore_index=IGNORED, power=0.5).any()
+
+
+@pytest.mark.parametrize("config", [LinearConfig, MLPConfig, SETRNaiveConfig])
+def test_token_heads_have_the_loss_of_their_configuration(config: type[PixelHeadConfig]) -> None:
+    labels = random_labels(height=16, width=16)
+    prediction = Prediction(torch.randn(3, K, 16))
+    given = {}
+    for loss in (PixelLossConfig(), PixelLossConfig(balance=1.0, stride=4)):
+        head = build_head(config(loss=loss), embed_dim=8, num_classes=K)
+        given[loss] = float(head.losses(prediction, (4, 4), labels, IGNORED)["pixel"])
+        assert given[loss] == float(pixel_loss(prediction.maps.unflatten(2, (4, 4)), labels, config=loss))
+    assert len(set(given.values())) == 2

@@ -159,6 +159,13 @@ def test_nuclei_are_read(data_root: Path):
     assert default_data_root() is not None
 
 
+def test_photographs_are_read(data_root: Path):
+    for name in ("facade_vit", "facade_setr"):
+        train, val = open_data(recipe(name))
+        assert (len(train), len(val)) == (418, 90)
+        assert train[0][0].shape == (3, *getattr(recipe(name).data, "augment").crop)  # noqa: B009
+
+
 def test_data_and_recipes_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SIEVIT_DATA", str(tmp_path / "gone"))
     refused(r"gone: no such folder of data; give --data-root, or set SIEVIT_DATA", open_data, recipe("nuclei_vit"))

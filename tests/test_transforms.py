@@ -391,6 +391,21 @@ def test_crops_of_a_single_class_are_drawn_again_but_not_for_ever():
     assert all(crop.unique().tolist() == [255] for crop in crops_of(torch.full((50, 50), 255), 0.75))
 
 
+def test_crops_of_a_rare_class():
+    labels = torch.zeros(60, 80, dtype=torch.uint8)
+    labels[3:5, 70:72] = 1
+    labels[50:, :] = 255
+    often = SemanticAugment(replace(PLAIN_LABELS, crop=(20, 20), class_crops=1.0))
+    never = SemanticAugment(replace(PLAIN_LABELS, crop=(20, 20)))
+    seen = {}
+    for name, augment in (("often", often), ("never", never)):
+        views = (augment.draw_view(labels, torch.Generator().manual_seed(seed)) for seed in range(200))
+        seen[name] = sum(bool((view.labels(labels) == 1).any()) for view in views)
+    assert 0 < seen["never"] < 20 and 70 < seen["often"] < 130, "every second crop, for there are two classes"
+    unknown = torch.full((30, 30), 255, dtype=torch.uint8)
+    assert often.draw_view(unknown, torch.Generator()).size == (20, 20)
+
+
 def test_ignored_pixels_are_not_among_those_that_a_class_fills():
     """In the left half a class fills all that is labelled, though that is little."""
     labels = torch.full((40, 100), 255)

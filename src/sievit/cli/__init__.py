@@ -86,7 +86,7 @@ def _line(name: str) -> str:
 
 
 COMMANDS = {
-    "demo": Command("", "see it: dense against sparse on images of nuclei", "sievit.report:demo"),
+    "demo": Command("", "see it: dense against sparse on photographs", "sievit.report:demo"),
     "train": Command("RECIPE", "train a model, or go on with --resume RUN", "sievit.cli.train:train", raw=True),
     "eval": Command("MODEL", "accuracy, tokens, GFLOPs and latency", "sievit.report:evaluate"),
     "predict": Command(

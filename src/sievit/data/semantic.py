@@ -88,10 +88,10 @@ class SemanticAugment:
     def draw_view(self, labels: Tensor, generator: torch.Generator) -> View:
         """A random view of an image with these labels (h, w)."""
         accept = partial(self._shows_enough, labels) if self.config.cat_max_ratio < 1 else None
+        pixel = None
         if self.config.class_crops and float(torch.rand((), generator=generator)) < self.config.class_crops:
             pixel = self._pixel(labels, generator)
-            accept = accept if pixel is None else partial(_holds, pixel)
-        return draw_view(self.config, (labels.shape[0], labels.shape[1]), generator, accept=accept)
+        return draw_view(self.config, (labels.shape[0], labels.shape[1]), generator, accept=accept, pixel=pixel)
 
     def _pixel(self, labels: Tensor, generator: torch.Generator) -> tuple[int, int] | None:
         """Any pixel (y, x) of any class but the ignored one; None: there is none."""
@@ -110,11 +110,6 @@ class SemanticAugment:
         part = labels[y : y + h : -(-h // _LOOKED_AT), x : x + w : -(-w // _LOOKED_AT)]
         known = part[part != self.ignore_index]
         return len(known) > 0 and int(torch.bincount(known).max()) <= self.config.cat_max_ratio * len(known)
-
-
-def _holds(pixel: tuple[int, int], rect: Rect) -> bool:
-    """Whether a pixel (y, x) lies in a rectangle."""
-    return all(low <= place < low + edge for place, low, edge in zip(pixel, rect[:2], rect[2:], strict=True))
 
 
 def distort(image: Tensor, generator: torch.Generator, *, hue: float = HUE) -> Tensor:

@@ -185,10 +185,12 @@ def draw_view(
     generator: torch.Generator,
     *,
     accept: Callable[[Rect], bool] | None = None,
+    pixel: tuple[int, int] | None = None,
 ) -> View:
     """A random view of an image of `size` (height, width).
 
     Args:
+        pixel: (y, x) of the image, which a crop has to show.
         accept: whether a crop of the image is good enough; after `TRIES` that are not, the next is taken as it is.
     """
     chance = torch.rand(5, generator=generator).tolist()
@@ -199,10 +201,10 @@ def draw_view(
     if config.crop:
         height, width = config.crop[::-1] if transpose else config.crop  # of the crop before it is turned
         crop, whole = (min(height, shape[0]), min(width, shape[1])), rect
-        rect = random_rect(whole, shape, crop, generator)
+        rect = random_rect(whole, shape, crop, generator, pixel=pixel)
         tries = TRIES if accept is not None and crop != shape else 0
         while tries and accept is not None and not accept(rect):
-            rect, tries = random_rect(whole, shape, crop, generator), tries - 1
+            rect, tries = random_rect(whole, shape, crop, generator, pixel=pixel), tries - 1
         shape = crop
     return View(
         rect=rect,
@@ -300,12 +302,23 @@ def _scaled(size: tuple[int, int], short: int, longest: int | None) -> tuple[int
     return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
-def random_rect(rect: Rect, shape: tuple[int, int], crop: tuple[int, int], generator: torch.Generator) -> Rect:
-    """Where in the source a random crop lies, if `rect` of the source is scaled to `shape` and cropped to `crop`."""
+def random_rect(
+    rect: Rect,
+    shape: tuple[int, int],
+    crop: tuple[int, int],
+    generator: torch.Generator,
+    *,
+    pixel: tuple[int, int] | None = None,
+) -> Rect:
+    """Where in the source a random crop lies, if `rect` of the source is scaled to `shape` and cropped to `crop`; with
+    a `pixel` (y, x) of `rect`, any place at which the crop holds it."""
     corner, sides = [], []
-    for low, edge, scaled, cut in zip(rect[:2], rect[2:], shape, crop, strict=True):
+    for axis, (low, edge, scaled, cut) in enumerate(zip(rect[:2], rect[2:], shape, crop, strict=True)):
         side = min(edge, max(1, round(cut * edge / scaled)))
-        corner.append(low + _between(0, edge - side, generator))
+        first, last = low, low + edge - side
+        if pixel is not None:
+            first, last = max(first, pixel[axis] - side + 1), min(last, pixel[axis])
+        corner.append(_between(first, last, generator))
         sides.append(side)
     return corner[0], corner[1], sides[0], sides[1]
 

@@ -75,7 +75,7 @@ LABELS = LabelsData(
 
 TRAIN = TrainConfig(
     vit_from=weights(DINOV2_S),
-    epochs=10,
+    epochs=12,
     batch_size=8,
     lr=2e-4,
     head_lr=5.0,
@@ -87,7 +87,7 @@ TRAIN = TrainConfig(
     clip_norm=1.0,
     ema=0.99,
     precision="bf16-mixed",
-    val_every=10,
+    val_every=4,
     workers=0,
 )
 
@@ -126,15 +126,16 @@ ADAPTER = replace(DENSE, model=replace(DETECTOR, neck=AdapterConfig(deform_num_h
 DENSE_LABELS = Recipe(model=SEGMENTER, data=LABELS, train=TRAIN)
 SEGVIT = replace(SEGMENTER, head=ATMConfig(channels=192, num_heads=3, loss=ATMLossConfig(pixel_weight=2.0, pixel=RARE)))
 DENSE_SEGVIT = replace(DENSE_LABELS, model=SEGVIT)
-SVIT: dict[str, Any] = {"policy": SViTConfig(noise=0.0), "epochs": 2, "policy_lr": 10.0}
-DTOP = DToPConfig(thresholds=(0.95,))
+SHORT: dict[str, Any] = {"epochs": 2, "val_every": 2, "lr": 1e-4, "warmup_steps": 10, "ema": 0.97}
+SVIT: dict[str, Any] = {"policy": SViTConfig(noise=0.0), "policy_lr": 20.0, **SHORT}
+DTOP: dict[str, Any] = {"policy": DToPConfig(thresholds=(0.95,)), **SHORT}
 ON_PHOTOGRAPHS = "of photographs on DINOv2-S"
 
 RECIPES = {
     **pair("facade_vit", f"detector {ON_PHOTOGRAPHS}, simple pyramid", DENSE, **SVIT, sparse_name="facade_svit"),
     **pair("facade_adapter", f"detector {ON_PHOTOGRAPHS}, ViT-Adapter", ADAPTER, **SVIT),
     **pair("facade_setr", f"segmenter {ON_PHOTOGRAPHS}, SETR", DENSE_LABELS, **SVIT),
-    **pair("facade_setr", f"segmenter {ON_PHOTOGRAPHS}, SETR", DENSE_LABELS, DTOP, epochs=2),
-    "facade_setr_dtop_retrain": Listed(f"DToP {ON_PHOTOGRAPHS}, SETR", with_policy(DENSE_LABELS, DTOP)),
-    **pair("facade_segvit", f"segmenter {ON_PHOTOGRAPHS}, SegViT", DENSE_SEGVIT, DTOP, epochs=2),
+    **pair("facade_setr", f"segmenter {ON_PHOTOGRAPHS}, SETR", DENSE_LABELS, **DTOP),
+    "facade_setr_dtop_retrain": Listed(f"DToP {ON_PHOTOGRAPHS}, SETR", with_policy(DENSE_LABELS, DTOP["policy"])),
+    **pair("facade_segvit", f"segmenter {ON_PHOTOGRAPHS}, SegViT", DENSE_SEGVIT, **DTOP),
 }
