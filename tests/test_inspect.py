@@ -109,7 +109,7 @@ def test_two_models_against_each_other(data: Path, tmp_path: Path, command: Comm
         difference, low, high = figures["differences"][name]
         assert figures[name] == alone[name] and low <= difference <= high
         assert difference == pytest.approx(figures[name] - figures["against"][name], abs=1e-4)
-    assert figures["speedup"] > 0 and "95 % interval" in printed.out
+    assert figures["speedup"] > 0 and "difference (95 %)" in printed.out
     same = command(*start, "--against", sparse).figures
     assert same["differences"]["box_ap"] == [0, 0, 0]
     assert "image by image" in command(*start, "--against", dense, "--batch-size", 2, status=2).err

@@ -54,7 +54,7 @@ SETS = {
         labels="labels/val",
         annotations="annotations/instances_val.json",
         models={"detection": "facade_svit", "segmentation": "facade_setr_dtop"},
-        num_images=32,
+        num_images=24,
     ),
     "nuclei": Shown(
         folder="nuclei",
@@ -62,7 +62,7 @@ SETS = {
         labels="labels",
         annotations="annotations/instances_val.json",
         models={"detection": "nuclei_svit"},
-        num_images=12,
+        num_images=8,
     ),
 }
 
@@ -71,7 +71,7 @@ def demo(
     *,
     out: Path = Path("out/demo"),
     num_images: Count | None = None,
-    pictures: Natural = 6,
+    pictures: Natural = 4,
     data_root: Path | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -82,8 +82,8 @@ def demo(
 
     Args:
         out: folder for the pictures.
-        num_images: at most so many of each data set, evenly spread over its validation set; by default 32 photographs
-            and 12 images of nuclei.
+        num_images: at most so many of each data set, evenly spread over its validation set; by default 24 photographs
+            and 8 images of nuclei.
         pictures: how many images get a picture, per task.
         data_root: folder with facade/ and nuclei/; default the environment's SIEVIT_DATA, else ../shared/data.
         device: cpu, cuda, cuda:1, or auto.
@@ -133,19 +133,21 @@ def comparison(
     dense, sparse = figures["dense"], figures["sparse"]
     intervals = {task.config.figures[name]: limits for name, (_, *limits) in figures["differences"].items()}
     table = Table(title=title, title_justify="left")
-    for column in ("", *names, "difference", "95 % interval"):
+    for column in ("", *names, "difference (95 %)"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for (label, a), (_, b) in zip(task.accuracies(dense), task.accuracies(sparse), strict=True):
         limits = " to ".join(f"{100 * limit:+.1f}" for limit in intervals.get(label, ()))
-        table.add_row(label, f"{100 * a:.1f}", f"{100 * b:.1f}", f"{100 * (b - a):+.1f}", limits)
+        table.add_row(
+            label, f"{100 * a:.1f}", f"{100 * b:.1f}", f"{100 * (b - a):+.1f}" + f" ({limits})" * bool(limits)
+        )
     for label, key in (("GFLOPs", "gflops"), ("ms per image", "ms_per_image")):
         a, b = dense[key], sparse[key]
-        table.add_row(label, f"{a:.2f}", f"{b:.2f}", f"{b / a - 1:+.0%}")
+        table.add_row(label, f"{a:.1f}", f"{b:.1f}", f"{b / a - 1:+.0%}")
     low, high = figures["speedup_quartiles"]
     table.add_row("speed-up", "", f"{figures['speedup']:.2f}x", f"{low:.2f} to {high:.2f}")
     table.add_row("tokens computed", "100%", f"{statistics.fmean(sparse['keep']):.0%}", "")
-    for first in range(0, len(sparse["keep"]), 6):
-        shares = sparse["keep"][first : first + 6]
+    for first in range(0, len(sparse["keep"]), 4):
+        shares = sparse["keep"][first : first + 4]
         table.add_row(f"  blocks {first}-{first + len(shares) - 1}", "", " ".join(f"{s:4.0%}" for s in shares), "")
     return table
 
