@@ -220,15 +220,16 @@ def _table(content: dict[str, Any]) -> Table:
     rows: dict[str, dict[str, list[float]]] = {**content["by_class"], **content["by_size"]}
     blocks = len(next(iter(rows.values()))["keep"]) if rows else 0
     edges = sorted({0, blocks // 3, 2 * blocks // 3, blocks})
-    table = Table(title=f"tokens computed, {content['images']} images", title_justify="left")
     stages = max((len(row.get("left_at", ())) for row in rows.values()), default=0)
-    names = [f"left at {stage}" for stage in range(stages - 1)] + ["never"]
+    names = [f"at {stage}" for stage in range(stages - 1)] + ["never"]
     if not stages:
         names = [f"blocks {low}-{high - 1}" for low, high in pairwise(edges)]
-    for column in ("", *names, "r with GFLOPs"):
+    what = "where tokens left, by stage" if stages else "tokens computed"
+    table = Table(title=f"{what}, {content['images']} images", title_justify="left")
+    for column in ("", *names, "r(GFLOPs)"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, row in rows.items():
         shares = row.get("left_at") or [statistics.fmean(row["keep"][low:high]) for low, high in pairwise(edges)]
-        r, low, high = content["correlation"].get(name, (None, 0, 0))
-        table.add_row(name, *(f"{x:.0%}" for x in shares), "" if r is None else f"{r:+.2f} ({low:+.2f} to {high:+.2f})")
+        r = content["correlation"].get(name)
+        table.add_row(name, *(f"{x:.0%}" for x in shares), f"{r[0]:+.2f}" if r else "")
     return table
