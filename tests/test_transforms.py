@@ -247,6 +247,7 @@ def test_jitter_changes_light_within_bounds():
         (SemanticAugmentConfig, {"base": (0, 512)}, "base is 0"),
         (SemanticAugmentConfig, {"ratio_range": (2.0, 0.5)}, "smallest, largest"),
         (SemanticAugmentConfig, {"ratio_range": (0.0, 0.5)}, r"ratio_range is 0\.0"),
+        (SemanticAugmentConfig, {"class_crops": 0.5}, "class_crops places the crop; give its size"),
         (SemanticAugmentConfig, {"cat_max_ratio": 0.0}, r"cat_max_ratio is 0\.0"),
         (SemanticAugmentConfig, {"hue": 200.0}, r"hue is 200\.0"),
     ],

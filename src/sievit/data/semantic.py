@@ -48,6 +48,8 @@ class SemanticAugmentConfig(ViewConfig):
             raise ConfigError("augmentation: base, scales and zoom all set the size of the image; use one of them")
         if self.base is not None and self.base[0] > self.base[1]:
             raise ConfigError(f"augmentation: base is the (short, long) edge in pixels, not {self.base}")
+        if self.class_crops and self.crop is None:
+            raise ConfigError("augmentation: class_crops places the crop; give its size, crop, too")
         if self.ratio_range[0] > self.ratio_range[1]:
             raise ConfigError(f"augmentation: ratio_range is (smallest, largest) factor, not {self.ratio_range}")
 

@@ -25,11 +25,10 @@ def differences(
         seed: of the draws.
     """
     drawn = np.random.default_rng(seed).integers(images, size=(draws, images))
-    whole = np.arange(images)[None]
-    before, after = first.resampled(drawn), second.resampled(drawn)
-    all_before, all_after = first.resampled(whole), second.resampled(whole)
-    limits = (0.5 - level / 2, 0.5 + level / 2)
-    return {
-        name: [round(float(x), 5) for x in (all_after[name][0] - all_before[name][0], *np.quantile(spread, limits))]
-        for name, spread in ((name, after[name] - before[name]) for name in before)
-    }
+    both = np.concatenate([np.arange(images)[None], drawn])  # each image once, then the draws
+    before, after = first.resampled(both), second.resampled(both)
+    limits, found = (0.5 - level / 2, 0.5 + level / 2), {}
+    for name in before:
+        whole, *spread = after[name] - before[name]
+        found[name] = [round(float(x), 5) for x in (whole, *np.quantile(spread, limits))]
+    return found

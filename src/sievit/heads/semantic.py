@@ -33,8 +33,8 @@ class PixelHeadConfig(SemanticHeadConfig):
 class SemanticHead(nn.Module):
     """A head behind some block: tokens to a `Prediction`."""
 
-    pixel_loss: PixelLossConfig = PixelLossConfig()
-    """Of `losses`."""
+    loss: PixelLossConfig = PixelLossConfig()
+    """Of `losses`; a head with a `PixelHeadConfig` takes it from there."""
     scale: int = 1
     """Predictions per token and side of an image."""
 
@@ -49,7 +49,7 @@ class SemanticHead(nn.Module):
     ) -> dict[str, Float[Tensor, ""]]:
         """Weighted losses by name, for labels (b, H, W) of the whole canvas."""
         fine = prediction.fine if prediction.fine is not None else prediction.maps.unflatten(2, grid)
-        return {"pixel": pixel_loss(fine, labels, ignore_index=ignore_index, config=self.pixel_loss)}
+        return {"pixel": pixel_loss(fine, labels, ignore_index=ignore_index, config=self.loss)}
 
     def macs(self, tokens: Num[Tensor, " b"], grid: tuple[int, int]) -> Float[Tensor, " b"]:
         """Multiply-adds for (b,) tokens of a canvas of `grid`."""
@@ -102,10 +102,7 @@ def build_head(config: SemanticHeadConfig, *, embed_dim: int, num_classes: int) 
     """The head that `config` describes, with random weights."""
     if type(config) not in _HEADS:
         raise ConfigError(f"no head is registered for {type(config).__name__} (known: {', '.join(semantic_heads())})")
-    head = _HEADS[type(config)](config, embed_dim=embed_dim, num_classes=num_classes)
-    if isinstance(config, PixelHeadConfig):
-        head.pixel_loss = config.loss
-    return head
+    return _HEADS[type(config)](config, embed_dim=embed_dim, num_classes=num_classes)
 
 
 def semantic_heads() -> dict[str, type[SemanticHeadConfig]]:

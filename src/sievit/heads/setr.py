@@ -35,6 +35,7 @@ class Linear(TokenHead):
 
     def __init__(self, config: LinearConfig, *, embed_dim: int, num_classes: int) -> None:
         super().__init__()
+        self.loss = config.loss
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.fc = nn.Linear(embed_dim, num_classes)
         nn.init.trunc_normal_(self.fc.weight, std=0.02)
@@ -67,6 +68,7 @@ class MLP(TokenHead):
 
     def __init__(self, config: MLPConfig, *, embed_dim: int, num_classes: int) -> None:
         super().__init__()
+        self.loss = config.loss
         widths = [embed_dim, *[config.hidden_dim] * (config.num_layers - 1), num_classes]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
@@ -99,6 +101,7 @@ class SETRNaive(TokenHead):
 
     def __init__(self, config: SETRNaiveConfig, *, embed_dim: int, num_classes: int) -> None:
         super().__init__()
+        self.loss = config.loss
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.fc1 = nn.Linear(embed_dim, config.channels, bias=False)
         self.bn = BatchNorm2d(config.channels)
@@ -139,6 +142,7 @@ class SETRPUP(SemanticHead):
 
     def __init__(self, config: SETRPUPConfig, *, embed_dim: int, num_classes: int) -> None:
         super().__init__()
+        self.loss = config.loss
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         widths = [embed_dim, *[config.channels] * config.num_convs]
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(widths))

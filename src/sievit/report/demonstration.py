@@ -20,7 +20,7 @@ from sievit.files import write_atomically, write_png
 from sievit.hub.fetch import REPOSITORY
 from sievit.models.base import Model
 from sievit.models.build import load
-from sievit.policies import PolicyOptions
+from sievit.policies import KeepAllConfig
 from sievit.report.figures import answer_figure, answer_note
 from sievit.tasks import Task, task_of
 from sievit.text import read_json
@@ -106,8 +106,8 @@ def demo(
             "segmentation": Truth(labels=root / shown.labels, names=listing),
         }
         for task, name in shown.models.items():
-            every = PolicyOptions(policy="keep_all")
-            sparse, dense = load(name, device=where), load(name, policy=every, device=where)
+            sparse = load(name, device=where)
+            dense = sparse.with_config(policy=KeepAllConfig())
             data = task_of(dense.config).open(root / shown.images, truths[task])
             line = f"{task}, {title}: {name}, {len(data)} images, one at a time, {device_name(where)}"
             part = demonstrate(dense, sparse, data, out / title / task, title=line, pictures=pictures)
