@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
@@ -13,6 +14,7 @@ from sievit.config import ConfigError
 from sievit.data.dataset import collate
 from sievit.engine.recipe import TrainConfig
 from sievit.models.base import Model
+from sievit.tokens import Trace
 from sievit.vit import Execution
 
 Samples = tuple[list[Tensor], list[dict[str, Any]]]
@@ -34,12 +36,13 @@ class Losses(nn.Module):
     """The module that is trained: a batch to losses by name, and the kept share per block.
 
     Args:
-        teacher: the dense model, for a policy whose loss compares with it; it is not trained.
+        teacher: the dense model, for losses that compare with it; it is not trained.
+        distill: weight of `features_loss`.
     """
 
-    def __init__(self, model: Model, teacher: Model | None = None) -> None:
+    def __init__(self, model: Model, teacher: Model | None = None, distill: float = 0.0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.distill = model, distill
         self._teacher = [] if teacher is None else [teacher]  # in a list, so that its weights are none of this module's
 
     def forward(self, batch: Batch, *, selected: bool = False) -> tuple[dict[str, Tensor], Tensor]:
@@ -52,6 +55,8 @@ class Losses(nn.Module):
         execution = Execution(mode="selected" if selected else "auto")
         output = self.model(batch.images, batch.targets, execution=execution, teacher=dense)
         losses, trace = dict(output.losses), output.trace
+        if dense is not None and self.distill:
+            losses["distill"] = self.distill * features_loss(trace, dense)
         if selected:
             # blocks without a token get gradients of zero, not none: those of another process may have some
             idle = [b for b, n in zip(self.model.vit.blocks, trace.counts().sum(1).tolist(), strict=True) if not n]
@@ -59,6 +64,15 @@ class Losses(nn.Module):
             for parameter in (p for block in idle for p in block.parameters()):
                 losses[name] = losses[name] + 0 * parameter.sum()
         return losses, trace.shares().mean(1)
+
+
+def features_loss(trace: Trace, dense: Trace) -> Tensor:
+    """1 - cosine of the features after the last block and those of the dense model, mean over the tokens that stand on
+    an image and have not left for good."""
+    assert trace.tokens is not None and dense.tokens is not None, "of a pass of training"
+    alike = F.cosine_similarity(trace.tokens.patches.float(), dense.tokens.patches.float(), dim=2)
+    weight = (trace.valid & ~trace.exited[-1] if trace.exited else trace.valid).float()
+    return ((1 - alike) * weight).sum() / weight.sum().clamp(min=1)
 
 
 class EpochBatches(Sampler[list[int]]):

@@ -19,7 +19,7 @@ from sievit.distributed import gathered, world_size
 from sievit.engine.batches import leave_signals_to_parent, loading
 from sievit.engine.bootstrap import differences
 from sievit.models.base import Answer, Model
-from sievit.tasks import task_of
+from sievit.tasks import Metric, task_of
 
 
 class _Records:
@@ -90,6 +90,7 @@ def evaluate(
     precision: str = "32-true",
     workers: int = 0,
     skip_failures: bool = False,
+    metric: Metric | None = None,
     console: Console | None = None,
     title: str = "evaluating",
 ) -> dict:
@@ -100,6 +101,7 @@ def evaluate(
         precision: "32-true", or "bf16-mixed" or "16-mixed" for automatic mixed precision.
         workers: processes that load images; 0 loads in this one.
         skip_failures: go on without images that cannot be used; the figures then hold `failures`, what is wrong.
+        metric: a new one of the task, for a caller that asks it for more; by default one of its own.
         console: where the progress bar goes; None for none.
 
     Returns:
@@ -116,7 +118,7 @@ def evaluate(
     rank = dist.get_rank() if world_size() > 1 else 0
     part = _Part(dataset, rank, total, world_size(), skip=skip_failures)
     loader = DataLoader(part, batch_size, collate_fn=list, num_workers=workers, worker_init_fn=leave_signals_to_parent)
-    metric, records, failures = task_of(model.config).metric(dataset), _Records(), []
+    metric, records, failures = metric or task_of(model.config).metric(dataset), _Records(), []
     batches: Iterable[Any] = loading(loader)
     batches = terminal.track(batches, title, total=len(loader), console=console)
     training = model.training

@@ -8,6 +8,7 @@ from sievit.config import ConfigError
 from sievit.convert.keys import load_strictly
 from sievit.convert.pth import read_checkpoint
 from sievit.convert.timm import from_timm, timm_state
+from sievit.engine.recipe import TrainConfig
 from sievit.hub.file import load_weights, of_policy
 from sievit.models.base import Model
 from sievit.models.build import load, model_file, read
@@ -59,13 +60,15 @@ def _rows_of_classes(theirs: torch.Size, ours: torch.Size, counts: tuple[int, in
     return any((theirs[0], ours[0]) == tuple(each * (count + more) for count in counts) for each, more in rows)
 
 
-def dense_teacher(policy: Policy, path: Path | None, device: torch.device | str = "cpu") -> Model | None:
-    """The dense model of `path`, fixed, for a policy whose loss compares with it; None for all others."""
-    if not policy.needs_teacher:
+def dense_teacher(policy: Policy, config: TrainConfig, device: torch.device | str = "cpu") -> Model | None:
+    """The dense model that training starts from, fixed, for `distill` and policies whose loss compares with it; None
+    where nothing does."""
+    if not (policy.needs_teacher or config.distill):
         return None
-    if path is None:
-        raise ConfigError(f"{type(policy).__name__} learns from the dense model; name it with train.init-from")
-    teacher = load(path, policy="keep_all", compile=False).requires_grad_(False)
+    if config.init_from is None:
+        who = type(policy).__name__ if policy.needs_teacher else "train.distill"
+        raise ConfigError(f"{who} learns from the dense model; name it with train.init-from")
+    teacher = load(config.init_from, policy="keep_all", compile=False).requires_grad_(False)
     teacher.policy.train()  # so that its trace holds the tokens at the end of the pass
     return teacher.to(device)
 

@@ -32,6 +32,8 @@ class TrainConfig(Config):
             from the end of the warm-up on.
         clip_norm: largest norm of the gradients.
         ema: decay of the averaged weights that are validated and saved; 0 for none.
+        distill: weight of a loss that holds the features after the last block to those of the dense model that training
+            starts from: 1 - cosine, mean over the tokens that have not left. Any policy can be trained with it.
         selected_after: steps in which blocks compute every token and mask those that the gates leave out; from then on
             they compute the selected tokens alone, and gates learn from those. None: mask to the end. For policies
             with gates (SViT); others are trained as ever.
@@ -68,6 +70,7 @@ class TrainConfig(Config):
     """Weight decay on norms, biases and positions too."""
     clip_norm: Positive | None = None
     ema: Rate = 0.0
+    distill: NonNegative = 0.0
     selected_after: Natural | None = None
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     loss_scale: Positive = 512.0

@@ -169,7 +169,7 @@ class _Run:
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         optimizer = build_optimizer(self.model, config)
-        losses = Losses(self.model, dense_teacher(self.model.policy, config.init_from, fabric.device))
+        losses = Losses(self.model, dense_teacher(self.model.policy, config, fabric.device), config.distill)
         self.losses, self.optimizer = fabric.setup(losses, optimizer)
         self.average = Average(self.model, config.ema) if config.ema else None
         self.batches = EpochBatches(len(train_set), config, rank=fabric.global_rank, processes=fabric.world_size)

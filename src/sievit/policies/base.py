@@ -9,7 +9,7 @@ Letters: b images, n grid tokens, p prefix tokens, d channels per head.
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
@@ -64,10 +64,17 @@ class BlockRange:
 
 @dataclass(frozen=True)
 class PolicyConfig(Config):
-    """Base of every policy's configuration; each policy file has one, registered under the policy's name."""
+    """Base of every policy's configuration; each policy file has one, registered under the policy's name.
+
+    Attributes:
+        rejoin: all tokens take part in the last block again, with the values that they have by then, and tokens without
+            a place on the grid are gone (last-layer fusion of Token Cropr, arXiv 2412.00965). Goes with any policy.
+    """
 
     swept: ClassVar[tuple[str, tuple[Any, ...]] | None] = None
     """The field that a sweep varies where none is named, and its values."""
+
+    rejoin: bool = field(default=False, kw_only=True)
 
 
 class Policy(nn.Module):
@@ -114,6 +121,10 @@ class Policy(nn.Module):
     def decides_inside(self, index: int) -> bool:
         """Whether it decides between the attention and the MLP of block `index`."""
         return False
+
+    def rejoins_at(self, index: int) -> bool:
+        """Whether all tokens come back before block `index`, whatever it decides there."""
+        return index == self.depth - 1 and self.config.rejoin
 
     def after_piece(self, tokens: Tokens, trace: Trace) -> Tokens:
         """The canvas with its grid tokens whole, after a piece of the loop, for whatever reads it: adapters, heads."""

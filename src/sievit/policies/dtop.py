@@ -28,8 +28,7 @@ class DToPConfig(PolicyConfig):
         grade: what is compared: `max`, the score of the best class; `margin`, its distance to the second; `entropy`,
             one minus the entropy of the scores over its largest value.
         preserve: tokens that left stay visible to the others, as keys and values, with the features they left with.
-        rejoin: before the last block all tokens come back, and the last head judges all of them (Token Cropr's
-            last-layer fusion).
+        rejoin: as of every policy; the last head then judges all tokens.
         static_left: static counts: after each auxiliary head this share of an image's tokens is gone, those with the
             highest grades, the `keep_per_class` best of each class last; the thresholds are not used in
             inference, and no shape depends on what is in the image. A head at which no further token leaves is skipped.
@@ -42,7 +41,6 @@ class DToPConfig(PolicyConfig):
     keep_per_class: Natural = 5
     grade: Literal["max", "margin", "entropy"] = "max"
     preserve: bool = False
-    rejoin: bool = False
     static_left: tuple[Rate, ...] | None = None
     multiple: Count = 1
 
@@ -95,24 +93,20 @@ class DToP(Policy):
         self.depth = depth
 
     def decides_at(self, index: int) -> bool:
-        return index == 0 or index - 1 in self.heads or (self.config.rejoin and index == self.depth - 1)
+        return index == 0 or index - 1 in self.heads
 
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         if index == 0:
             return tokens.select(None), {}
-        aux, rejoin = {}, self.config.rejoin and index == self.depth - 1
         if index - 1 not in self.heads:
-            pass  # the choice stands
-        elif self.config.static_left is not None and not self.training:
-            tokens, aux = self._static_stage(index - 1, tokens, trace)
-        else:
-            aux = self._stage(index - 1, tokens, trace)
-            exited = aux["exited"]
-            if not rejoin and exited.any():
-                context = exited & tokens.valid_or_all() if self.config.preserve else None
-                return tokens.select(~exited, context=context), aux
-            tokens = tokens.select(None)
-        return tokens.select(None) if rejoin else tokens, aux
+            return tokens, {}  # the choice stands
+        if self.config.static_left is not None and not self.training:
+            return self._static_stage(index - 1, tokens, trace)
+        aux = self._stage(index - 1, tokens, trace)
+        exited = aux["exited"]
+        if not exited.any():
+            return tokens.select(None), aux
+        return tokens.select(~exited, context=exited & tokens.valid_or_all() if self.config.preserve else None), aux
 
     def after_blocks(self, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         if self.config.static_left is not None and not self.training:

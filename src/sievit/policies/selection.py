@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Num
+from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 from sievit.config import ConfigError, Natural, Share
@@ -126,6 +126,97 @@ class SharesPolicy(Policy):
         return [turn]
 
 
+@dataclass(frozen=True)
+class StagesConfig(SharesConfig):
+    """Tokens are left out in stages, and do not come back, `rejoin` excepted.
+
+    Attributes:
+        shares: share of an image's tokens that is left, falling, spread over the blocks from `first_block` on; a stage
+            begins where it falls.
+        preserve: a token that is left out keeps its features on the canvas; otherwise they become zero.
+    """
+
+    shares: tuple[Share, ...] = (0.7, 0.49, 0.343)
+    preserve: bool = False
+
+    def __post_init__(self) -> None:
+        if list(self.shares) != sorted(self.shares, reverse=True):
+            raise ConfigError(f"tokens that are left out do not come back: shares are falling, not {self.shares}")
+        if self.rejoin and not self.preserve:
+            raise ConfigError("preserve=False leaves nothing to come back; set preserve=True with rejoin")
+
+
+class StagesPolicy(SharesPolicy):
+    """Base of policies that leave tokens out in stages, those with the lowest score."""
+
+    cascades = True
+    config: StagesConfig
+
+    def begins(self, index: int) -> bool:
+        """Whether a stage begins at block `index`."""
+        i = index - self.config.first_block
+        return i >= 0 and self.shares[i] < (self.shares[i - 1] if i else 1)
+
+    def decides_at(self, index: int) -> bool:
+        return index == 0 or self.begins(index)
+
+    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
+        if index == 0:
+            tokens = tokens.select(None)
+        if not self.begins(index):
+            return tokens, {}  # the choice stands
+        scores, notes = self.scored(index, tokens)
+        return self.drop(index, tokens, scores), notes
+
+    def scored(self, index: int, tokens: Tokens) -> tuple[Float[Tensor, "b n"], Notes]:
+        """(b, n): the higher, the sooner a token stays; and what the trace remembers."""
+        raise NotImplementedError
+
+    def drop(self, index: int, tokens: Tokens, scores: Num[Tensor, "b n"]) -> Tokens:
+        """The canvas with the tokens of the highest scores among those that are left."""
+        left = tokens.valid_or_all() if tokens.keep is None else tokens.keep
+        share = self.shares[index - self.config.first_block]
+        return self.dropped(select_top(tokens, scores.double().masked_fill(~left, -math.inf), share))
+
+    def dropped(self, chosen: Tokens) -> Tokens:
+        """The canvas as those that are left out stay on it."""
+        if self.config.preserve or chosen.keep is None:
+            return chosen
+        return chosen.replace_patches(chosen.patches * chosen.keep[..., None].to(chosen.x.dtype))
+
+    def ranges(self) -> list[BlockRange]:
+        return [BlockRange(i, self.depth) for i in range(self.config.first_block, self.depth) if self.begins(i)]
+
+    def without(self, starts: Collection[int]) -> PolicyConfig:
+        shares, left, before = [], 1.0, 1.0
+        for i, share in enumerate(self.shares, start=self.config.first_block):
+            if i not in starts:
+                left = min(left, share) if share < before else left
+            before = share
+            shares.append(left)
+        return replace(self.config, shares=tuple(shares))
+
+
+def of_left(tokens: Tokens) -> tuple[Tensor, Bool[Tensor, "b k"], Callable[[Tensor], Tensor]]:
+    """The tokens that take part, without the others where every image has equally many.
+
+    Returns:
+        Their values (b, k, c); which of these rows take part; and a call that puts values (b, k) of the rows to their
+        places (b, n), where all other tokens have minus infinity.
+    """
+    if tokens.order is None:
+        left = tokens.valid_or_all() if tokens.keep is None else tokens.keep
+        return tokens.patches, left, lambda values: values.masked_fill(~left, -math.inf)
+    order = tokens.order
+    real = torch.ones_like(order, dtype=torch.bool) if tokens.real is None else tokens.real
+
+    def back(values: Tensor) -> Tensor:
+        canvas = values.new_full((len(order), tokens.patches.shape[1]), -math.inf)
+        return canvas.scatter(1, order, values.masked_fill(~real, -math.inf))
+
+    return tokens.patches.gather(1, order[..., None].expand(-1, -1, tokens.x.shape[2])), real, back
+
+
 def scaled(shares: Sequence[float], position: float) -> tuple[float, ...]:
     """Shares times a factor, by the position of a dial: all are 1 at 0, and FEWEST at 1; to four digits, upwards."""
     factor = (1 - position) / max(FEWEST, min(shares))
@@ -140,3 +231,22 @@ def tidy(share: float, *, up: bool = True) -> float:
 def quantile(values: Num[Tensor, " values"], share: float) -> float:
     """The value that this share of all is below; torch's own takes no more than 16 million values."""
     return float(np.quantile(values.numpy(), share))
+
+
+def fused(tokens: Tokens, chosen: Tensor, scores: Tensor) -> Tensor:
+    """(b, 1, c): the mean of the `chosen` (b, n) tokens, weighted by their scores (b, n)."""
+    weights = scores.masked_fill(~chosen, -math.inf).clamp(min=0)
+    weights = (weights / weights.sum(1, keepdim=True).clamp(min=1e-12)).to(tokens.x.dtype)
+    return (weights[..., None] * tokens.patches).sum(1, keepdim=True)
+
+
+def gumbel_noise(like: Tensor) -> Tensor:
+    """Standard Gumbel noise of the shape of `like`."""
+    return -torch.empty_like(like).exponential_().log()
+
+
+def gumbel_gate(logits: Float[Tensor, "b n 2"], *, temperature: float, noise: float = 1.0) -> Float[Tensor, "b n"]:
+    """(b, n) in {0, 1}: a hard Gumbel-softmax sample of index 0 of (b, n, 2), gradient of the soft one."""
+    soft = ((logits.log_softmax(-1) + noise * gumbel_noise(logits)) / temperature).softmax(-1)
+    hard = (soft[..., 0] > soft[..., 1]).to(soft.dtype)
+    return hard - soft[..., 0].detach() + soft[..., 0]

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from sievit.config import ConfigError, Count, Extended, Natural, NonNegative, Positive, Share, variant
 from sievit.distributed import from_first, global_sum
 from sievit.policies.base import FEWEST, BlockRange, Dial, Notes, Policy, PolicyConfig, register
-from sievit.policies.selection import PAPER_SCHEDULE, quantile, scaled, select_top, spread, tidy
+from sievit.policies.selection import (
+    PAPER_SCHEDULE,
+    gumbel_gate,
+    gumbel_noise,
+    quantile,
+    scaled,
+    select_top,
+    spread,
+    tidy,
+)
 from sievit.tokens import Tokens, Trace
 
 
@@ -292,15 +301,3 @@ def _check(config: SViTConfig, *, gated: int) -> None:
         raise ConfigError(f"svit: budgets are two rising factors, such as (0.5, 1.2), not {config.budgets}")
     if not least <= config.budget <= most:
         raise ConfigError(f"svit: budget {config.budget} is not in the range of budgets, {least} to {most}")
-
-
-def gumbel_noise(like: Tensor) -> Tensor:
-    """Standard Gumbel noise of the shape of `like`."""
-    return -torch.empty_like(like).exponential_().log()
-
-
-def gumbel_gate(logits: Float[Tensor, "b n 2"], *, temperature: float, noise: float = 1.0) -> Float[Tensor, "b n"]:
-    """(b, n) in {0, 1}: a hard Gumbel-softmax sample of index 0 of (b, n, 2), gradient of the soft one."""
-    soft = ((logits.log_softmax(-1) + noise * gumbel_noise(logits)) / temperature).softmax(-1)
-    hard = (soft[..., 0] > soft[..., 1]).to(soft.dtype)
-    return hard - soft[..., 0].detach() + soft[..., 0]

@@ -57,6 +57,8 @@ def run_blocks(
             tokens, notes = policy.inside_block(index, replace(tokens, context=None), trace, seen)
         else:
             tokens, notes = policy.before_block(index, tokens, trace)
+            if policy.rejoins_at(index):
+                tokens = policy.after_piece(tokens, trace).with_extra(None).select(None)
         until = next((i for i in range(step + 1, end) if _is_decided(policy, i)), end)
         run = Run(blocks[index : (until + 1) // 2], from_mlp=bool(inside), to_attention=bool(until % 2))
         owned = (inplace or tokens.x is not given) and not torch.is_grad_enabled()
@@ -72,4 +74,7 @@ def run_blocks(
 
 def _is_decided(policy: Policy, step: int) -> bool:
     """Whether the policy decides before this half of a block."""
-    return policy.decides_inside(step // 2) if step % 2 else policy.decides_at(step // 2)
+    index, inside = divmod(step, 2)
+    if policy.rejoins_at(index):
+        return not inside
+    return policy.decides_inside(index) if inside else policy.decides_at(index)

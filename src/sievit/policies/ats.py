@@ -1,0 +1,71 @@
+"""ATS: tokens sampled by their significance (ECCV 2022, arXiv 2111.15667)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sievit.config import Share, variant
+from sievit.policies.base import Notes, Projections, register
+from sievit.policies.selection import PAPER_SCHEDULE, ROUNDING, StagesConfig, StagesPolicy
+from sievit.tokens import Tokens, Trace
+
+
+@variant("ats")
+@dataclass(frozen=True)
+class ATSConfig(StagesConfig):
+    """Each block samples so many tokens by their significance; what is drawn twice counts once.
+
+    Attributes:
+        shares: the largest share of an image's tokens that may be left, per block; fewer are where few are significant.
+    """
+
+    shares: tuple[Share, ...] = PAPER_SCHEDULE
+
+
+@register(ATSConfig)
+class ATS(StagesPolicy):
+    """Adaptive token sampler (arXiv 2111.15667, section 3): significance is the attention of the class token (without
+    one, of the mean query) times the norm of the value; sampled at fixed quantiles of its sum.
+
+    It decides between attention and MLP of each block, so that the rows of the attention that are thrown away are
+    computed, which the paper saves; all values of the tokens that stay are the paper's.
+    """
+
+    is_static = False
+
+    def decides_at(self, index: int) -> bool:
+        return index == 0
+
+    def decides_inside(self, index: int) -> bool:
+        i = index - self.config.first_block
+        return i >= 0 and self.shares[i] < 1
+
+    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
+        return (tokens.select(None) if index == 0 else tokens), {}
+
+    def inside_block(self, index: int, tokens: Tokens, trace: Trace, projections: Projections) -> tuple[Tokens, Notes]:
+        left = tokens.valid_or_all() if tokens.keep is None else tokens.keep
+        scores = (projections.attention() * projections.value_norms()).detach() * left
+        samples = (tokens.valid_or_all().sum(1) * self.shares[index - self.config.first_block] - ROUNDING).ceil()
+        keep = sampled(scores, samples.long()) & left
+        return self.dropped(tokens.select(keep)), {"scores": scores, **self.dense_notes(index, tokens)}
+
+    def dense_notes(self, index: int, tokens: Tokens) -> Notes:
+        """Of the attention the products of one query with all keys."""
+        if index == self.depth or not self.decides_inside(index):
+            return {}
+        return {"macs": (tokens.valid_or_all().sum(1).double() + tokens.num_prefix) * self.embed_dim}
+
+
+def sampled(scores: Float[Tensor, "b n"], samples: Int[Tensor, " b"]) -> Bool[Tensor, "b n"]:
+    """(b, n): the tokens that so many `samples` (b,) of each image fall on: the first whose cumulative share of the
+    scores reaches (2k - 1) / 2K, for k = 1 to K (equations 3 and 4)."""
+    total = scores.double().cumsum(1)
+    shares = total / total[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
+    k = torch.arange(1, int(samples.max()) + 1, device=scores.device, dtype=torch.float64)
+    points = (2 * k - 1) / (2 * samples[:, None].clamp(min=1))
+    index = torch.searchsorted(shares, points).clamp(max=scores.shape[1] - 1)
+    hits = torch.zeros_like(total).scatter_add(1, index, (k <= samples[:, None]).double())
+    return hits > 0

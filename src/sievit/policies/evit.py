@@ -1,0 +1,58 @@
+"""EViT: inattentive tokens become one (ICLR 2022, arXiv 2202.07800)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from sievit.config import variant
+from sievit.policies.base import Notes, Projections, register
+from sievit.policies.selection import StagesConfig, StagesPolicy, fused
+from sievit.tokens import Tokens, Trace
+
+
+@variant("evit")
+@dataclass(frozen=True)
+class EViTConfig(StagesConfig):
+    """The tokens that the class token attends to stay; the others go on as one.
+
+    Attributes:
+        fuse: they go on as one token, their mean weighted by that attention; otherwise they are gone.
+    """
+
+    fuse: bool = True
+
+
+@register(EViTConfig)
+class EViT(StagesPolicy):
+    """EViT (arXiv 2202.07800, section 3): in the first block of each stage, between attention and MLP, the tokens with
+    the most attention of the class token stay, and the others become one extra token.
+
+    The fused tokens of earlier stages stay beside it, where the paper's code ranks them with the others. The mean query
+    stands in where there is no class token.
+    """
+
+    config: EViTConfig
+
+    def decides_at(self, index: int) -> bool:
+        return index == 0
+
+    def decides_inside(self, index: int) -> bool:
+        return self.begins(index)
+
+    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
+        return (tokens.select(None) if index == 0 else tokens), {}
+
+    def inside_block(self, index: int, tokens: Tokens, trace: Trace, projections: Projections) -> tuple[Tokens, Notes]:
+        left = tokens.valid_or_all() if tokens.keep is None else tokens.keep  # (b, n)
+        scores = projections.attention().detach()
+        chosen = self.drop(index, tokens, scores)
+        assert chosen.keep is not None
+        if self.config.fuse:
+            chosen = chosen.with_extra(torch.cat([tokens.extra, fused(tokens, left & ~chosen.keep, scores)], dim=1))
+        return chosen, {"scores": scores, **self.dense_notes(index, tokens)}
+
+    def dense_notes(self, index: int, tokens: Tokens) -> Notes:
+        """Of the attention the products of one query with all keys."""
+        if index == self.depth or not self.begins(index):
+            return {}
+        return {"macs": (tokens.valid_or_all().sum(1).double() + tokens.num_prefix) * self.embed_dim}

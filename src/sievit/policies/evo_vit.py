@@ -1,0 +1,76 @@
+"""Evo-ViT: the rest of the tokens is updated by a representative (AAAI 2022, arXiv 2108.01390)."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sievit.config import Share, variant
+from sievit.policies.base import Notes, Projections, register
+from sievit.policies.selection import SharesConfig, SharesPolicy, fused, select_top
+from sievit.tokens import Tokens, Trace
+
+
+@variant("evo_vit")
+@dataclass(frozen=True)
+class EvoViTConfig(SharesConfig):
+    """Each block computes the tokens with the most attention; what it does to one token for the rest, the rest gets.
+
+    Attributes:
+        momentum: of the mean of the attention over blocks.
+    """
+
+    first_block: int = 4
+    shares: tuple[Share, ...] = (0.5,)
+    momentum: Share = 0.5
+
+
+@register(EvoViTConfig)
+class EvoViT(SharesPolicy):
+    """Evo-ViT (arXiv 2108.01390, section 3): slow updates of attentive tokens, fast ones of all others.
+
+    The score of a token is a running mean over blocks of the attention that the class token (without one, the mean
+    query) gives to it; tokens that were not computed keep their score. The others of a block are represented by their
+    mean, weighted by the score, and get what the block adds to it. No token is dropped.
+    """
+
+    config: EvoViTConfig
+
+    def decides_inside(self, index: int) -> bool:
+        return index >= self.config.first_block - 1
+
+    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
+        tokens = self.after_piece(tokens, trace)
+        scores = next((aux["scores"] for aux in reversed(trace.aux) if "scores" in aux), None)
+        if index < self.config.first_block or scores is None:
+            return tokens.select(None), {}
+        chosen = select_top(tokens, scores, self.shares[index - self.config.first_block])
+        if chosen.keep is None:
+            return chosen, {}
+        represents = fused(tokens, tokens.valid_or_all() & ~chosen.keep, scores)
+        return chosen.with_extra(represents), {"represents": represents}
+
+    def inside_block(self, index: int, tokens: Tokens, trace: Trace, projections: Projections) -> tuple[Tokens, Notes]:
+        new = projections.attention().detach()
+        old = next((aux["scores"] for aux in reversed(trace.aux) if "scores" in aux), new)
+        kept = self.config.momentum
+        computed = tokens.valid_or_all() if tokens.keep is None else tokens.keep
+        scores = torch.where(computed, kept * old + (1 - kept) * new, old)
+        return tokens, {"scores": scores, "macs": self._macs(tokens)}
+
+    def after_piece(self, tokens: Tokens, trace: Trace) -> Tokens:
+        """The canvas with what the last block did to the representative added to all that it stands for."""
+        if not tokens.num_extra:
+            return tokens
+        assert tokens.keep is not None
+        rest = (tokens.valid_or_all() & ~tokens.keep)[..., None].to(tokens.x.dtype)
+        added: Float[Tensor, "b 1 c"] = tokens.extra - trace.aux[-1]["represents"]
+        return replace(tokens.replace_patches(tokens.patches + rest * added).with_extra(None))
+
+    def _macs(self, tokens: Tokens) -> Float[Tensor, " b"]:
+        """Of the attention the products of one query with all keys."""
+        return (tokens.valid_or_all().sum(1).double() + tokens.num_prefix) * self.embed_dim
+
+    def dense_notes(self, index: int, tokens: Tokens) -> Notes:
+        return {"macs": self._macs(tokens)} if self.config.first_block - 1 <= index < self.depth else {}

@@ -1,0 +1,44 @@
+"""What policies that merge tokens have in common."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sievit.tokens import Tokens, Trace
+
+
+def again(index: int, tokens: Tokens, trace: Trace) -> Tokens:
+    """The canvas at the start of a piece of the loop: with all tokens, or merged as it was at the end of the last."""
+    if index == 0:
+        return tokens.select(None)
+    owner = next((aux["owner"] for aux in reversed(trace.aux) if "owner" in aux), None)
+    return tokens if owner is None or tokens.owner is not None else tokens.select(None).merge(owner)
+
+
+def matched(
+    tokens: Tokens, rows: Float[Tensor, "b n d"]
+) -> tuple[Float[Tensor, "b n"], Int[Tensor, "b n"], Float[Tensor, " b"]]:
+    """Bipartite matching: the tokens that take part go, in turns, into two sets, and each of the first is given the
+    most similar of the second.
+
+    Args:
+        rows: unit vectors; tokens are as similar as their product.
+
+    Returns:
+        The similarity (minus infinity for all that are not of the first set), the position of the other, and the
+        multiply-adds.
+    """
+    left: Bool[Tensor, "b n"] = tokens.valid_or_all() if tokens.keep is None else tokens.keep
+    most = int(left.sum(1).max())
+    order = (~left).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # those that take part, in their order
+    first, second = order[:, ::2], order[:, 1::2]
+    best = rows.new_full(left.shape, -torch.inf)
+    owner = torch.arange(left.shape[1], device=left.device).repeat(len(left), 1)
+    macs = float(first.shape[1] * second.shape[1] * rows.shape[2]) * torch.ones_like(best[:, 0], dtype=torch.float64)
+    if not second.shape[1]:
+        return best, owner, macs
+    a, b = (rows.gather(1, part[..., None].expand(-1, -1, rows.shape[2])) for part in (first, second))
+    alike = (a @ b.mT).masked_fill(~left.gather(1, second)[:, None], -torch.inf)
+    value, which = alike.max(2)
+    value = value.masked_fill(~left.gather(1, first), -torch.inf)
+    return best.scatter(1, first, value), owner.scatter(1, first, second.gather(1, which)), macs
