@@ -560,7 +560,7 @@ def test_a_policy_learns_from_the_dense_model(kind: str, tmp_path: Path) -> None
     for share in (1.0, 0.5):
         model = build(replace(config, policy=DistilledConfig(first_block=1, shares=(share,)))).train()
         model.load_state_dict(dense.state_dict())
-        losses = Losses(model, dense_teacher(model.policy, tmp_path / "dense.safetensors"))
+        losses = Losses(model, dense_teacher(model.policy, TrainConfig(init_from=tmp_path / "dense.safetensors")))
         assert {*losses.state_dict()} == {f"model.{name}" for name in model.state_dict()}, "the teacher is not trained"
         found = losses(batch)[0]["distilled"]
         assert (found.item() == 0) == (share == 1)
@@ -570,4 +570,4 @@ def test_a_policy_learns_from_the_dense_model(kind: str, tmp_path: Path) -> None
 
 def test_without_a_dense_model_it_cannot_be_trained() -> None:
     model = build(tiny_detector(policy=DistilledConfig(first_block=1)))
-    refused(r"name it with train\.init-from", dense_teacher, model.policy, None)
+    refused(r"name it with train\.init-from", dense_teacher, model.policy, TrainConfig())

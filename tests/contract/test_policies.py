@@ -46,6 +46,7 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
         "per_sample": (False, True),
         "budgets": (None, (0.5, 1.5)),
     },
+    "svit ": {"gate_layers": (1, 2, 3), "gate_kernel": (1, 3)},
     "dtop": {
         "static_left": (None, (0.4, 0.6), (0.0, 0.5)),
         "rejoin": (False, True),
@@ -80,7 +81,7 @@ def configured(name: str, **options: Any) -> PolicyConfig:
 
 def allowed() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every combination of options that a policy's configuration allows."""
-    for name, choices in CHOICES.items():
+    for name, choices in ((name.strip(), choices) for name, choices in CHOICES.items()):
         for values in itertools.product(*choices.values()):
             options = dict(zip(choices, values, strict=True))
             try:

@@ -93,6 +93,7 @@ COMMANDS = {
         "MODEL IMAGES", "find objects or label pixels, in an image or a folder", "sievit.report:predict"
     ),
     "sweep": Command("MODEL", "a model at many settings of its policy: table and plot", "sievit.report.sweep:sweep"),
+    "ablate": Command("[PLAN]", "methods trained from one dense model, and compared", "sievit.lab:ablate"),
     "inspect": Command("MODEL", "which tokens are computed: by class, size and image", "sievit.report.inspect:inspect"),
     "curve": Command("RUN", "loss, tokens and accuracy of trainings: a picture", "sievit.report.curve:curve"),
     "tune": Command("MODEL", "a model made fast on this device: what pays, to a target", "sievit.tune:tune"),

@@ -24,11 +24,16 @@ def differences(
         level: share of the differences that lie in the interval.
         seed: of the draws.
     """
-    drawn = np.random.default_rng(seed).integers(images, size=(draws, images))
-    both = np.concatenate([np.arange(images)[None], drawn])  # each image once, then the draws
+    both = drawn(images, draws=draws, seed=seed)
     before, after = first.resampled(both), second.resampled(both)
     limits, found = (0.5 - level / 2, 0.5 + level / 2), {}
     for name in before:
         whole, *spread = after[name] - before[name]
         found[name] = [round(float(x), 5) for x in (whole, *np.quantile(spread, limits))]
     return found
+
+
+def drawn(images: int, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """(1 + draws, images): every image once, then as many images drawn with replacement, always the same."""
+    found = np.random.default_rng(seed).integers(images, size=(draws, images))
+    return np.concatenate([np.arange(images)[None], found])

@@ -40,7 +40,8 @@ class TrainConfig(Config):
         precision: Lightning Fabric's; `loss_scale` is the first factor on the loss with 16-mixed.
         channels_last: memory format of the convolutions.
         val_every: epochs between validations; the last one is always validated.
-        val_images: choose the best model by so many images; its final figures are those of all.
+        val_images: choose the best model by so many images; its final figures are those of all. At 0 nothing is
+            validated, and the last model is kept.
         save_every: minutes between saved states; one is saved at the end of each epoch too.
         workers: processes that load images; 0 loads in the training process.
         threads: CPU threads; None leaves torch's choice.
@@ -77,7 +78,7 @@ class TrainConfig(Config):
     channels_last: bool = True
     seed: Seed = 0
     val_every: Count = 1
-    val_images: Count | None = None
+    val_images: Natural | None = None
     save_every: NonNegative = 5.0
     log_every: Count = 20
     workers: Natural = 1

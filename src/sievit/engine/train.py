@@ -294,16 +294,18 @@ class _Run:
         """Figures of the (averaged) weights, and the two model files."""
         started, epoch = time.monotonic(), (self.step - 1) // self.batches.steps
         with self._averaged():
-            figures = {"epoch": epoch, "step": self.step, **self._figures(limit=self.recipe.train.val_images)}
-            task = task_of(self.recipe.model)
-            score = figures[task.headline(figures)]
+            figures: dict[str, Any] = {"epoch": epoch, "step": self.step}
+            task, score = task_of(self.recipe.model), float(self.step)
+            if self.recipe.train.val_images != 0:
+                figures |= self._figures(limit=self.recipe.train.val_images)
+                score = figures[task.headline(figures)]
             better = score >= self.best
             if self.fabric.is_global_zero:
                 save(self.model, self.folder.last_file)
                 if better:
                     save(self.model, self.folder.best_file)
                     write_json(self.folder.metrics_file, figures)
-        if self.val_log is not None:
+        if self.val_log is not None and "images" in figures:
             self.val_log.write({name: value for name, value in figures.items() if not isinstance(value, list)})
             text = ", ".join(f"{name} {figures[name]:.4f}" for name in task.shown if name in figures)
             took = f"{time.monotonic() - started:.0f} s"
@@ -315,6 +317,8 @@ class _Run:
     def _finish(self) -> None:
         """The figures of the best model on all images, if it was chosen by some of them."""
         self.fabric.barrier()
+        if "images" not in self.figures:
+            return
         total, saved = len(self.val_set), self.folder.metrics()
         if saved["step"] == self.figures["step"] and saved["images"] == total:
             self.figures = saved

@@ -87,7 +87,7 @@ class Policy(nn.Module):
     needs: ClassVar[tuple[str, ...]] = ()
     """What its constructor takes of the model: `heads`, the heads behind some blocks, by block; `project`, which gives
     the projections of a block before it."""
-    needs_teacher: ClassVar[bool] = False
+    needs_teacher: bool = False
     """Whether `loss` compares with the trace of the dense model that the training started from."""
     gates_in_training: ClassVar[bool] = False
     """Whether its choices in training are gates (`Tokens.gate`), which can be computed masked or selected."""

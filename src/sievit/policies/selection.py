@@ -6,6 +6,7 @@ Letters: b images, n grid tokens.
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -150,7 +151,7 @@ class StagesPolicy(SharesPolicy):
     """Base of policies that leave tokens out in stages, those with the lowest score."""
 
     cascades = True
-    config: StagesConfig
+    config: Any
 
     def begins(self, index: int) -> bool:
         """Whether a stage begins at block `index`."""

@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -44,6 +45,8 @@ class SViTConfig(PolicyConfig):
         preserve: a token that is left out keeps its features on the canvas; otherwise they become zero.
         sample: draw Gumbel noise at inference too, as the released test scripts do, instead of taking the arg-max.
         hidden_ratio: hidden width of a gate, relative to the embedding.
+        gate_layers: linear layers of a gate, 1 to 3.
+        gate_kernel: of a convolution over the grid at the beginning of a gate; 1 for none.
         threshold: a token takes part where its logit is so much above the other one's.
         static_shares: static counts: these shares of an image's tokens, one per gated block, those with the highest
             logits, in place of the threshold; no shape depends on what is in the image. At 1 the gate is not computed.
@@ -66,6 +69,8 @@ class SViTConfig(PolicyConfig):
     preserve: bool = True
     sample: bool = False
     hidden_ratio: Positive = 0.25
+    gate_layers: Annotated[int, Interval(ge=1, le=3)] = 2
+    gate_kernel: Count = 1
     threshold: Extended = 0.0
     static_shares: tuple[Share, ...] | None = None
     multiple: Count = 1
@@ -77,22 +82,35 @@ class SViTConfig(PolicyConfig):
 class Gate(nn.Module):
     """LayerNorm, linear, GELU, linear: (b, n, c) to logits (b, n, 2); index 0 means "take part".
 
-    A gate `with_budget` moves its hidden layer by a multiple of a learned vector, which is zero at first.
+    Other numbers of layers, and a depth-wise convolution behind the norm, are for comparison. A gate `with_budget`
+    moves its hidden layer by a multiple of a learned vector, which is zero at first.
     """
 
-    def __init__(self, *, dim: int, hidden_dim: int, with_budget: bool = False) -> None:
+    def __init__(
+        self, *, dim: int, hidden_dim: int, layers: int = 2, kernel: int = 1, with_budget: bool = False
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-5)
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, 2)
+        self.conv = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim) if kernel > 1 else None
+        self.fc1 = nn.Linear(dim, hidden_dim) if layers > 1 else None
+        self.middle = nn.ModuleList(nn.Linear(hidden_dim, hidden_dim) for _ in range(layers - 2))
+        self.fc2 = nn.Linear(dim if layers == 1 else hidden_dim, 2)
         self.budget = nn.Parameter(torch.zeros(hidden_dim)) if with_budget else None
 
-    def forward(self, x: Float[Tensor, "b n c"], budget: Tensor | float = 0.0) -> Float[Tensor, "b n 2"]:
+    def forward(self, tokens: Tokens, budget: Tensor | float = 0.0) -> Float[Tensor, "b n 2"]:
         """`budget`, a number or (b, 1, 1), is where the budget lies in its range, from -1 to 1."""
-        hidden = self.fc1(self.norm(x))
+        x = self.norm(tokens.patches)
+        if self.conv is not None:
+            x = x if tokens.valid is None else x * tokens.valid[..., None].to(x.dtype)
+            x = self.conv(x.mT.unflatten(2, tokens.grid)).flatten(2).mT
+        if self.fc1 is None:
+            return self.fc2(x)
+        x = self.fc1(x)
         if self.budget is not None:
-            hidden = hidden + (budget * self.budget).to(hidden.dtype)
-        return self.fc2(F.gelu(hidden))
+            x = x + (budget * self.budget).to(x.dtype)
+        for layer in self.middle:
+            x = layer(F.gelu(x))
+        return self.fc2(F.gelu(x))
 
 
 @register(SViTConfig)
@@ -115,7 +133,14 @@ class SViT(Policy):
         hidden_dim = int(embed_dim * config.hidden_ratio)
         budgets = config.budgets is not None
         self.gates = nn.ModuleList(
-            Gate(dim=embed_dim, hidden_dim=hidden_dim, with_budget=budgets) for _ in self.targets
+            Gate(
+                dim=embed_dim,
+                hidden_dim=hidden_dim,
+                layers=config.gate_layers,
+                kernel=config.gate_kernel,
+                with_budget=budgets,
+            )
+            for _ in self.targets
         )
 
     def decides_at(self, index: int) -> bool:
@@ -145,7 +170,7 @@ class SViT(Policy):
             drawn = torch.empty((), device=tokens.x.device).uniform_(*config.budgets)
             aux["budget"] = from_first(drawn).expand(len(tokens.x))  # the same for every image of every process
         budget = self._budget(aux if index == config.first_block else trace.aux[config.first_block])
-        aux["logits"] = logits = self.gates[index - config.first_block](tokens.patches, budget).float()  # (b, n, 2)
+        aux["logits"] = logits = self.gates[index - config.first_block](tokens, budget).float()  # (b, n, 2)
         earlier = None if config.reactivate or index == config.first_block else trace.aux[-1]
         if self.training:
             gate = gumbel_gate(logits, temperature=config.temperature, noise=config.noise)
@@ -194,8 +219,8 @@ class SViT(Policy):
         return {"ratio": self.config.loss_weight * error.mean()}
 
     def macs(self, trace: Trace) -> Float[Tensor, " b"]:
-        """A gate computes every grid token: n (c hidden + 2 hidden)."""
-        per_token = sum(p.numel() for p in self.gates.parameters() if p.ndim == 2) / len(self.gates)
+        """A gate computes every grid token: n (c hidden + 2 hidden), and k^2 c of a convolution."""
+        per_token = sum(p.numel() for p in self.gates.parameters() if p.ndim >= 2) / len(self.gates)
         return sum("logits" in aux for aux in trace.aux) * per_token * trace.valid.sum(1).double()
 
     def dense_notes(self, index: int, tokens: Tokens) -> Notes:
@@ -289,6 +314,10 @@ def _check(config: SViTConfig, *, gated: int) -> None:
         raise ConfigError(f"svit: static_shares are {gated}, one per gated block, above 0 and up to 1, not {shares}")
     if shares is not None and (config.sample or not config.reactivate):
         raise ConfigError("svit: static_shares go with the arg-max and with reactivation")
+    if config.gate_kernel % 2 == 0:
+        raise ConfigError(f"svit: gate_kernel is an odd number, not {config.gate_kernel}")
+    if config.budgets is not None and config.gate_layers == 1:
+        raise ConfigError("svit: budgets move the hidden layer of a gate; set gate_layers=2 or more")
     if config.budgets is None:
         if config.budget != 1:
             raise ConfigError(

@@ -45,6 +45,42 @@ def draw_curves(points: list[dict[str, Any]], path: Path, *, measure: str, label
     _write(figure, path)
 
 
+def draw_variants(rows: list[dict[str, Any]], path: Path, *, measure: str, label: str, device: str) -> None:
+    """Two panels, accuracy against GFLOPs and, where they were measured, against milliseconds: a point for each variant
+    with the interval of its difference to the dense model, and a line for each curve of several.
+
+    Args:
+        rows: of `lab.table`.
+        measure, label: what the accuracy is called in the rows, and in the picture.
+    """
+    keys = [("gflops", "GFLOPs per image (mean)")]
+    if all("ms" in row for row in rows):
+        keys.append(("ms", f"milliseconds per image (median; {device})"))
+    figure = _figure(5.6 * len(keys), 5.2)
+    panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
+    curves = list(dict.fromkeys(row["curve"] for row in rows))
+    names = [{**row, "model": row["curve"], "value": row["variant"]} for row in rows]
+    for axes, (key, of_axis) in zip(panels, keys, strict=True):
+        for i, curve in enumerate(curves):
+            colour, points = COLOURS[i % len(COLOURS)], [row for row in rows if row["curve"] == curve]
+            points.sort(key=lambda row: row[key])
+            x, y = [p[key] for p in points], [100 * p[measure] for p in points]
+            axes.plot(x, y, marker=MARKERS[i // len(COLOURS) % len(MARKERS)], color=colour, markersize=4.5, zorder=3)
+            for point, px, py in zip(points, x, y, strict=True):
+                if (apart := point[f"{measure}_difference"]) is not None:
+                    low, high = (py + 100 * (end - apart[0]) for end in apart[1:])
+                    axes.plot([px, px], [low, high], color=colour, linewidth=0.8, alpha=0.5, zorder=2)
+        for row in rows:
+            if row[f"{measure}_difference"] is None:
+                axes.axhline(100 * row[measure], linestyle=(0, (2, 3)), linewidth=0.9, color=INK, zorder=1)
+        _style(axes, of_axis)
+    panels[0].set_ylabel(f"{label} in %", color=INK)
+    figure.draw_without_rendering()
+    for axes, (key, _) in zip(panels, keys, strict=True):
+        _name_points(axes, names, curves, key, measure)
+    _write(figure, path)
+
+
 def draw_shares(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """A row for each part of the images, a cell for each block: the share of its tokens that was computed, `keep`."""
     names, shares = list(rows), np.array([row["keep"] for row in rows.values()])

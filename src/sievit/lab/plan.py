@@ -1,0 +1,104 @@
+"""A plan: a dense model, and what is done to it in each variant that is compared with it."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+
+from sievit.config import Config, ConfigError, nearest
+from sievit.engine.recipe import Recipe
+from sievit.policies import PolicyConfig
+
+DENSE = "dense"
+"""The variant that all others are compared with: the dense model, trained on for as long as they are trained."""
+START = "start"
+"""The weights that every training of a plan starts from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant(Config):
+    """One row of a plan's table.
+
+    Attributes:
+        name: of the row.
+        curve: variants of one curve are joined in the plot; by default each stands for itself.
+        recipe: trained from the plan's dense weights.
+        weights: the variant whose trained weights are taken, or `start`, in place of a training; then only what the
+            recipe's model is run with counts: its policy, and the size of its images.
+    """
+
+    name: str
+    curve: str = ""
+    recipe: Recipe
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or not set(self.name) <= set(_LETTERS):
+            raise ConfigError(f"a variant is called {self.name!r}; take letters, digits and _-.")
+
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-."
+
+Plan = Callable[[Recipe], list[Variant]]
+"""From the recipe of the dense model, whose training starts from its weights, to the variants. A plan is a function
+with a docstring, whose first line `sievit ablate` prints."""
+
+
+def trained(recipe: Recipe, name: str, policy: PolicyConfig | None = None, *, curve: str = "", **train: Any) -> Variant:
+    """The dense model trained with a policy (None: without), and other fields of `train`."""
+    model = recipe.model if policy is None else replace(recipe.model, policy=policy)
+    return Variant(name=name, curve=curve, recipe=replace(recipe, model=model, train=replace(recipe.train, **train)))
+
+
+def with_weights(variant: Variant, name: str, *, curve: str = "", **model: Any) -> Variant:
+    """The weights of another variant, run with other fields of the model: `policy`, `input`."""
+    recipe = replace(variant.recipe, model=replace(variant.recipe.model, **model))
+    return replace(variant, name=name, curve=curve, recipe=recipe, weights=variant.weights or variant.name)
+
+
+def plans() -> dict[str, Plan]:
+    """The plans that ship, by name."""
+    from sievit.lab.plans import PLANS
+
+    return PLANS
+
+
+def find_plan(name: str) -> Plan:
+    """The plan called `name`, or `my_package.module:function`, one of your own.
+
+    Raises:
+        ConfigError: there is none; the nearest name is given.
+    """
+    if ":" not in name:
+        if name not in plans():
+            raise ConfigError(f"unknown plan {name!r}{nearest(name, plans())}; one of your own is package.module:name")
+        return plans()[name]
+    module, _, attribute = name.partition(":")
+    try:
+        import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"plan {name!r}: {error}; is the folder of {module!r} on PYTHONPATH?") from error
+    found = getattr(sys.modules[module], attribute, None)
+    if not callable(found):
+        raise ConfigError(f"plan {name!r}: {module} has no function {attribute!r}")
+    return found
+
+
+def checked(variants: list[Variant]) -> list[Variant]:
+    """The variants of a plan, the control first.
+
+    Raises:
+        ConfigError: two have one name, one takes weights that are not there, or there is no control.
+    """
+    names = [variant.name for variant in variants]
+    for name in names:
+        if names.count(name) > 1 or name == START:
+            raise ConfigError(f"the plan has two variants called {name!r}; give others")
+    if DENSE not in names:
+        raise ConfigError(f"the plan has no variant called {DENSE!r}, which all others are compared with")
+    of_their_own = {variant.name for variant in variants if variant.weights is None}
+    for variant in variants:
+        if variant.weights not in (None, START, *of_their_own):
+            raise ConfigError(f"{variant.name} takes the weights of {variant.weights!r}, which is not trained here")
+    return sorted(variants, key=lambda variant: variant.name != DENSE)

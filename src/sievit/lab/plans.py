@@ -1,0 +1,183 @@
+"""The plans that ship."""
+
+from dataclasses import replace
+from typing import Any
+
+from sievit.engine.recipe import Recipe
+from sievit.lab.plan import DENSE, START, Plan, Variant, trained, with_weights
+from sievit.models.inputs import ModelConfig
+from sievit.policies import (
+    ALGMConfig,
+    ATSConfig,
+    AttentionConfig,
+    CroprConfig,
+    DToPConfig,
+    DynamicViTConfig,
+    EViTConfig,
+    EvoViTConfig,
+    ExpeditConfig,
+    PolicyConfig,
+    RandomConfig,
+    SViTConfig,
+    ToMeConfig,
+    TopNormConfig,
+)
+from sievit.policies.selection import StagesConfig
+
+SVIT = SViTConfig(noise=0.0, loss_weight=10.0)
+
+
+def _dense(recipe: Recipe) -> Variant:
+    return trained(recipe, DENSE)
+
+
+def _gates(recipe: Recipe) -> dict[str, Any]:
+    """Of short trainings: gates that start from random weights have to find their shares within some dozens of steps,
+    and when they have, the chosen tokens alone are computed."""
+    steps = recipe.train.steps
+    return {"policy_lr": 80.0, "selected_after": (steps and steps // 3) or None}
+
+
+def _smaller(dense: Variant, *, stride: int, shares: tuple[float, ...] = (0.875, 0.75, 0.625)) -> list[Variant]:
+    """The dense model on smaller images, whose edges are multiples of the stride of the tokens."""
+    given = dense.recipe.model.input
+    assert given.min_size is not None, "the recipe's model resizes its images"
+    found = []
+    for share in shares:
+        edge = round(given.min_size * share / stride) * stride
+        size = replace(given, min_size=edge, max_size=round(given.max_size * edge / given.min_size))
+        found.append(with_weights(dense, f"size_{edge}", curve="smaller images", input=size))
+    return found
+
+
+def _fewer_blocks(recipe: Recipe, *, blocks: int) -> Variant:
+    """The dense model without its last blocks, trained like the others."""
+    model = recipe.model
+    depth = model.vit.depth - blocks
+    changes: dict[str, Any] = {"vit": replace(model.vit, depth=depth)}
+    indices = getattr(model, "out_indices", None)
+    if indices is not None:
+        changes["out_indices"] = (*(i for i in indices[:-1] if i < depth - 1), depth - 1)
+        missing = len(indices) - len(changes["out_indices"])
+        changes["out_indices"] = (*range(missing), *changes["out_indices"])
+    return trained(replace(recipe, model=replace(model, **changes)), f"blocks_{depth}", curve="fewer blocks")
+
+
+def _has_heads(model: ModelConfig) -> bool:
+    """Whether tokens can leave with a prediction."""
+    return len(getattr(model, "out_indices", ())) > 1
+
+
+def methods(recipe: Recipe) -> list[Variant]:
+    """Every method at about the same cost, beside smaller images and fewer blocks."""
+    dense = _dense(recipe)
+    found = [
+        dense,
+        *_smaller(dense, stride=recipe.model.vit.stride),
+        _fewer_blocks(recipe, blocks=3),
+        trained(recipe, "svit", SVIT, **_gates(recipe)),
+        trained(recipe, "dynamicvit", DynamicViTConfig(ratio_weight=10.0), **_gates(recipe)),
+        trained(recipe, "dynamicvit_preserve", DynamicViTConfig(ratio_weight=10.0, preserve=True), **_gates(recipe)),
+        trained(recipe, "evit", EViTConfig()),
+        trained(recipe, "evit_preserve", EViTConfig(preserve=True)),
+        trained(recipe, "evo_vit", EvoViTConfig()),
+        trained(recipe, "ats", ATSConfig(preserve=True)),
+        trained(recipe, "tome", ToMeConfig()),
+        trained(recipe, "algm", ALGMConfig()),
+        trained(recipe, "expedit", ExpeditConfig()),
+        trained(recipe, "cropr", CroprConfig(), **_gates(recipe)),
+        trained(recipe, "attention", AttentionConfig()),
+        trained(recipe, "top_norm", TopNormConfig()),
+        trained(recipe, "random", RandomConfig()),
+    ]
+    if _has_heads(recipe.model):
+        exits = trained(recipe, "dtop", DToPConfig(thresholds=(0.9,)))
+        found += [exits, *_exits(exits, 0.85, 0.95)]
+    return found
+
+
+def _exits(variant: Variant, *thresholds: float) -> list[Variant]:
+    """The weights of a model with early exits, at other thresholds."""
+    policy = variant.recipe.model.policy
+    assert isinstance(policy, DToPConfig)
+    return [
+        with_weights(variant, f"{variant.name}_{t:g}", curve=variant.name, policy=replace(policy, thresholds=(t,)))
+        for t in thresholds
+    ]
+
+
+def preserve(recipe: Recipe) -> list[Variant]:
+    """Insight 1: tokens that are left out keep their features on the canvas, or leave it."""
+    pairs: list[tuple[str, StagesConfig, dict[str, Any]]] = [
+        ("dynamicvit", DynamicViTConfig(ratio_weight=10.0), _gates(recipe)),
+        ("evit", EViTConfig(fuse=False), {}),
+        ("ats", ATSConfig(), {}),
+    ]
+    found = [_dense(recipe)]
+    for name, policy, train in pairs:
+        found.append(trained(recipe, f"{name}_drop", policy, **train))
+        found.append(trained(recipe, f"{name}_preserve", replace(policy, preserve=True), **train))
+        found.append(trained(recipe, f"{name}_rejoin", replace(policy, preserve=True, rejoin=True), **train))
+    found.append(trained(recipe, "svit_drop", replace(SVIT, reactivate=False, preserve=False), **_gates(recipe)))
+    return [*found, trained(recipe, "svit_preserve", replace(SVIT, reactivate=False), **_gates(recipe))]
+
+
+def reactivate(recipe: Recipe) -> list[Variant]:
+    """Insight 2: tokens that were left out may come back in a later block, or may not."""
+    policies = {"svit": SVIT, "svit_cascade": replace(SVIT, reactivate=False)}
+    return [_dense(recipe), *(trained(recipe, name, policy, **_gates(recipe)) for name, policy in policies.items())]
+
+
+def rate(recipe: Recipe) -> list[Variant]:
+    """Insight 3: the share of tokens is held over the batch, so that it follows the image, or in every image."""
+    policies = {"by_batch": SVIT, "by_image": replace(SVIT, per_sample=True)}
+    return [_dense(recipe), *(trained(recipe, name, policy, **_gates(recipe)) for name, policy in policies.items())]
+
+
+def gate(recipe: Recipe) -> list[Variant]:
+    """Insight 4: gates of one, two and three layers, narrow and wide, with a convolution; and attention in their place.
+
+    Blocks from which on tokens are left out, and shares, are the same in all.
+    """
+    policies: dict[str, PolicyConfig] = {
+        "layers_1": replace(SVIT, gate_layers=1),
+        "layers_2": SVIT,
+        "layers_2_wide": replace(SVIT, hidden_ratio=1.0),
+        "layers_3": replace(SVIT, gate_layers=3),
+        "convolution": replace(SVIT, gate_kernel=3),
+    }
+    found = [trained(recipe, name, policy, **_gates(recipe)) for name, policy in policies.items()]
+    return [_dense(recipe), *found, trained(recipe, "attention", AttentionConfig())]
+
+
+def budget(recipe: Recipe) -> list[Variant]:
+    """Shares of tokens and the first block that leaves some out, for gates and for the norm, beside smaller images."""
+    dense = _dense(recipe)
+    found = [dense, *_smaller(dense, stride=recipe.model.vit.stride)]
+    for share in (0.85, 0.7, 0.55):
+        shares = (share, share**2, share**3)
+        gates = replace(SVIT, targets=tuple(s for s in shares for _ in range(3)))
+        found.append(trained(recipe, f"svit_{share:g}", gates, curve="svit", **_gates(recipe)))
+        found.append(trained(recipe, f"top_norm_{share:g}", TopNormConfig(shares=shares), curve="top_norm"))
+    for first in (2, 6):
+        found.append(trained(recipe, f"svit_from_{first}", replace(SVIT, first_block=first), **_gates(recipe)))
+    return found
+
+
+def exits(recipe: Recipe) -> list[Variant]:
+    """Early exits: thresholds, tokens kept per class, what leavers leave behind; without training, and fine-tuned."""
+    dense = _dense(recipe)
+    direct = replace(dense, weights=START)
+    found = [dense]
+    for threshold in (0.98, 0.95, 0.9, 0.8):
+        policy = DToPConfig(thresholds=(threshold,))
+        found.append(with_weights(direct, f"direct_{threshold:g}", curve="direct", policy=policy))
+    tuned = trained(recipe, "finetune", DToPConfig(thresholds=(0.9,)))
+    found += [tuned, *_exits(tuned, 0.98, 0.95, 0.8)]
+    for kept in (0, 20):
+        found.append(trained(recipe, f"kept_{kept}", DToPConfig(thresholds=(0.9,), keep_per_class=kept)))
+    found.append(trained(recipe, "preserve", DToPConfig(thresholds=(0.9,), preserve=True)))
+    return [*found, trained(recipe, "rejoin", DToPConfig(thresholds=(0.9,), rejoin=True))]
+
+
+PLANS: dict[str, Plan] = {each.__name__: each for each in (methods, preserve, reactivate, rate, gate, budget, exits)}
