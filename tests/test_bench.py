@@ -123,7 +123,7 @@ def test_a_row_for_each_mode_holds_what_was_timed(tmp_path: Path) -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("policy", "share"), [("svit", 0.55), ("random", 0.76), ("outside.merging:Merging", 0.9)])
+@pytest.mark.parametrize(("policy", "share"), [("svit", 0.55), ("random", 0.76), ("tome", 0.9)])
 def test_any_policy_is_timed_at_a_like_share(policy: str, share: float) -> None:
     """The dial of one with weights is set on the images; others run as they are configured, as does one of a user."""
     images = scenes((96, 128), 4)

@@ -25,8 +25,8 @@ from sievit.tasks import task_of
 from tiny import image_folder, refused, saved, tiny_detector, tiny_segmenter, tiny_vit
 
 Run = Callable[..., dict[str, Any]]
-NAMES = ("outside.merging:Merging", "outside.fused:Fused")
-SETTINGS = {NAMES[0]: "share=0.1", NAMES[1]: "blocks=1,2"}
+NAMES = ("outside.contrast:Contrast", "tome")
+SETTINGS = {NAMES[0]: "shares=0.5", NAMES[1]: "share=0.1"}
 
 
 @pytest.fixture(scope="module", params=["detector", "segmenter"])
@@ -83,7 +83,7 @@ def test_its_operations_are_those_of_a_real_pass(model: Path, name: str) -> None
 
 def test_eval_and_flops(kind, model, scenes, options, run) -> None:
     figures = run("eval", model, *truth(kind, scenes), *options)
-    assert figures["policy"] == options[1].replace("Merging", "MergingConfig").replace("Fused", "FusedConfig")
+    assert figures["policy"] == options[1].replace("Contrast", "ContrastConfig")
     spent = [run("flops", model, "--images", scenes / "images", *given)["per_image"]["mean"] for given in (options, [])]
     assert figures["gflops"] == pytest.approx(spent[0], abs=6e-4)
     assert spent[0] < spent[1]

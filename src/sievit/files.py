@@ -16,6 +16,10 @@ LOCK = ".lock"
 """The file in a folder that the process which writes there has locked. Killed, it leaves the file and no lock."""
 
 
+class HeldError(ConfigError):
+    """Another process writes to a folder."""
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Put `data` into the file `path`: whatever happens on the way, it holds all of the old or all of the new.
 
@@ -55,7 +59,8 @@ def held(folder: Path) -> Generator[None]:
     """A folder, which is made if it is missing, for this process alone; removed again if nothing was put into it.
 
     Raises:
-        ConfigError: another process writes there, or something that is no folder has this name.
+        HeldError: another process writes there.
+        ConfigError: something that is no folder has this name.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -84,7 +89,7 @@ def _locked(path: Path) -> BinaryIO:
             file.close()
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 text = f"{path.parent}: another process writes there; wait for it, or give another folder"
-                raise ConfigError(text) from error
+                raise HeldError(text) from error
             raise
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             return file

@@ -27,13 +27,13 @@ WITHOUT_BLOCKS = {
     "thresholds": (0.5,),
     "keep_per_class": 1,
     "preserve": True,
-    "blocks": (2, 4),
+    "share": 0.1,
     "global_block": 3,
     "threshold": 0.2,
     "side": 0.6,
 }
 """Settings that leave tokens out on the tiny backbone, of the policies that have them."""
-OUTSIDE = ("outside.merging:Merging", "outside.fused:Fused")
+OUTSIDE = ("outside.contrast:Contrast",)
 """Policies of a user's own package."""
 CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "svit": {
@@ -63,8 +63,6 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "cropr": {"preserve": (False, True), "rejoin": (False, True)},
     "expedit": {"side": (0.5, 0.8, 1.0), "rejoin": (False, True)},
     "random": {"rejoin": (False, True)},
-    "outside.fused:Fused": {"blocks": ((2, 4), (0, 1, 2), (5,)), "share": (0.7, 1.0)},
-    "outside.merging:Merging": {"share": (0.1, 0.0)},
 }
 """Values of the options that change which tokens take part, their values, or what they see."""
 EDITED = {"evo_vit", "expedit"}
@@ -75,7 +73,7 @@ def configured(name: str, **options: Any) -> PolicyConfig:
     """The policy with settings that leave tokens out on the tiny backbone."""
     config = policy_config(name)
     fields = {field.name for field in dataclasses.fields(config)}
-    wanted = {**WITHOUT_BLOCKS, "share": 0.6 if "fused" in name else 0.1, **options}
+    wanted = {**WITHOUT_BLOCKS, **options}
     return dataclasses.replace(config, **{key: value for key, value in wanted.items() if key in fields})
 
 

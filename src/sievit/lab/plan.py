@@ -6,8 +6,11 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
+import torch
+
 from sievit.config import Config, ConfigError, nearest
 from sievit.engine.recipe import Recipe
+from sievit.models.build import build
 from sievit.policies import PolicyConfig
 
 DENSE = "dense"
@@ -89,7 +92,7 @@ def checked(variants: list[Variant]) -> list[Variant]:
     """The variants of a plan, the control first.
 
     Raises:
-        ConfigError: two have one name, one takes weights that are not there, or there is no control.
+        ConfigError: two have one name, one takes weights that are not there or cannot be built, or none is the control.
     """
     names = [variant.name for variant in variants]
     for name in names:
@@ -101,4 +104,9 @@ def checked(variants: list[Variant]) -> list[Variant]:
     for variant in variants:
         if variant.weights not in (None, START, *of_their_own):
             raise ConfigError(f"{variant.name} takes the weights of {variant.weights!r}, which is not trained here")
+        try:
+            with torch.device("meta"):
+                build(variant.recipe.model)
+        except ConfigError as error:
+            raise ConfigError(f"the variant {variant.name!r} of the plan: {error}") from error
     return sorted(variants, key=lambda variant: variant.name != DENSE)

@@ -81,10 +81,10 @@ def methods(recipe: Recipe) -> list[Variant]:
         trained(recipe, "evit", EViTConfig()),
         trained(recipe, "evit_preserve", EViTConfig(preserve=True)),
         trained(recipe, "evo_vit", EvoViTConfig()),
-        trained(recipe, "ats", ATSConfig(preserve=True)),
-        trained(recipe, "tome", ToMeConfig()),
-        trained(recipe, "algm", ALGMConfig()),
-        trained(recipe, "expedit", ExpeditConfig()),
+        trained(recipe, "ats", ATSConfig(shares=(0.9,), preserve=True)),
+        trained(recipe, "tome", ToMeConfig(share=0.055)),
+        trained(recipe, "algm", ALGMConfig(threshold=0.92)),
+        trained(recipe, "expedit", ExpeditConfig(side=0.65)),
         trained(recipe, "cropr", CroprConfig(), **_gates(recipe)),
         trained(recipe, "attention", AttentionConfig()),
         trained(recipe, "top_norm", TopNormConfig()),
@@ -135,10 +135,7 @@ def rate(recipe: Recipe) -> list[Variant]:
 
 
 def gate(recipe: Recipe) -> list[Variant]:
-    """Insight 4: gates of one, two and three layers, narrow and wide, with a convolution; and attention in their place.
-
-    Blocks from which on tokens are left out, and shares, are the same in all.
-    """
+    """Insight 4: gates of one, two and three layers, narrow and wide, with a convolution, and attention instead."""
     policies: dict[str, PolicyConfig] = {
         "layers_1": replace(SVIT, gate_layers=1),
         "layers_2": SVIT,

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,16 @@ from sievit.devices import device_name, pick_device
 from sievit.engine.batches import Batch, EpochBatches, Losses, training_loader
 from sievit.engine.bootstrap import drawn
 from sievit.engine.evaluate import evaluate, timed
+from sievit.engine.initial import start_from
+from sievit.engine.optim import freeze as freeze_blocks
 from sievit.engine.recipe import Recipe, open_data
 from sievit.engine.train import train
-from sievit.files import digest, held, write_atomically
+from sievit.files import HeldError, digest, held, write_atomically
 from sievit.lab.plan import DENSE, START, Variant, checked, find_plan, plans
 from sievit.lab.table import Results, printed, written
 from sievit.measure.clock import clocked, in_turns, median_and_p95
 from sievit.models.base import Model
-from sievit.models.build import load, model_file, read
+from sievit.models.build import build, load, model_file, read
 from sievit.policies import KeepAllConfig
 from sievit.recipes import recipe as find_recipe
 from sievit.tasks import task_of
@@ -165,20 +168,14 @@ class _Lab:
                 for row in missing:
                     if not self._has(row, job.seed):
                         self._evaluate(row, job.seed, self._folder(job) / "best.safetensors")
-        except ConfigError as error:
-            if "another process" not in str(error):
-                raise
+        except HeldError:
             self.console.print(f"{job.name}: another process is at it", soft_wrap=True)
 
     def evaluate_start(self, seed: int) -> None:
         """The variants that take the weights as they are."""
         for row in (v for v in self.variants if v.weights == START and not self._has(v, seed)):
-            try:
-                with held(self.out / "claims" / _run_name(row.name, seed)):
-                    self._evaluate(row, seed, self.dense)
-            except ConfigError as error:
-                if "another process" not in str(error):
-                    raise
+            with suppress(HeldError), held(self.out / "claims" / _run_name(row.name, seed)):
+                self._evaluate(row, seed, self.dense)
 
     def _folder(self, job: _Job) -> Path:
         return self.out / "trainings" / job.name
@@ -321,9 +318,6 @@ class _Lab:
 
     def _start_model(self, row: Variant) -> Model:
         """The model of a variant with the weights that it starts from; those of its policy are random."""
-        from sievit.engine.initial import start_from
-        from sievit.models.build import build
-
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = build(row.recipe.model)
@@ -331,11 +325,9 @@ class _Lab:
         return model.eval()
 
     def _seconds_per_step(self, recipe: Recipe) -> float:
-        from sievit.engine.optim import freeze
-
         train_set, _ = open_data(recipe)
         losses = Losses(self._start_model(self.variants[0]).train())
-        freeze(losses.model.vit, recipe.train.freeze)
+        freeze_blocks(losses.model.vit, recipe.train.freeze)
         loader = training_loader(train_set, EpochBatches(len(train_set), recipe.train, rank=0, processes=1))
         images, targets = next(iter(loader))
         taken = []
