@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,11 +16,13 @@ import pytest
 import torch
 
 from sievit.config import ConfigError, to_json
+from sievit.data.images import read_image, to_tensor
 from sievit.engine.bootstrap import differences, drawn
 from sievit.engine.evaluate import evaluate
 from sievit.engine.recipe import Recipe, TrainConfig, open_data
 from sievit.engine.train import train
-from sievit.lab import Variant, find_plan, plans, run, trained, with_weights
+from sievit.lab import Variant, corruptions, find_plan, plans, run, trained, with_weights
+from sievit.lab.corruptions import CORRUPTIONS, SEVERITIES, corrupting
 from sievit.lab.plan import checked
 from sievit.models.build import load
 from sievit.models.inputs import InputConfig
@@ -29,6 +33,7 @@ from sievit.tasks.segmentation import LabelsData
 from tiny import refused, saved, tiny_detector, tiny_segmenter, tiny_vit
 
 Command = Callable[..., Any]
+PHOTOGRAPHS = Path(__file__).parents[1] / "examples" / "facade" / "images" / "val"
 SIZE = InputConfig(min_size=64, max_size=128, size_divisor=8)
 
 
@@ -111,6 +116,7 @@ def test_the_table_holds_what_each_variant_does(ablate, trainings, start, tmp_pa
         row = found[name]
         assert [row["miou"], row["gflops"], row["keep"]] == [figures["miou"], figures["gflops"], figures["keep"]]
         assert row["ms"] > 0 and row["miou_spread"] is None
+        assert row["realised"] == pytest.approx(row["speedup"] * row["gflops"] / found["dense"]["gflops"], abs=2e-3)
         if name == "dense":
             assert row["miou_difference"] is None and row["speedup"] == 1
         else:
@@ -176,7 +182,7 @@ def test_two_processes_give_the_table_of_one(ablate, trainings, tmp_path) -> Non
     second = rows(ablate("--out", tmp_path / "two", "--index", 1, "--of", 2).figures)
     assert trainings == ["dense-0", "norm-0"]
     alone = rows(ablate("--out", tmp_path / "one").figures)
-    times = ("ms", "ms_p95", "speedup", "speedup_low", "speedup_high")
+    times = ("ms", "ms_p95", "speedup", "speedup_low", "speedup_high", "realised")
     for name, row in alone.items():
         assert all(second[name][key] == value for key, value in row.items() if key not in times)
 
@@ -244,6 +250,27 @@ def test_plans_of_ones_own_and_mistakes(start: Path, command: Command) -> None:
     assert "another --recipe" in command("ablate", "rate", *given[:2], "--recipe", "facade_vit", status=2).err
 
 
+def test_the_page_on_a_method_of_ones_own_runs(start: Path, command: Command, tmp_path: Path) -> None:
+    """The commands of docs/add-a-policy.md, from the file on the page to rows of the table."""
+    page = (Path(__file__).parents[1] / "docs" / "add-a-policy.md").read_text(encoding="utf-8")
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).splitlines()
+    given = {
+        "facade_setr_dtop": start / "dense.safetensors",
+        "facade_setr": start / "recipe.json",
+        "120": 1,
+        "IMAGES": json.loads((start / "recipe.json").read_text())["data"]["root"] + "/val/images",
+        "LABELS": json.loads((start / "recipe.json").read_text())["data"]["root"] + "/val/labels",
+        "runs/contrast": tmp_path / "out",
+    }
+    steps = [[given.get(word, word) for word in shlex.split(line)[1:]] for line in lines if line]
+    assert [step[0] for step in steps] == ["eval", "sweep", "bench", "ablate", "ablate"]
+    small = {"sweep": ["--out", tmp_path / "sweep"], "bench": ["--repeats", 2, "--batches", 1, "--modes", "dynamic"]}
+    for step in steps:
+        printed = command(*step, *small.get(step[0], []))
+    table = rows(printed.figures)
+    assert list(table) == ["dense", "contrast", "random"] and len(table["contrast"]["miou_difference"]) == 3
+
+
 def test_a_plan_needs_a_control_and_names_of_its_own(start: Path) -> None:
     recipe = run.find_recipe(str(start / "recipe.json"))
     dense = trained(recipe, "dense")
@@ -269,3 +296,48 @@ def test_the_features_of_a_variant_are_held_to_the_dense_ones(start: Path) -> No
     assert found[0] == pytest.approx(0, abs=1e-5) and found[1] > 1e-4
     with pytest.raises(ConfigError, match=r"train\.distill learns from the dense model"):
         dense_teacher(model.policy, TrainConfig(distill=1.0))
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_a_corruption_changes_a_picture_more_the_more_severe(name: str, severity: int) -> None:
+    picture = to_tensor(read_image(sorted(PHOTOGRAPHS.glob("*.jpg"))[0]))[:, 100:260, 50:250].contiguous()
+    target = {"labels": torch.tensor([3], dtype=torch.uint8)}
+    call, generator = corrupting(name, severity), torch.Generator().manual_seed(1)
+    image, kept = call(picture, target, generator)
+    assert image.shape == picture.shape and image.dtype == torch.float32 and kept["labels"].dtype == torch.int64
+    assert image.min() >= 0 and image.max() <= 1
+    again = call(picture, target, torch.Generator().manual_seed(1))[0]
+    assert torch.equal(image, again), "the same draws, the same picture"
+    changed = (image - picture / 255).abs().mean()
+    assert 0.003 < changed < 0.6
+    if severity == SEVERITIES[1]:
+        milder = corrupting(name, SEVERITIES[0])(picture, target, torch.Generator().manual_seed(1))[0]
+        assert (milder - picture / 255).abs().mean() < changed
+
+
+def test_a_blur_is_a_mean_of_what_is_around() -> None:
+    x = np.zeros((9, 11, 3))
+    x[4, 5] = 1.0
+    kernel = np.array([[0.0, 0.2, 0.0], [0.1, 0.3, 0.25], [0.0, 0.15, 0.0]])
+    expected = np.zeros((9, 11))
+    expected[3:6, 4:7] = kernel
+    np.testing.assert_allclose(corruptions._filtered(x, kernel)[..., 0], expected, atol=1e-12)
+
+
+def test_corrupted_images_are_evaluated_and_counted(ablate, monkeypatch, tmp_path) -> None:
+    def plan(recipe: Recipe) -> list[Variant]:
+        dense = trained(recipe, "dense")
+        return [dense, with_weights(dense, "bad", corruption=("contrast", 5)), with_weights(dense, "same")]
+
+    monkeypatch.setattr(run, "find_plan", lambda name: plan)
+    seen = {}
+
+    def noted(model: Any, data: Any, *, title: str, **options: Any) -> dict:
+        seen[title] = data[0][0].std().item()
+        return evaluate(model, data, title=title, **options)
+
+    monkeypatch.setattr(run, "evaluate", noted)
+    found = rows(ablate("--out", tmp_path).figures)
+    assert seen["bad"] < 0.1 * seen["dense"] and seen["same"] == seen["dense"]
+    assert found["same"]["miou_difference"] == [0, 0, 0]

@@ -88,11 +88,7 @@ class ImageDataset(Dataset[tuple[Tensor, Target]]):
         image, target = self._decoded(index)
         if self.transform is not None:
             return self.transform(image, target, sample_generator(self.seed, epoch, index))
-        plain = {name: value.dense() if isinstance(value, Masks) else value for name, value in target.items()}
-        plain |= {name: value.clone() for name, value in plain.items() if isinstance(value, Tensor)}
-        if "labels" in plain:
-            plain["labels"] = plain["labels"].to(torch.int64)
-        return image.float().div_(255), plain
+        return image.float().div_(255), plain(target)
 
     def _decoded(self, index: int) -> tuple[Tensor, Target]:
         if index in self._cache:
@@ -103,6 +99,15 @@ class ImageDataset(Dataset[tuple[Tensor, Target]]):
             self._cache_left -= cost
             self._cache[index] = image, target
         return image, target
+
+
+def plain(target: Target) -> Target:
+    """A target as it is stored, with dense masks and int64 labels."""
+    found = {name: value.dense() if isinstance(value, Masks) else value for name, value in target.items()}
+    found |= {name: value.clone() for name, value in found.items() if isinstance(value, Tensor)}
+    if "labels" in found:
+        found["labels"] = found["labels"].to(torch.int64)
+    return found
 
 
 def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:

@@ -29,12 +29,14 @@ class Variant(Config):
         recipe: trained from the plan's dense weights.
         weights: the variant whose trained weights are taken, or `start`, in place of a training; then only what the
             recipe's model is run with counts: its policy, and the size of its images.
+        corruption: name and severity of what is done to the images of the evaluation (`lab.corruptions`).
     """
 
     name: str
     curve: str = ""
     recipe: Recipe
     weights: str | None = None
+    corruption: tuple[str, int] | None = None
 
     def __post_init__(self) -> None:
         if not self.name or not set(self.name) <= set(_LETTERS):
@@ -54,10 +56,13 @@ def trained(recipe: Recipe, name: str, policy: PolicyConfig | None = None, *, cu
     return Variant(name=name, curve=curve, recipe=replace(recipe, model=model, train=replace(recipe.train, **train)))
 
 
-def with_weights(variant: Variant, name: str, *, curve: str = "", **model: Any) -> Variant:
-    """The weights of another variant, run with other fields of the model: `policy`, `input`."""
+def with_weights(
+    variant: Variant, name: str, *, curve: str = "", corruption: tuple[str, int] | None = None, **model: Any
+) -> Variant:
+    """The weights of another variant, run with other fields of the model (`policy`, `input`), or on other images."""
     recipe = replace(variant.recipe, model=replace(variant.recipe.model, **model))
-    return replace(variant, name=name, curve=curve, recipe=recipe, weights=variant.weights or variant.name)
+    weights = variant.weights or variant.name
+    return replace(variant, name=name, curve=curve, recipe=recipe, weights=weights, corruption=corruption)
 
 
 def plans() -> dict[str, Plan]:

@@ -177,4 +177,19 @@ def exits(recipe: Recipe) -> list[Variant]:
     return [*found, trained(recipe, "rejoin", DToPConfig(thresholds=(0.9,), rejoin=True))]
 
 
-PLANS: dict[str, Plan] = {each.__name__: each for each in (methods, preserve, reactivate, rate, gate, budget, exits)}
+def robustness(recipe: Recipe) -> list[Variant]:
+    """Fifteen corruptions of the images at two severities: does a pruned model lose more, or spend more?"""
+    models = [_dense(recipe), trained(recipe, "svit", SVIT, **_gates(recipe))]
+    if _has_heads(recipe.model):
+        models.append(trained(recipe, "dtop", DToPConfig(thresholds=(0.9,))))
+    return models + [
+        with_weights(model, f"{model.name}_{name}_{severity}", curve=model.name, corruption=(name, severity))
+        for model in models
+        for severity in SEVERITIES
+        for name in CORRUPTIONS
+    ]
+
+
+PLANS: dict[str, Plan] = {
+    each.__name__: each for each in (methods, preserve, reactivate, rate, gate, budget, exits, robustness)
+}

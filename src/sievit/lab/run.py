@@ -24,6 +24,7 @@ from sievit.engine.optim import freeze as freeze_blocks
 from sievit.engine.recipe import Recipe, open_data
 from sievit.engine.train import train
 from sievit.files import HeldError, digest, held, write_atomically
+from sievit.lab.corruptions import corrupting
 from sievit.lab.plan import DENSE, START, Variant, checked, find_plan, plans
 from sievit.lab.table import Results, printed, written
 from sievit.measure.clock import clocked, in_turns, median_and_p95
@@ -217,11 +218,14 @@ class _Lab:
         for name in ("threads", "init_from", "seed"):
             recipe["train"].pop(name, None)
         recipe["data"].pop("root", None)
-        return {"recipe": recipe, "weights": row.weights, "start": self.start, "limit": self.limit}
+        settings = {"recipe": recipe, "weights": row.weights, "start": self.start, "limit": self.limit}
+        return settings if row.corruption is None else {**settings, "corruption": list(row.corruption)}
 
     def _evaluate(self, row: Variant, seed: int, weights: Path) -> None:
         model = self._model(row, weights)
         _, data = open_data(row.recipe)
+        if row.corruption is not None:
+            data.transform = corrupting(*row.corruption)
         metric = task_of(model.config).metric(data)
         precision = row.recipe.train.precision if row.recipe.train.precision == "bf16-mixed" else "32-true"
         options: dict[str, Any] = {"limit": self.limit, "console": self.console, "title": row.name}

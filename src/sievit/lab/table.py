@@ -39,7 +39,7 @@ class Results:
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each variant: accuracy as mean and spread over seeds, difference to the dense model with interval,
-        cost, shares and times."""
+        cost, shares, times, and the share of the speed-up that the GFLOPs promise which is `realised` on the clock."""
         found = []
         for name, seeds in self.files.items():
             figures = [content["figures"] for content in seeds.values()]
@@ -54,6 +54,10 @@ class Results:
             row["keep"] = [round(statistics.fmean(column), 4) for column in shares]
             row |= self.times.get(name, {})
             found.append(row)
+        dense = next((row["gflops"] for row in found if row["variant"] == DENSE), None)
+        for row in found:
+            if dense is not None and "speedup" in row:
+                row["realised"] = round(row["speedup"] * row["gflops"] / dense, 3)
         return found
 
     def _difference(self, name: str, measure: str) -> list[float] | None:
@@ -84,7 +88,7 @@ def written(results: Results, *, device: str) -> None:
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     scores = [f"{m}{suffix}" for m in measures for suffix in ("", "_spread", "_difference", "_low", "_high")]
-    writer.writerow(["variant", "curve", "seeds", *scores, "gflops", "keep", "ms", "speedup"])
+    writer.writerow(["variant", "curve", "seeds", *scores, "gflops", "keep", "ms", "speedup", "realised"])
     for row in rows:
         values = []
         for m in measures:
@@ -92,7 +96,7 @@ def written(results: Results, *, device: str) -> None:
             values += [row[m], row[f"{m}_spread"], *difference]
         kept = round(statistics.fmean(row["keep"]), 4)
         line = [row["variant"], row["curve"], len(row["seeds"]), *values, row["gflops"], kept]
-        writer.writerow([*line, row.get("ms"), row.get("speedup")])
+        writer.writerow([*line, row.get("ms"), row.get("speedup"), row.get("realised")])
     write_atomically(results.out / "ablation.csv", buffer.getvalue().encode())
     label = results.task.config.figures[measures[0]]
     draw_variants(rows, results.out / "ablation.png", measure=measures[0], label=label, device=device)
@@ -103,7 +107,7 @@ def printed(results: Results) -> Table:
     table = Table(title=f"{results.out}", title_justify="left", box=SIMPLE)
     measure = results.measures[0] if results.files else results.task.shown[0]
     table.add_column("variant", no_wrap=True)
-    for column in (results.task.config.figures[measure], "to dense", "GFLOPs", "keep", "ms", "speed-up"):
+    for column in (results.task.config.figures[measure], "to dense", "GFLOPs", "keep", "ms", "speed-up", "realised"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in results.rows() if results.files else []:
         spread, difference = row[f"{measure}_spread"], row[f"{measure}_difference"]
@@ -115,5 +119,6 @@ def printed(results: Results) -> Table:
             f"{statistics.fmean(row['keep']):.0%}",
             f"{row['ms']:.0f}" if "ms" in row else "",
             f"{row['speedup']:.2f}" if "speedup" in row else "",
+            f"{row['realised']:.2f}" if "realised" in row else "",
         )
     return table
