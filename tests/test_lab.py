@@ -339,5 +339,5 @@ def test_corrupted_images_are_evaluated_and_counted(ablate, monkeypatch, tmp_pat
 
     monkeypatch.setattr(run, "evaluate", noted)
     found = rows(ablate("--out", tmp_path).figures)
-    assert seen["bad"] < 0.1 * seen["dense"] and seen["same"] == seen["dense"]
+    assert seen["bad"] < 0.7 * seen["dense"] and seen["same"] == seen["dense"]
     assert found["same"]["miou_difference"] == [0, 0, 0]

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from sievit.engine.recipe import Recipe
+from sievit.lab.corruptions import CORRUPTIONS, SEVERITIES
 from sievit.lab.plan import DENSE, START, Plan, Variant, trained, with_weights
 from sievit.models.inputs import ModelConfig
 from sievit.policies import (
