@@ -179,7 +179,7 @@ def exits(recipe: Recipe) -> list[Variant]:
 
 
 def robustness(recipe: Recipe) -> list[Variant]:
-    """Fifteen corruptions of the images at two severities: does a pruned model lose more, or spend more?"""
+    """Fifteen corruptions of the images at two severities, on which a pruned model may lose more, or spend more."""
     models = [_dense(recipe), trained(recipe, "svit", SVIT, **_gates(recipe))]
     if _has_heads(recipe.model):
         models.append(trained(recipe, "dtop", DToPConfig(thresholds=(0.9,))))
