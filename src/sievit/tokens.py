@@ -27,7 +27,7 @@ class Tokens:
         gate: (b, n) float, the value of `keep` with the straight-through gradient of the decision; training only.
         context: (b, n) bool, tokens that do not take part but are visible, as keys and values, to those that do; None
             for none.
-        order: (b, k) int64, rising: positions on the grid, equally many in every image, the ones of `keep` among them.
+        order: (b, k) int64: positions on the grid, equally many in every image, the ones of `keep` among them.
             With it no shape depends on what is in the images.
         real: (b, k) bool, which of `order` take part; None for all of them.
         owner: (b, n) int64: the position of the token that stands for each token (`merge`); None: each for itself.
@@ -54,7 +54,7 @@ class Tokens:
         for mask in (self.valid, self.keep, self.gate, self.context, self.owner):
             assert mask is None or mask.shape == (self.x.shape[0], n), (mask.shape, self.grid)
         assert self.rope is None or (
-            len(self.rope) in (1, len(self.x)) and self.rope.shape[1] == self.x.shape[1] and self.rope.ndim == 3
+            self.rope.shape[0] in (1, self.x.shape[0]) and self.rope.shape[1] == self.x.shape[1] and self.rope.ndim == 3
         ), self.rope.shape
 
     @property
@@ -86,7 +86,7 @@ class Tokens:
         added = self.x[:, :0] if extra is None else extra.to(self.x.dtype)
         rope = self.rope
         if rope is not None:
-            still = rope.new_zeros(len(rope), added.shape[1], rope.shape[2])
+            still = rope.new_zeros(rope.shape[0], added.shape[1], rope.shape[2])
             still[..., rope.shape[2] // 2 :] = 1
             rope = torch.cat([rope[:, :first], still, rope[:, self.num_prefix :]], dim=1)
         x = torch.cat([self.x[:, :first], added, self.patches], dim=1)
@@ -104,7 +104,7 @@ class Tokens:
         return replace(self, keep=keep, gate=gate, context=context, order=None, real=None)
 
     def select_order(self, order: Int[Tensor, "b k"], keep: Bool[Tensor, "b n"] | None = None) -> "Tokens":
-        """The canvas with another choice: equally many positions in every image, (b, k), rising.
+        """The canvas with another choice: equally many positions in every image, (b, k).
 
         Args:
             keep: (b, n) bool, those of `order` that take part; None for all, where no image has padding.

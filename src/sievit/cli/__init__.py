@@ -97,6 +97,7 @@ COMMANDS = {
     "inspect": Command("MODEL", "which tokens are computed: by class, size and image", "sievit.report.inspect:inspect"),
     "curve": Command("RUN", "loss, tokens and accuracy of trainings: a picture", "sievit.report.curve:curve"),
     "tune": Command("MODEL", "a model made fast on this device: what pays, to a target", "sievit.tune:tune"),
+    "export": Command("MODEL", "an ONNX file that leaves out tokens too", "sievit.export:export"),
     "card": Command("MODEL", "a folder for the Hugging Face Hub: weights, configuration, card", "sievit.cli.card:card"),
     "convert svit": Command("FILE", "a released SViT-Adapter", "sievit.cli.convert:svit"),
     "convert vit_adapter": Command("FILE", "a released dense ViT-Adapter", "sievit.cli.convert:vit_adapter"),

@@ -144,7 +144,7 @@ class ATM(SemanticHead):
                 return previous
             x = x.flatten(0, 1).index_select(0, packing.index)
         x, memory = self.norm(self.input_proj(x)), Memory(packing)
-        queries, maps = self.queries.expand(len(tokens.x), -1, -1), None
+        queries, maps = self.queries.expand(tokens.x.shape[0], -1, -1), None
         for i, layer in enumerate(self.layers):
             queries, maps = layer(queries, x, memory, with_maps=i + 1 == len(self.layers))
         assert maps is not None

@@ -5,10 +5,12 @@ from typing import overload
 
 import torch
 
+from sievit.config import ConfigError
 from sievit.hub.fetch import model_file
 from sievit.hub.file import FORMAT, read, restored, write
 from sievit.models.base import Model, model_class
 from sievit.models.detector import Detector, DetectorConfig
+from sievit.models.exported import SUFFIX, load_exported
 from sievit.models.inputs import ModelConfig
 from sievit.models.segmenter import Segmenter, SegmenterConfig
 from sievit.policies import PolicyConfig, PolicyOptions
@@ -52,9 +54,9 @@ def load(
     """A trained model, in evaluation mode; one of `sievit tune` answers in the mode and precision that were found best.
 
     Args:
-        path: a file that `save` wrote; a folder that `save_pretrained` wrote, or of a training run (its best model,
-            else its last); the name of a shipped model, such as "nuclei_svit"; or a model on the hub, hf:user/name or
-            hf:user/name@revision.
+        path: a file that `save` or `sievit export` wrote; a folder that `save_pretrained` wrote, or of a training run
+            (its best model, else its last); the name of a shipped model, such as "nuclei_svit"; or a model on the
+            hub, hf:user/name or hf:user/name@revision.
         policy: takes the place of the checkpoint's: a configuration, a name, or a name and fields; of a policy of the
             checkpoint's kind the other fields stay as they are there. Weights of the policy that is replaced are left
             out, and the new one runs in the default mode.
@@ -62,6 +64,10 @@ def load(
 
     Raises:
         ConfigError: no such file, not a sievit model, damaged, weights that do not fit, an unknown policy, or one that
-            has to be trained and was not.
+            has to be trained and was not; a policy for an exported file.
     """
+    if Path(path).suffix == SUFFIX:
+        if policy is not None and policy != PolicyOptions():
+            raise ConfigError(f"{path}: runs with the policy that is in it; export the model with another one")
+        return load_exported(Path(path))
     return restored(build, model_file(path), policy=policy, compile=compile).to(device)

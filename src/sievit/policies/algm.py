@@ -72,13 +72,13 @@ class ALGM(Policy):
         # the mean of six products of unit vectors, by the square of their sum
         alike = (x.sum(2).square().sum(2) - 4) / 12
         merged = (alike > self.config.threshold) & tokens.valid_or_all()[:, windows].all(2)
-        owner = index.repeat(len(rows), 1)
+        owner = index.repeat(rows.shape[0], 1)
         first = torch.where(merged[..., None], windows[:, :1], windows).flatten(1)
-        return owner.scatter(1, windows.flatten().expand(len(rows), -1), first)
+        return owner.scatter(1, windows.flatten().expand(rows.shape[0], -1), first)
 
     def _window_macs(self, tokens: Tokens) -> Tensor:
         """None: sums and squares are no products of matrices, which alone are counted."""
-        return torch.zeros(len(tokens.x), dtype=torch.float64, device=tokens.x.device)
+        return torch.zeros(tokens.x.shape[0], dtype=torch.float64, device=tokens.x.device)
 
     def after_piece(self, tokens: Tokens, trace: Trace) -> Tokens:
         return tokens.unmerge()

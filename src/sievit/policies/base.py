@@ -153,7 +153,7 @@ class Policy(nn.Module):
     def macs(self, trace: Trace) -> Num[Tensor, " b"]:
         """(b,) multiply-adds per image of this policy's own products in the pass: by default the sum of the notes
         called `macs`."""
-        none = torch.zeros(len(trace.valid), dtype=torch.float64, device=trace.valid.device)
+        none = torch.zeros(trace.valid.shape[0], dtype=torch.float64, device=trace.valid.device)
         return sum((aux["macs"] for aux in trace.aux if "macs" in aux), none)
 
     def dense_notes(self, index: int, tokens: Tokens) -> Notes:

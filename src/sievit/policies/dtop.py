@@ -104,7 +104,7 @@ class DToP(Policy):
             return self._static_stage(index - 1, tokens, trace)
         aux = self._stage(index - 1, tokens, trace)
         exited = aux["exited"]
-        if not exited.any():
+        if not torch.compiler.is_exporting() and not exited.any():
             return tokens.select(None), aux
         return tokens.select(~exited, context=exited & tokens.valid_or_all() if self.config.preserve else None), aux
 
@@ -152,7 +152,8 @@ class DToP(Policy):
         left = tokens.valid_or_all() & ~exited
         all_tokens = last and self.config.rejoin
         earlier = trace.predictions[-1] if trace.predictions and not all_tokens else None
-        part = tokens.valid if all_tokens else None if bool(left.all()) else left
+        whole = not torch.compiler.is_exporting() and bool(left.all())
+        part = tokens.valid if all_tokens else None if whole else left
         prediction = self.heads[block](tokens, part, earlier)
         leaving = leave(prediction, left, threshold, keep_per_class=self.config.keep_per_class, grade=self.config.grade)
         return {"exited": exited | leaving, **prediction.tensors}
@@ -292,5 +293,6 @@ def _rank_in_class(
     order = by_grade.gather(1, group.gather(1, by_grade).argsort(dim=1, stable=True))  # by class, then by grade
     grouped = group.gather(1, order)
     place = torch.arange(grouped.shape[1], device=grouped.device).expand_as(grouped)
-    first = torch.searchsorted(grouped, grouped)  # where each class begins
+    count = torch.zeros_like(group[:, :1]).expand(-1, num_classes + 1).scatter_add(1, group, torch.ones_like(group))
+    first = (count.cumsum(1) - count).gather(1, grouped)  # where each class begins
     return torch.empty_like(place).scatter_(1, order, place - first)

@@ -100,7 +100,7 @@ class Expedit(Policy):
 
     def _placed(self, tokens: Tokens, centres: Float[Tensor, "b k c"]) -> Tokens:
         """The canvas with the centres in their places, which alone take part."""
-        first = self._cells(tokens)[1].expand(len(tokens.x), -1)
+        first = self._cells(tokens)[1].expand(tokens.x.shape[0], -1)
         patches = tokens.patches.scatter(1, first[..., None].expand_as(centres), centres.to(tokens.x.dtype))
         tokens = tokens.replace_patches(patches)
         if tokens.valid is None:
@@ -111,7 +111,7 @@ class Expedit(Policy):
         x, valid = tokens.patches, tokens.valid_or_all()
         cell, first, counts = self._cells(tokens)
         there = valid[:, first]  # (b, k)
-        centres = pooled(x, cell.expand(len(x), -1), valid, len(first))
+        centres = pooled(x, cell.expand(x.shape[0], -1), valid, len(first))
         near = _close(cell, counts, self.config.neighbours // 2) & there[:, None] & valid[..., None]  # (b, n, k)
         for _ in range(self.config.rounds):
             share = self._weights(squared_distances(x, centres), near).to(x.dtype)
@@ -175,7 +175,7 @@ def pooled(
 ) -> Float[Tensor, "b k c"]:
     """(b, k, c): the mean of the values of the tokens of each of `number` owners; zero where there is none."""
     weight = valid[..., None].to(values.dtype)
-    sums = values.new_zeros(len(values), number, values.shape[2])
+    sums = values.new_zeros(values.shape[0], number, values.shape[2])
     sums = sums.scatter_add(1, owner[..., None].expand_as(values), values * weight)
-    total = values.new_zeros(len(values), number, 1).scatter_add(1, owner[..., None], weight)
+    total = values.new_zeros(values.shape[0], number, 1).scatter_add(1, owner[..., None], weight)
     return sums / total.clamp(min=1)

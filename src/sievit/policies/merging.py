@@ -33,7 +33,7 @@ def matched(
     order = (~left).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # those that take part, in their order
     first, second = order[:, ::2], order[:, 1::2]
     best = rows.new_full(left.shape, -torch.inf)
-    owner = torch.arange(left.shape[1], device=left.device).repeat(len(left), 1)
+    owner = torch.arange(left.shape[1], device=left.device).repeat(left.shape[0], 1)
     macs = float(first.shape[1] * second.shape[1] * rows.shape[2]) * torch.ones_like(best[:, 0], dtype=torch.float64)
     if not second.shape[1]:
         return best, owner, macs

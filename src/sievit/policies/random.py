@@ -32,7 +32,7 @@ class Random(SharesPolicy):
 
     def scores(self, index: int, tokens: Tokens) -> Int[Tensor, "b n"]:
         drawn = draw(tokens.grid, seed=self.config.seed * 1000 + index, device=tokens.x.device)
-        return drawn.expand(len(tokens.x), -1)
+        return drawn.expand(tokens.x.shape[0], -1)
 
 
 def draw(grid: tuple[int, int], *, seed: int, device: torch.device) -> Int[Tensor, " n"]:

@@ -212,7 +212,7 @@ def of_left(tokens: Tokens) -> tuple[Tensor, Bool[Tensor, "b k"], Callable[[Tens
     real = torch.ones_like(order, dtype=torch.bool) if tokens.real is None else tokens.real
 
     def back(values: Tensor) -> Tensor:
-        canvas = values.new_full((len(order), tokens.patches.shape[1]), -math.inf)
+        canvas = values.new_full((order.shape[0], tokens.patches.shape[1]), -math.inf)
         return canvas.scatter(1, order, values.masked_fill(~real, -math.inf))
 
     return tokens.patches.gather(1, order[..., None].expand(-1, -1, tokens.x.shape[2])), real, back

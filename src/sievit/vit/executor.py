@@ -5,6 +5,7 @@ Letters: b images, n = h*w grid tokens, p prefix tokens, t packed tokens, c chan
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -111,12 +112,22 @@ def _as_it_is(rows: Tensor) -> Tensor:
 
 
 def _bucketed(tokens: Tokens, keep: Bool[Tensor, "b n"]) -> Tokens:
-    """The same choice by positions, as many as the next bucket holds. Reading the largest count synchronises once."""
-    n = keep.shape[1]
-    step = -(-n // BUCKETS)
-    size = min(n, -(-int(keep.sum(1).max()) // step) * step)
-    order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :size]  # the chosen ones first
-    return tokens.select_order(order.sort(dim=1).values, keep)
+    """The same choice by positions, as many as the next bucket holds. Reading the largest count synchronises once.
+
+    A program that is exported has no buckets: it computes so many tokens as the image with the most of them.
+    """
+    n, kept = keep.shape[1], keep.to(torch.int64)
+    total, rank = kept.sum(1, keepdim=True), kept.cumsum(1)
+    if torch.compiler.is_exporting():
+        size: Any = total.max().clamp(min=2).item()  # programs are made for no shape of 0 or 1
+        torch._check(size >= 2)
+        torch._check(size <= n)
+    else:
+        step = -(-n // BUCKETS)
+        size = min(n, -(-int(total.max()) // step) * step)
+    place = torch.arange(n, device=keep.device).expand_as(kept)
+    order = torch.zeros_like(kept).scatter(1, torch.where(keep, rank - 1, total + place - rank), place)
+    return tokens.select_order(order[:, :size], keep)
 
 
 def _execute_fixed(
@@ -134,7 +145,7 @@ def _execute_fixed(
     assert before is not None
     rope = tokens.rope
     if rope is not None:
-        index = columns.flatten() if len(rope) == 1 else rows
+        index = columns.flatten() if rope.shape[0] == 1 else rows
         rope = rope.flatten(0, 1).index_select(0, index).unflatten(0, columns.shape)
     if tokens.real is None:
         after, heads = run(before, Dense(rope=rope, bias=bias), b)
@@ -164,7 +175,7 @@ def _execute_among(
     visible, heads = pack(tokens.x, among), None
     for i, block in enumerate(run.blocks):
         step = Run([block], to_attention=run.to_attention and i + 1 == len(run.blocks))
-        computed, heads = step(visible, layout, len(part))
+        computed, heads = step(visible, layout, part.shape[0])
         visible = visible.index_copy(0, layout.rows, computed.to(visible.dtype))
     after = unpack(tokens.x, layout.queries(visible), packing, inplace=inplace)
     return replace(tokens, x=after), heads and Half(heads, placed(packing, part), placed(among, part))

@@ -92,7 +92,7 @@ class ViT(nn.Module):
         x = self.patch_embed(self._fitted(images))  # (b, n, c)
         grids = None if sizes is None else [(-(-h // stride), -(-w // stride)) for h, w in sizes]
         if grids is None or all(g == grid for g in grids):
-            valid, own = None, [grid]
+            valid, own = None, None
         else:
             valid, own = self._valid(grids, grid, x.device), grids
         positions = self._on_canvas(own, grid, self._grid_positions)
@@ -104,7 +104,7 @@ class ViT(nn.Module):
         rope = self._on_canvas(own, grid, self._grid_rope)
         if rope is not None and self.num_prefix:
             still = unmoved(self.num_prefix, self.config.head_dim, rope)
-            rope = torch.cat([still.expand(len(rope), -1, -1), rope], dim=1)
+            rope = torch.cat([still.expand(rope.shape[0], -1, -1), rope], dim=1)
         return Tokens(x=x, grid=grid, num_prefix=self.num_prefix, valid=valid, rope=rope)
 
     def _fitted(self, images: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class ViT(nn.Module):
         prefix = torch.cat(tokens, dim=1)
         if self.pos_embed is not None and self.num_stored_prefix:
             prefix = prefix + self.pos_embed[:, : self.num_stored_prefix]
-        return [prefix.to(x.dtype).expand(len(x), -1, -1)]
+        return [prefix.to(x.dtype).expand(x.shape[0], -1, -1)]
 
     run_blocks = run_blocks
 
@@ -165,7 +165,7 @@ class ViT(nn.Module):
         if self.pos_embed is None:
             return None
         stored = self.pos_embed[:, self.num_stored_prefix :]
-        if grid == self.config.grid:
+        if not torch.compiler.is_exporting() and grid == self.config.grid:
             return stored[0]
         return resized_positions(stored, self.config.grid, grid, antialias=self.config.pos_antialias)[0]
 
@@ -178,9 +178,13 @@ class ViT(nn.Module):
 
     @staticmethod
     def _on_canvas(
-        grids: Sizes, grid: tuple[int, int], rows_of: Callable[[tuple[int, int]], Tensor | None]
+        grids: Sizes | None, grid: tuple[int, int], rows_of: Callable[[tuple[int, int]], Tensor | None]
     ) -> Tensor | None:
-        """(b or 1, n, ...): `rows_of` of each image's own grid, on the canvas of all; zeros on padding."""
+        """(b or 1, n, ...): `rows_of` of each image's own grid, on the canvas of all; zeros on padding. `grids` None:
+        there is none."""
+        if grids is None:
+            rows = rows_of(grid)
+            return None if rows is None else rows[None]
         planes: dict[tuple[int, int], Tensor] = {}
         for own in dict.fromkeys(grids):
             rows = rows_of(own)

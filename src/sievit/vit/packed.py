@@ -64,7 +64,11 @@ class Packing:
 
     @classmethod
     def of(cls, part: Bool[Tensor, "b n"]) -> "Packing":
-        """The packing of a choice (b, n) bool."""
+        """The packing of a choice (b, n) bool. In a program that is exported its lengths are not known."""
+        if torch.compiler.is_exporting():
+            index = part.flatten().nonzero().squeeze(1)
+            torch._check(index.shape[0] >= 2)  # programs are made for no shape of 0 or 1
+            return cls(index=index, lengths=())
         lengths = tuple(part.sum(1).tolist())
         flat = part.flatten()
         index = positions(flat, sum(lengths)) if part.is_cuda else flat.nonzero().squeeze(1)

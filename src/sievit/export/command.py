@@ -1,0 +1,105 @@
+"""`sievit export`."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sievit import __version__, terminal
+from sievit.config import ConfigError, Count, to_json
+from sievit.data.images import list_images, read_image, to_tensor
+from sievit.engine.evaluate import timed
+from sievit.export.onnx import onnx_bytes, require_onnx
+from sievit.export.program import OUTPUTS, program
+from sievit.files import digest, write_atomically
+from sievit.hub.file import require_free
+from sievit.measure.clock import Quartiles
+from sievit.models.base import Model
+from sievit.models.build import load, model_file
+from sievit.models.exported import METADATA, SUFFIX, load_exported
+from sievit.policies import PolicyOptions
+
+AGREE = 0.9999
+"""Share of the pixels that have to have the label that the model itself gives them; files in 8 bits are exempt."""
+
+
+def export(
+    model: Path,
+    /,
+    images: Path,
+    *,
+    out: Path,
+    policy: PolicyOptions = PolicyOptions(),  # noqa: B008
+    precision: Literal["float32", "int8"] = "float32",
+    number: Count = 8,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write a segmenter as an ONNX file in which tokens that are left out are not computed.
+
+    Batch, height and width are free. The file holds everything: `sievit predict`, `eval` and others take it like a
+    checkpoint, and its metadata say how images are prepared and what the classes are. It is written when it agreed
+    with the model on real images. The last line of the output is one JSON object.
+
+    Args:
+        model: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
+        images: an image or a folder; the file and the model are compared and timed on the first ones.
+        out: the .onnx file to write.
+        policy: another policy than the model's.
+        precision: int8 stores the weights of matrix products in 8 bits per channel, and computes in 8 bits.
+        number: of images to compare on.
+        force: write over a file that is there.
+    """
+    if out.suffix != SUFFIX:
+        raise ConfigError(f"--out {out}: an ONNX file ends with {SUFFIX}")
+    require_onnx()
+    require_free(out, force=force)
+    console = terminal.console()
+    path = model_file(model)
+    eager = load(path, policy=policy, compile=False)
+    paths = ([images] if images.is_file() else list_images(images))[:number]
+    console.print("exporting", soft_wrap=True)
+    made, known = program(eager)
+    metadata = {"config": to_json(eager.config), "model": digest(path), "version": __version__, **known}
+    content = onnx_bytes(
+        made, [*OUTPUTS[: len(made.graph_signature.user_outputs)]], {METADATA: metadata}, int8=precision == "int8"
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}")
+    try:
+        write_atomically(part, content)
+        figures = _compared(eager, load_exported(part), paths, terminal.console())
+        if precision == "float32" and figures["agree"] < AGREE:
+            raise ConfigError(
+                f"the file gives {1 - figures['agree']:.3%} of the pixels another label than the model does; it was "
+                "not written"
+            )
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+    size = len(content) / 2**20
+    console.print(
+        f"{out}: {size:.1f} MB; {figures['agree']:.4%} of the pixels of {len(paths)} images as the model labels them; "
+        f"{figures['ms']:.0f} ms, the model {figures['model_ms']:.0f} ms",
+        soft_wrap=True,
+    )
+    return {"out": str(out), "precision": precision, "megabytes": round(size, 2), "images": len(paths), **figures}
+
+
+def _compared(eager: Model, file: Model, paths: list[Path], console: Any) -> dict[str, Any]:
+    """How many pixels of some images have the same label, and the times of both in turns."""
+    same = total = 0
+    taken: dict[str, list[float]] = {"ms": [], "model_ms": []}
+    for turn, path in enumerate(terminal.track(paths, "comparing", console=console)):
+        image = [to_tensor(read_image(path))]
+        answers = {}
+        pairs = [("ms", file), ("model_ms", eager)]
+        for name, model in pairs if turn % 2 else pairs[::-1]:
+            if not turn:
+                timed(model, image)
+            answers[name], elapsed = timed(model, image)
+            taken[name].append(elapsed)
+        labels = [answers[name].results[0] for name in taken]
+        same += int(torch.eq(*labels).sum())
+        total += labels[0].numel()
+    medians = {name: round(Quartiles.of(values).median, 2) for name, values in taken.items()}
+    return {"agree": round(same / total, 6), **medians}
