@@ -123,7 +123,7 @@ def test_a_file_in_eight_bits_is_smaller_and_says_what_it_costs(scenes, tmp_path
 def test_mistakes(scenes, tmp_path, command, monkeypatch) -> None:
     checkpoint = segmenter(POLICIES["svit"], tmp_path / "model.safetensors")
     detector = saved(tiny_detector(policy=KeepAllConfig()), tmp_path / "detector.safetensors")
-    images = ("--images", scenes / "images")
+    images, out = ("--images", scenes / "images"), ("--out", tmp_path / "a.onnx")
     assert (
         "a detector cannot be exported yet"
         in command("export", detector, *images, "--out", tmp_path / "a.onnx", status=2).err

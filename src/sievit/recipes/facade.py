@@ -1,7 +1,9 @@
 """Street photographs of facades (`<data-root>/facade`): a detector and a segmenter on DINOv2-S, fine-tuned on a CPU.
 
 The first six blocks keep their weights. The transformer carries nearly all of the work: the detector has ViTDet's
-simple pyramid (arXiv 2203.16527) and narrow heads, the segmenter SETR's naive ones (arXiv 2012.15840). As variants,
+simple pyramid (arXiv 2203.16527) and narrow heads, the segmenter SETR's naive ones (arXiv 2012.15840). The photographs
+are seen whole in training, at about the size of the test: models that are trained on crops of larger ones are best at
+a size that they were not tested at, and pruned models are then compared with the wrong dense one. As variants,
 `facade_adapter` has ViT-Adapter's neck, and `facade_segvit` SegViT's heads (arXiv 2210.05844), which learn more slowly.
 """
 
@@ -58,7 +60,7 @@ BOXES = CocoData(
     val_images=FOLDER / "images/val",
     val_annotations=FOLDER / "annotations/instances_val.json",
     augment=AugmentConfig(
-        scales=(448, 512, 576, 640, 704), crop=(448, 448), brightness=0.1, contrast=0.2, gamma=0.2, saturation=0.3
+        scales=(384, 416, 448, 480, 512, 576), crop=(448, 448), brightness=0.1, contrast=0.2, gamma=0.2, saturation=0.3
     ),
     skip_empty=True,
     invalid="skip",
@@ -69,7 +71,7 @@ LABELS = LabelsData(
     val_images=FOLDER / "images/val",
     val_labels=FOLDER / "labels/val",
     augment=SemanticAugmentConfig(
-        base=(644, 1288), ratio_range=(0.65, 1.4), crop=(392, 392), class_crops=0.5, photometric=True
+        base=(448, 896), ratio_range=(0.8, 1.4), crop=(392, 392), class_crops=0.5, photometric=True
     ),
 )
 
@@ -107,7 +109,7 @@ DETECTOR = DetectorConfig(
         box=BoxConfig(fc=512, batch_size=128),
         mask=MaskConfig(convs=(128, 128, 128), deconv=128),
     ),
-    input=InputConfig(min_size=640, max_size=1280),
+    input=InputConfig(min_size=448, max_size=896),
     classes=CLASSES,
     category_ids=tuple(range(1, len(CLASSES) + 1)),
 )
@@ -116,7 +118,7 @@ SEGMENTER = SegmenterConfig(
     policy=KeepAllConfig(),
     head=SETRNaiveConfig(loss=RARE),
     out_indices=(5, 7, 11),
-    input=InputConfig(min_size=644, max_size=1288, size_divisor=14, antialias=False),
+    input=InputConfig(min_size=448, max_size=896, size_divisor=14, antialias=False),
     classes=("other", *CLASSES),
     palette=PALETTE,
 )
