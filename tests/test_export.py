@@ -165,7 +165,7 @@ def test_a_file_that_disagrees_is_not_written(scenes, tmp_path, command, monkeyp
             scores, trace = inner(*args, **options)
             return scores.flip(1), trace
 
-        file.network.forward = forward  # ty: ignore
+        file.network.forward = forward
         return file
 
     monkeypatch.setattr(ours, "load_exported", wrong)
