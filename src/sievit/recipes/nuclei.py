@@ -110,7 +110,7 @@ DENSE_LABELS = Recipe(
     model=SEGMENTER, data=LABELS, train=replace(TRAIN, epochs=10, val_every=10, batch_size=8, channels_last=False)
 )
 SVIT = SViTConfig(noise=0.0)
-"""In so few steps gates that draw noise stay undecided (see docs/lab.md)."""
+"""In so few steps gates that draw noise stay undecided (see docs/lab-earlier.md)."""
 DTOP = DToPConfig(thresholds=(0.95,))
 
 RECIPES = {
