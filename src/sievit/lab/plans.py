@@ -40,14 +40,15 @@ def _gates(recipe: Recipe) -> dict[str, Any]:
 
 
 def _smaller(dense: Variant, *, stride: int, shares: tuple[float, ...] = (0.875, 0.75, 0.625)) -> list[Variant]:
-    """The dense model on smaller images, whose edges are multiples of the stride of the tokens."""
-    given = dense.recipe.model.input
+    """A model on smaller images, whose edges are multiples of the stride of the tokens."""
+    given, name = dense.recipe.model.input, "" if dense.name == DENSE else f"{dense.name}_"
     assert given.min_size is not None, "the recipe's model resizes its images"
     found = []
     for share in shares:
         edge = round(given.min_size * share / stride) * stride
         size = replace(given, min_size=edge, max_size=round(given.max_size * edge / given.min_size))
-        found.append(with_weights(dense, f"size_{edge}", curve="smaller images", input=size))
+        curve = f"{name.replace('_', ', ')}smaller images"
+        found.append(with_weights(dense, f"{name}size_{edge}", curve=curve, input=size))
     return found
 
 
@@ -93,7 +94,8 @@ def methods(recipe: Recipe) -> list[Variant]:
     ]
     if _has_heads(recipe.model):
         exits = trained(recipe, "dtop", DToPConfig(thresholds=(0.9,)))
-        found += [exits, *_exits(exits, 0.85, 0.95)]
+        smaller = _smaller(replace(exits, weights="dtop"), stride=recipe.model.vit.stride, shares=(0.875, 0.75))
+        found += [exits, *_exits(exits, 0.85, 0.95), *smaller]
     return found
 
 
