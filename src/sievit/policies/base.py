@@ -124,7 +124,7 @@ class Policy(nn.Module):
 
     def rejoins_at(self, index: int) -> bool:
         """Whether all tokens come back before block `index`, whatever it decides there."""
-        return index == self.depth - 1 and self.config.rejoin
+        return getattr(getattr(self, "config", None), "rejoin", False) and index == self.depth - 1
 
     def after_piece(self, tokens: Tokens, trace: Trace) -> Tokens:
         """The canvas with its grid tokens whole, after a piece of the loop, for whatever reads it: adapters, heads."""

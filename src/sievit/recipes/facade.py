@@ -128,9 +128,18 @@ ADAPTER = replace(DENSE, model=replace(DETECTOR, neck=AdapterConfig(deform_num_h
 DENSE_LABELS = Recipe(model=SEGMENTER, data=LABELS, train=TRAIN)
 SEGVIT = replace(SEGMENTER, head=ATMConfig(channels=192, num_heads=3, loss=ATMLossConfig(pixel_weight=2.0, pixel=RARE)))
 DENSE_SEGVIT = replace(DENSE_LABELS, model=SEGVIT)
-SHORT: dict[str, Any] = {"epochs": 2, "val_every": 2, "lr": 1e-4, "warmup_steps": 10, "ema": 0.97}
-SVIT: dict[str, Any] = {"policy": SViTConfig(noise=0.0), "policy_lr": 20.0, **SHORT}
-DTOP: dict[str, Any] = {"policy": DToPConfig(thresholds=(0.95,)), **SHORT}
+SHORT: dict[str, Any] = {
+    "epochs": 3,
+    "val_every": 3,
+    "lr": 1e-4,
+    "warmup_steps": 10,
+    "ema": 0.97,
+    "freeze": 3,
+    "distill": 2.0,  # blocks that leave tokens out have to learn, and their features are held
+}
+SVIT: dict[str, Any] = {"policy": SViTConfig(noise=0.0, loss_weight=10.0), "policy_lr": 80.0, **SHORT}
+"""Gates that start from random weights have to find their shares within some dozens of steps."""
+DTOP: dict[str, Any] = {"policy": DToPConfig(thresholds=(0.9,)), **SHORT}
 ON_PHOTOGRAPHS = "of photographs on DINOv2-S"
 
 RECIPES = {
