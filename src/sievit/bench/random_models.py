@@ -75,7 +75,7 @@ def random_vit(
     for index in range(config.depth):
         if index >= first:
             gate = svit.gates[index - first]
-            logits = torch.cat([gate(tokens.patches).float().flatten(0, 1) for tokens in canvases])
+            logits = torch.cat([gate(tokens).float().flatten(0, 1) for tokens in canvases])
             margin = (logits[:, 0] - logits[:, 1]).quantile(1 - svit.targets[index - first])
             bias = gate.get_parameter("fc2.bias")
             bias[0] -= margin.to(bias.dtype)

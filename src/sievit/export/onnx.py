@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +25,18 @@ def require_onnx() -> None:
             raise ConfigError(f"ONNX files need {name}: pip install 'sievit[export]'") from error
 
 
+@contextmanager
+def _quiet(name: str) -> Generator[None]:
+    """Nothing below an error from this logger, meanwhile."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def onnx_bytes(
     made: torch.export.ExportedProgram, outputs: list[str], metadata: dict[str, Any], *, int8: bool
 ) -> bytes:
@@ -39,29 +53,24 @@ def onnx_bytes(
         return opset18.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 
     table: Any = {torch.ops.aten.sort.stable: stable_sort}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    done = torch.onnx.export(
-        made,
-        (),
-        dynamo=True,
-        input_names=["images"],
-        output_names=outputs,
-        custom_translation_table=table,
-        verbose=False,
-    )
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": outputs}
+    with _quiet("torch.onnx"):
+        done = torch.onnx.export(made, (), dynamo=True, custom_translation_table=table, verbose=False, **names)
     assert done is not None
     for name, value in metadata.items():
         done.model.metadata_props[name] = json.dumps(value)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         done.save(path)
-        if int8:
-            from onnxruntime.quantization import QuantType, quantize_dynamic
+        return (_in_8_bits(path) if int8 else path).read_bytes()
 
-            small = Path(folder) / "int8.onnx"
-            logging.getLogger().setLevel(logging.ERROR)
-            quantize_dynamic(
-                path, small, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"]
-            )
-            path = small
-        return path.read_bytes()
+
+def _in_8_bits(path: Path) -> Path:
+    """The file beside it with the weights of matrix products in 8 bits."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    small = path.with_name("int8.onnx")
+    options: dict[str, Any] = {"weight_type": QuantType.QInt8, "op_types_to_quantize": ["MatMul"]}
+    with _quiet(""):
+        quantize_dynamic(path, small, per_channel=True, **options)
+    return small

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sievit.config import Config, ConfigError, nearest
+from sievit.config import Config, ConfigError, Count, nearest
 from sievit.engine.recipe import Recipe
 from sievit.models.build import build
 from sievit.policies import PolicyConfig
@@ -36,7 +36,7 @@ class Variant(Config):
     curve: str = ""
     recipe: Recipe
     weights: str | None = None
-    corruption: tuple[str, int] | None = None
+    corruption: tuple[str, Count] | None = None
 
     def __post_init__(self) -> None:
         if not self.name or not set(self.name) <= set(_LETTERS):
@@ -65,7 +65,7 @@ def with_weights(
     return replace(variant, name=name, curve=curve, recipe=recipe, weights=weights, corruption=corruption)
 
 
-def plans() -> dict[str, Plan]:
+def known_plans() -> dict[str, Plan]:
     """The plans that ship, by name."""
     from sievit.lab.plans import PLANS
 
@@ -79,9 +79,11 @@ def find_plan(name: str) -> Plan:
         ConfigError: there is none; the nearest name is given.
     """
     if ":" not in name:
-        if name not in plans():
-            raise ConfigError(f"unknown plan {name!r}{nearest(name, plans())}; one of your own is package.module:name")
-        return plans()[name]
+        if name not in known_plans():
+            raise ConfigError(
+                f"unknown plan {name!r}{nearest(name, known_plans())}; one of your own is package.module:name"
+            )
+        return known_plans()[name]
     module, _, attribute = name.partition(":")
     try:
         import_module(module)

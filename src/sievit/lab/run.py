@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from sievit import terminal
-from sievit.config import ConfigError, Count, Natural, Seed, to_json
+from sievit.config import ConfigError, Count, Natural, NonNegative, Positive, Seed, to_json
 from sievit.devices import device_name, pick_device
 from sievit.engine.batches import Batch, EpochBatches, Losses, training_loader
 from sievit.engine.bootstrap import drawn
@@ -25,7 +25,7 @@ from sievit.engine.recipe import Recipe, open_data
 from sievit.engine.train import train
 from sievit.files import HeldError, digest, held, write_atomically
 from sievit.lab.corruptions import corrupting
-from sievit.lab.plan import DENSE, START, Variant, checked, find_plan, plans
+from sievit.lab.plan import DENSE, START, Variant, checked, find_plan, known_plans
 from sievit.lab.table import Results, printed, written
 from sievit.measure.clock import clocked, in_turns, median_and_p95
 from sievit.models.base import Model
@@ -44,8 +44,8 @@ def ablate(
     recipe: str = "facade_setr",
     out: Path | None = None,
     steps: Count | None = None,
-    lr: float | None = None,
-    distill: float = 2.0,
+    lr: Positive | None = None,
+    distill: NonNegative = 2.0,
     freeze: Natural | None = None,
     seeds: tuple[Seed, ...] = (0,),
     only: tuple[str, ...] = (),
@@ -84,7 +84,7 @@ def ablate(
         dry_run: list the runs with their cost and the hours that they would take here, and do nothing.
     """
     if plan is None:
-        for name, each in plans().items():
+        for name, each in known_plans().items():
             print(f"  {name:<12} {(each.__doc__ or '').strip().partition(chr(10))[0]}")
         return None
     if dense is None:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sievit.config import Share, variant
+from sievit.config import Natural, Share, variant
 from sievit.policies.base import Notes, Projections, register
 from sievit.policies.selection import SharesConfig, SharesPolicy, fused, select_top
 from sievit.tokens import Tokens, Trace
@@ -21,7 +21,7 @@ class EvoViTConfig(SharesConfig):
         momentum: of the mean of the attention over blocks.
     """
 
-    first_block: int = 4
+    first_block: Natural = 4
     shares: tuple[Share, ...] = (0.5,)
     momentum: Share = 0.5
 
