@@ -50,7 +50,7 @@ def model(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(config, path)
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=NAMES[:1])
 def options(request: pytest.FixtureRequest) -> list[str]:
     return ["--policy", request.param, "--set", SETTINGS[request.param]]
 

@@ -11,6 +11,7 @@ import torch
 from sievit.config import Config, ConfigError, Count, nearest
 from sievit.engine.recipe import Recipe
 from sievit.models.build import build
+from sievit.models.inputs import ModelConfig
 from sievit.policies import PolicyConfig
 
 DENSE = "dense"
@@ -108,9 +109,13 @@ def checked(variants: list[Variant]) -> list[Variant]:
     if DENSE not in names:
         raise ConfigError(f"the plan has no variant called {DENSE!r}, which all others are compared with")
     of_their_own = {variant.name for variant in variants if variant.weights is None}
+    built: list[ModelConfig] = []
     for variant in variants:
         if variant.weights not in (None, START, *of_their_own):
             raise ConfigError(f"{variant.name} takes the weights of {variant.weights!r}, which is not trained here")
+        if variant.recipe.model in built:
+            continue
+        built.append(variant.recipe.model)
         try:
             with torch.device("meta"):
                 build(variant.recipe.model)
