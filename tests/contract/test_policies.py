@@ -56,12 +56,12 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "dynamicvit": {"preserve": (False, True)},
     "evit": {"preserve": (False, True), "fuse": (True, False), "rejoin": (False, True)},
-    "evo_vit": {"shares": ((0.5,), (1.0, 0.4)), "rejoin": (False, True)},
-    "ats": {"preserve": (False, True), "rejoin": (False, True)},
-    "tome": {"first_block": (0, 2), "share": (0.1, 0.5, 0.0), "rejoin": (False, True)},
-    "algm": {"local_block": (0, 2), "threshold": (-1.0, 0.2), "rejoin": (False, True)},
-    "cropr": {"preserve": (False, True), "rejoin": (False, True)},
-    "expedit": {"side": (0.5, 0.8, 1.0), "rejoin": (False, True)},
+    "evo_vit": {"shares": ((0.5,), (1.0, 0.4))},
+    "ats": {"preserve": (False, True)},
+    "tome": {"share": (0.1, 0.5, 0.0), "rejoin": (False, True)},
+    "algm": {"local_block": (0, 2), "threshold": (-1.0, 0.2)},
+    "cropr": {"preserve": (True,), "rejoin": (False, True)},
+    "expedit": {"side": (0.5, 1.0), "rejoin": (False, True)},
     "random": {"rejoin": (False, True)},
 }
 """Values of the options that change which tokens take part, their values, or what they see."""
