@@ -18,6 +18,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
@@ -47,6 +48,23 @@ _VARIANTS: dict[str, type] = {}
 
 class ConfigError(ValueError):
     """A configuration, option or name that the user has to change; the message contains the way out."""
+
+
+def named_elsewhere(name: str, what: str) -> Any:
+    """What `package.module:attribute` names, in a module of the user's; None where the module has no such attribute.
+
+    Args:
+        what: it is to be, for the message.
+
+    Raises:
+        ConfigError: the module cannot be imported.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"{what} {name!r}: {error}; is the folder of {module!r} on PYTHONPATH?") from error
+    return getattr(sys.modules[module], attribute, None)
 
 
 _SHORT = reprlib.Repr()

@@ -86,3 +86,8 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"an object has the key {shown(twice)} more than once")
     return found
+
+
+def first_line(documented: object) -> str:
+    """Of the docstring."""
+    return (documented.__doc__ or "").strip().partition("\n")[0]

@@ -166,6 +166,14 @@ class Tokens:
         return self.x.new_ones(self.x.shape[0], self.grid[0] * self.grid[1], dtype=torch.bool)
 
 
+def chosen_first(keep: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+    """(b, n) int64: the positions of the chosen tokens, in their order, and behind them those of all others."""
+    kept = keep.to(torch.int64)
+    total, rank = kept.sum(1, keepdim=True), kept.cumsum(1)
+    place = torch.arange(keep.shape[1], device=keep.device).expand_as(kept)
+    return torch.zeros_like(kept).scatter(1, torch.where(keep, rank - 1, total + place - rank), place)
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """The prediction of a semantic head for every grid token of a canvas.
@@ -248,6 +256,10 @@ class Trace:
     def finish(self, tokens: Tokens | None, aux: dict[str, Tensor]) -> "Trace":
         """The trace of a pass that is over."""
         return replace(self, aux=(*self.aux, aux), tokens=tokens)
+
+    def last(self, name: str) -> Tensor | None:
+        """What was remembered last under this name; None for nothing."""
+        return next((aux[name] for aux in reversed(self.aux) if name in aux), None)
 
     @property
     def predictions(self) -> tuple[Prediction, ...]:

@@ -143,8 +143,3 @@ def _with_placeholders(function: Callable[..., Any]) -> Callable[..., Any]:
     run.__signature__ = signature.replace(parameters=parameters)  # ty: ignore
     run.__annotations__ = {name: hint for name, hint in hints.items() if name != "progress"}
     return run
-
-
-def first_line(documented: object) -> str:
-    """Of the docstring."""
-    return (documented.__doc__ or "").strip().partition("\n")[0]

@@ -2,11 +2,11 @@
 
 import json
 
-from sievit.cli.command import first_line
 from sievit.config import to_json
 from sievit.policies import policies as known_policies
 from sievit.recipes import recipe
 from sievit.recipes import recipes as known_recipes
+from sievit.text import first_line
 
 
 def recipes(name: str | None = None, /) -> None:

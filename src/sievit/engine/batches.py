@@ -56,7 +56,7 @@ class Losses(nn.Module):
         output = self.model(batch.images, batch.targets, execution=execution, teacher=dense)
         losses, trace = dict(output.losses), output.trace
         if dense is not None and self.distill:
-            losses["distill"] = self.distill * features_loss(trace, dense)
+            losses["features"] = self.distill * features_loss(trace, dense)
         if selected:
             # blocks without a token get gradients of zero, not none: those of another process may have some
             idle = [b for b, n in zip(self.model.vit.blocks, trace.counts().sum(1).tolist(), strict=True) if not n]

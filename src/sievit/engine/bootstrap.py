@@ -26,11 +26,13 @@ def differences(
     """
     both = drawn(images, draws=draws, seed=seed)
     before, after = first.resampled(both), second.resampled(both)
-    limits, found = (0.5 - level / 2, 0.5 + level / 2), {}
-    for name in before:
-        whole, *spread = after[name] - before[name]
-        found[name] = [round(float(x), 5) for x in (whole, *np.quantile(spread, limits))]
-    return found
+    return {name: interval(after[name] - before[name], level=level) for name in before}
+
+
+def interval(differences: np.ndarray, *, level: float = LEVEL) -> list[float]:
+    """`[difference, low, high]` of one on all images and others, (1 + draws,), on images that were drawn."""
+    whole, *spread = differences
+    return [round(float(x), 5) for x in (whole, *np.quantile(spread, (0.5 - level / 2, 0.5 + level / 2)))]
 
 
 def drawn(images: int, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:

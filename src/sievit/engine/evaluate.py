@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from sievit.data.dataset import ImageDataset
 from sievit.distributed import gathered, world_size
 from sievit.engine.batches import leave_signals_to_parent, loading
 from sievit.engine.bootstrap import differences
+from sievit.measure.clock import in_turns
 from sievit.models.base import Answer, Model
 from sievit.tasks import Metric, task_of
 
@@ -197,6 +199,29 @@ def timed(model: Model, images: Sequence[Tensor], *, precision: str = "32-true")
         output = model(list(images))
     _synchronise(device)
     return output, (time.perf_counter() - start) * 1e3
+
+
+def timed_in_turns(
+    models: Sequence[Model],
+    images: Sequence[Tensor],
+    *,
+    console: Console | None,
+    title: str = "timing",
+    kept: Callable[[Any], Any] = lambda answer: None,
+) -> list[list[tuple[float, Any]]]:
+    """All models on each image alone, in turns, after a pass that is not timed.
+
+    Args:
+        kept: an answer to what is returned of it.
+
+    Returns:
+        Of each model milliseconds and what is kept, image by image.
+    """
+    calls = [partial(timed, model) for model in models]
+    for call in calls:
+        call([images[0]])
+    inputs = terminal.track([[image] for image in images], title, console=console)
+    return in_turns(calls, inputs, lambda _, call: call()[::-1], lambda _, answer: kept(answer))
 
 
 def _number(dataset: ImageDataset, limit: int | None) -> int:

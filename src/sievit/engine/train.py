@@ -287,8 +287,9 @@ class _Run:
             )
 
     def _validation_is_due(self) -> bool:
-        every = self.batches.steps * self.recipe.train.val_every
-        return self.validated != self.step and (self.step == self.total or self.step % every == 0)
+        config = self.recipe.train
+        between = config.val_images != 0 and self.step % (self.batches.steps * config.val_every) == 0
+        return self.validated != self.step and (self.step == self.total or between)
 
     def _validate(self) -> None:
         """Figures of the (averaged) weights, and the two model files."""

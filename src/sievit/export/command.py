@@ -1,19 +1,17 @@
 """`sievit export`."""
 
+import statistics
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from sievit import __version__, terminal
 from sievit.config import ConfigError, Count, to_json
 from sievit.data.images import list_images, read_image, to_tensor
-from sievit.engine.evaluate import timed
+from sievit.engine.evaluate import timed_in_turns
 from sievit.export.onnx import onnx_bytes, require_onnx
 from sievit.export.program import OUTPUTS, program
 from sievit.files import digest, write_atomically
 from sievit.hub.file import require_free
-from sievit.measure.clock import Quartiles
 from sievit.models.base import Model
 from sievit.models.build import load, model_file
 from sievit.models.exported import METADATA, SUFFIX, load_exported
@@ -87,19 +85,10 @@ def export(
 
 def _compared(eager: Model, file: Model, paths: list[Path], console: Any) -> dict[str, Any]:
     """How many pixels of some images have the same label, and the times of both in turns."""
-    same = total = 0
-    taken: dict[str, list[float]] = {"ms": [], "model_ms": []}
-    for turn, path in enumerate(terminal.track(paths, "comparing", console=console)):
-        image = [to_tensor(read_image(path))]
-        answers = {}
-        pairs = [("ms", file), ("model_ms", eager)]
-        for name, model in pairs if turn % 2 else pairs[::-1]:
-            if not turn:
-                timed(model, image)
-            answers[name], elapsed = timed(model, image)
-            taken[name].append(elapsed)
-        labels = [answers[name].results[0] for name in taken]
-        same += int(torch.eq(*labels).sum())
-        total += labels[0].numel()
-    medians = {name: round(Quartiles.of(values).median, 2) for name, values in taken.items()}
-    return {"agree": round(same / total, 6), **medians}
+    images = [to_tensor(read_image(path)) for path in paths]
+    options: dict[str, Any] = {"console": console, "title": "comparing", "kept": lambda answer: answer.results[0]}
+    taken = timed_in_turns([file, eager], images, **options)
+    pairs = [(mine, own) for (_, mine), (_, own) in zip(*taken, strict=True)]
+    same, total = sum(int((a == b).sum()) for a, b in pairs), sum(a.numel() for a, _ in pairs)
+    medians = [round(statistics.median(elapsed for elapsed, _ in of_model), 2) for of_model in taken]
+    return {"agree": round(same / total, 6), "ms": medians[0], "model_ms": medians[1]}

@@ -1,14 +1,13 @@
 """A plan: a dense model, and what is done to it in each variant that is compared with it."""
 
-import sys
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any
 
 import torch
 
-from sievit.config import Config, ConfigError, Count, nearest
+from sievit.config import Config, ConfigError, Count
 from sievit.engine.recipe import Recipe
 from sievit.models.build import build
 from sievit.models.inputs import ModelConfig
@@ -40,11 +39,9 @@ class Variant(Config):
     corruption: tuple[str, Count] | None = None
 
     def __post_init__(self) -> None:
-        if not self.name or not set(self.name) <= set(_LETTERS):
+        if not re.fullmatch(r"[\w.-]+", self.name, re.ASCII):
             raise ConfigError(f"a variant is called {self.name!r}; take letters, digits and _-.")
 
-
-_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-."
 
 Plan = Callable[[Recipe], list[Variant]]
 """From the recipe of the dense model, whose training starts from its weights, to the variants. A plan is a function
@@ -64,36 +61,6 @@ def with_weights(
     recipe = replace(variant.recipe, model=replace(variant.recipe.model, **model))
     weights = variant.weights or variant.name
     return replace(variant, name=name, curve=curve, recipe=recipe, weights=weights, corruption=corruption)
-
-
-def known_plans() -> dict[str, Plan]:
-    """The plans that ship, by name."""
-    from sievit.lab.plans import PLANS
-
-    return PLANS
-
-
-def find_plan(name: str) -> Plan:
-    """The plan called `name`, or `my_package.module:function`, one of your own.
-
-    Raises:
-        ConfigError: there is none; the nearest name is given.
-    """
-    if ":" not in name:
-        if name not in known_plans():
-            raise ConfigError(
-                f"unknown plan {name!r}{nearest(name, known_plans())}; one of your own is package.module:name"
-            )
-        return known_plans()[name]
-    module, _, attribute = name.partition(":")
-    try:
-        import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"plan {name!r}: {error}; is the folder of {module!r} on PYTHONPATH?") from error
-    found = getattr(sys.modules[module], attribute, None)
-    if not callable(found):
-        raise ConfigError(f"plan {name!r}: {module} has no function {attribute!r}")
-    return found
 
 
 def checked(variants: list[Variant]) -> list[Variant]:

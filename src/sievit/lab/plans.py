@@ -3,10 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
+from sievit.config import ConfigError, named_elsewhere, nearest
 from sievit.engine.recipe import Recipe
 from sievit.lab.corruptions import CORRUPTIONS, SEVERITIES
 from sievit.lab.plan import DENSE, START, Plan, Variant, trained, with_weights
-from sievit.models.inputs import ModelConfig
 from sievit.policies import (
     ALGMConfig,
     ATSConfig,
@@ -54,20 +54,8 @@ def _smaller(dense: Variant, *, stride: int, shares: tuple[float, ...] = (0.875,
 
 def _fewer_blocks(recipe: Recipe, *, blocks: int) -> Variant:
     """The dense model without its last blocks, trained like the others."""
-    model = recipe.model
-    depth = model.vit.depth - blocks
-    changes: dict[str, Any] = {"vit": replace(model.vit, depth=depth)}
-    indices = getattr(model, "out_indices", None)
-    if indices is not None:
-        changes["out_indices"] = (*(i for i in indices[:-1] if i < depth - 1), depth - 1)
-        missing = len(indices) - len(changes["out_indices"])
-        changes["out_indices"] = (*range(missing), *changes["out_indices"])
-    return trained(replace(recipe, model=replace(model, **changes)), f"blocks_{depth}", curve="fewer blocks")
-
-
-def _has_heads(model: ModelConfig) -> bool:
-    """Whether tokens can leave with a prediction."""
-    return len(getattr(model, "out_indices", ())) > 1
+    model = recipe.model.with_depth(recipe.model.vit.depth - blocks)
+    return trained(replace(recipe, model=model), f"blocks_{model.vit.depth}", curve="fewer blocks")
 
 
 def methods(recipe: Recipe) -> list[Variant]:
@@ -92,7 +80,7 @@ def methods(recipe: Recipe) -> list[Variant]:
         trained(recipe, "top_norm", TopNormConfig()),
         trained(recipe, "random", RandomConfig()),
     ]
-    if _has_heads(recipe.model):
+    if recipe.model.has_exits:
         exits = trained(recipe, "dtop", DToPConfig(thresholds=(0.9,)))
         smaller = _smaller(replace(exits, weights="dtop"), stride=recipe.model.vit.stride, shares=(0.875, 0.75))
         found += [exits, *_exits(exits, 0.85, 0.95), *smaller]
@@ -183,7 +171,7 @@ def exits(recipe: Recipe) -> list[Variant]:
 def robustness(recipe: Recipe) -> list[Variant]:
     """Fifteen corruptions of the images at two severities, on which a pruned model may lose more, or spend more."""
     models = [_dense(recipe), trained(recipe, "svit", SVIT, **_gates(recipe))]
-    if _has_heads(recipe.model):
+    if recipe.model.has_exits:
         models.append(trained(recipe, "dtop", DToPConfig(thresholds=(0.9,))))
     return models + [
         with_weights(model, f"{model.name}_{name}_{severity}", curve=model.name, corruption=(name, severity))
@@ -196,3 +184,20 @@ def robustness(recipe: Recipe) -> list[Variant]:
 PLANS: dict[str, Plan] = {
     each.__name__: each for each in (methods, preserve, reactivate, rate, gate, budget, exits, robustness)
 }
+
+
+def find_plan(name: str) -> Plan:
+    """The plan called `name`, or `my_package.module:function`, one of your own.
+
+    Raises:
+        ConfigError: there is none; the nearest name is given.
+    """
+    if ":" not in name:
+        if name not in PLANS:
+            raise ConfigError(f"unknown plan {name!r}{nearest(name, PLANS)}; one of your own is package.module:name")
+        return PLANS[name]
+    found = named_elsewhere(name, "plan")
+    if not callable(found):
+        module, _, attribute = name.partition(":")
+        raise ConfigError(f"plan {name!r}: {module} has no function {attribute!r}")
+    return found

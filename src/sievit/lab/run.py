@@ -1,39 +1,68 @@
 """`sievit ablate`: the runs of a plan, each once, by as many processes as there are."""
 
 import json
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from rich.console import Console
 
 from sievit import terminal
-from sievit.config import ConfigError, Count, Natural, NonNegative, Positive, Seed, to_json
+from sievit.config import Config, ConfigError, Count, Natural, NonNegative, Positive, Seed, to_json
+from sievit.data.dataset import ImageDataset
 from sievit.devices import device_name, pick_device
 from sievit.engine.batches import Batch, EpochBatches, Losses, training_loader
 from sievit.engine.bootstrap import drawn
-from sievit.engine.evaluate import evaluate, timed
-from sievit.engine.initial import start_from
-from sievit.engine.optim import freeze as freeze_blocks
-from sievit.engine.recipe import Recipe, open_data
+from sievit.engine.evaluate import evaluate, timed, timed_in_turns
+from sievit.engine.initial import dense_teacher, start_from
+from sievit.engine.optim import freeze, total_steps
+from sievit.engine.recipe import Recipe, TrainConfig, open_data
 from sievit.engine.train import train
 from sievit.files import HeldError, digest, held, write_atomically
 from sievit.lab.corruptions import corrupting
-from sievit.lab.plan import DENSE, START, Variant, checked, find_plan, known_plans
+from sievit.lab.plan import DENSE, START, Variant, checked
+from sievit.lab.plans import PLANS, find_plan
 from sievit.lab.table import Results, printed, written
-from sievit.measure.clock import clocked, in_turns, median_and_p95
+from sievit.measure.clock import Quartiles, clocked, median_and_p95
 from sievit.models.base import Model
 from sievit.models.build import build, load, model_file, read
 from sievit.policies import KeepAllConfig
 from sievit.recipes import recipe as find_recipe
 from sievit.tasks import task_of
-from sievit.text import read_json
+from sievit.text import first_line, read_json
+from sievit.vit import Execution
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(Config):
+    """How every variant is trained, the dense control too.
+
+    Attributes:
+        steps: of each training; by default the recipe's.
+        lr: rate of each training; by default half of the recipe's.
+        distill: weight of the loss that holds the features of a variant to the dense model's (`train.distill`).
+        freeze: so many first blocks keep the weights of the dense model.
+        threads: CPU threads of this process.
+    """
+
+    steps: Count | None = None
+    lr: Positive | None = None
+    distill: NonNegative = 2.0
+    freeze: Natural = 3
+    threads: Count | None = None
+
+    def of(self, train: TrainConfig) -> TrainConfig:
+        """The training of a recipe with these options."""
+        return replace(
+            train,
+            steps=train.steps if self.steps is None else self.steps,
+            lr=train.lr / 2 if self.lr is None else self.lr,
+            distill=self.distill,
+            freeze=self.freeze or "none",
+            threads=self.threads,
+        )
 
 
 def ablate(
@@ -42,11 +71,8 @@ def ablate(
     *,
     dense: Path | None = None,
     recipe: str = "facade_setr",
+    training: TrainingOptions = TrainingOptions(),
     out: Path | None = None,
-    steps: Count | None = None,
-    lr: Positive | None = None,
-    distill: NonNegative = 2.0,
-    freeze: Natural | None = None,
     seeds: tuple[Seed, ...] = (0,),
     only: tuple[str, ...] = (),
     index: Natural = 0,
@@ -54,7 +80,6 @@ def ablate(
     limit: Count | None = None,
     timed_images: Natural = 16,
     data_root: Path | None = None,
-    threads: Count | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any] | None:
     """Train and compare the variants of a plan: table, JSON, CSV and plots; without a plan, list those that ship.
@@ -67,11 +92,8 @@ def ablate(
         plan: name of a plan, or my_package.module:function, one of your own.
         dense: the dense model whose weights every training starts from: checkpoint, folder of a run, or name.
         recipe: data and training of the variants: name or .json file of a dense recipe of the same kind of model.
+        training: options of all trainings.
         out: folder of everything; by default runs/ and the name of the plan.
-        steps: of each training; by default the recipe's.
-        lr: rate of each training; by default half of the recipe's.
-        distill: weight of the loss that holds the features of a variant to the dense model's (`train.distill`).
-        freeze: so many first blocks keep the weights of the dense model; by default three.
         seeds: of the trainings, each variant with each.
         only: variants to run, instead of all of the plan.
         index: this process does the runs index, index + of, index + 2 of, ...
@@ -80,47 +102,39 @@ def ablate(
         timed_images: so many images are timed, by all models in turns.
         data_root: folder of the data sets; default the recipe's, else the environment's SIEVIT_DATA, else
             ../shared/data.
-        threads: CPU threads of this process.
         dry_run: list the runs with their cost and the hours that they would take here, and do nothing.
     """
     if plan is None:
-        for name, each in known_plans().items():
-            print(f"  {name:<12} {(each.__doc__ or '').strip().partition(chr(10))[0]}")
+        print("\n".join(f"  {name:<12} {first_line(each)}" for name, each in PLANS.items()))
         return None
     if dense is None:
         raise ConfigError("which dense model do the variants start from? Give --dense CHECKPOINT")
     if index >= of:
         raise ConfigError(f"--index {index} is one of 0 to {of - 1}, for --of {of}")
-    if threads:
-        torch.set_num_threads(threads)
-    console = terminal.console()
-    base = _base(find_recipe(recipe), model_file(dense))
-    changes: dict[str, Any] = {"distill": distill, "freeze": 3 if freeze is None else freeze or "none"}
-    changes |= {"lr": base.train.lr / 2 if lr is None else lr, "threads": threads}
-    changes |= {} if steps is None else {"steps": steps}
-    base = replace(base, train=replace(base.train, **changes))
-    if data_root is not None:
-        base = replace(base, data=replace(base.data, root=data_root))
-    variants = _chosen(checked(find_plan(plan)(base)), only)
-    jobs = [_Job(variant, seed) for seed in seeds for variant in variants if variant.weights is None]
-    lab = _Lab(out or Path("runs") / plan.rpartition(":")[2], model_file(dense), variants, limit, console)
+    if training.threads:
+        torch.set_num_threads(training.threads)
+    base = _base(find_recipe(recipe), model_file(dense), training, data_root)
+    lab = _Lab(
+        out or Path("runs") / plan.rpartition(":")[2], base, _chosen(checked(find_plan(plan)(base)), only), limit
+    )
     if dry_run:
-        return lab.estimate(jobs, seeds)
-    for job in jobs[index::of]:
+        return lab.estimate(seeds)
+    for job in lab.jobs(seeds)[index::of]:
         lab.run(job)
     for seed in seeds:
         lab.evaluate_start(seed)
     return lab.finish(seeds, timed_images)
 
 
-def _base(recipe: Recipe, dense: Path) -> Recipe:
+def _base(recipe: Recipe, dense: Path, training: TrainingOptions, data_root: Path | None) -> Recipe:
     """The recipe with the model of the checkpoint, densely, whose training starts from it."""
     config, _ = read(dense)
     if type(config) is not type(recipe.model):
         raise ConfigError(f"{dense} is another kind of model than that of the recipe; give another --recipe")
-    given = replace(config, policy=KeepAllConfig(), execution=type(config.execution)())
-    train = replace(recipe.train, init_from=dense, vit_from=None, val_every=10**6, val_images=0)
-    return replace(recipe, model=given, train=train)
+    model = replace(config, policy=KeepAllConfig(), execution=Execution())
+    train = replace(training.of(recipe.train), init_from=dense, vit_from=None, val_images=0)
+    data = recipe.data if data_root is None else replace(recipe.data, root=data_root)
+    return replace(recipe, model=model, data=data, train=train)
 
 
 def _chosen(variants: list[Variant], only: Sequence[str]) -> list[Variant]:
@@ -153,9 +167,15 @@ def _run_name(variant: str, seed: int) -> str:
 class _Lab:
     """The folder of a plan: a folder for each training, and a file for the figures of each variant and seed."""
 
-    def __init__(self, out: Path, dense: Path, variants: list[Variant], limit: int | None, console: Console) -> None:
-        self.out, self.dense, self.variants, self.limit, self.console = out, dense, variants, limit, console
-        self.start = digest(dense)
+    def __init__(self, out: Path, base: Recipe, variants: list[Variant], limit: int | None) -> None:
+        assert base.train.init_from is not None
+        self.out, self.dense, self.variants, self.limit = out, base.train.init_from, variants, limit
+        self.console, self.device = terminal.console(), pick_device("auto")
+        self.start = digest(self.dense)
+
+    def jobs(self, seeds: Sequence[int]) -> list[_Job]:
+        """All trainings."""
+        return [_Job(variant, seed) for seed in seeds for variant in self.variants if variant.weights is None]
 
     def run(self, job: _Job) -> None:
         """Train and evaluate, unless it is done already or another process is at it."""
@@ -218,8 +238,14 @@ class _Lab:
         for name in ("threads", "init_from", "seed"):
             recipe["train"].pop(name, None)
         recipe["data"].pop("root", None)
-        settings = {"recipe": recipe, "weights": row.weights, "start": self.start, "limit": self.limit}
-        return settings if row.corruption is None else {**settings, "corruption": list(row.corruption)}
+        corruption = row.corruption and list(row.corruption)
+        return {
+            "recipe": recipe,
+            "weights": row.weights,
+            "corruption": corruption,
+            "start": self.start,
+            "limit": self.limit,
+        }
 
     def _evaluate(self, row: Variant, seed: int, weights: Path) -> None:
         model = self._model(row, weights)
@@ -242,7 +268,7 @@ class _Lab:
         self.console.print(f"{_run_name(row.name, seed)}: {text}", soft_wrap=True)
 
     def _model(self, row: Variant, weights: Path) -> Model:
-        model = load(weights, policy=row.recipe.model.policy, device=pick_device("auto"))
+        model = load(weights, policy=row.recipe.model.policy, device=self.device)
         return model.with_config(input=row.recipe.model.input)
 
     def _weights(self, row: Variant, seed: int) -> Path:
@@ -262,7 +288,7 @@ class _Lab:
         else:
             with held(self.out / "claims" / "times"):
                 results.times = self._times(seeds[0], timed_images)
-        written(results, device=device_name(pick_device("auto")))
+        written(results, device=device_name(self.device))
         terminal.console(stderr=False).print(printed(results))
         return results.content()
 
@@ -277,48 +303,44 @@ class _Lab:
             return {}
         models = [self._model(row, self._weights(row, seed)) for row in self.variants]
         _, data = open_data(self.variants[0].recipe)
-        images = [[data[i][0]] for i in range(min(count, len(data)))]
-        calls = [partial(timed, model) for model in models]
-        for call in calls:
-            call(images[0])
-        taken = in_turns(calls, terminal.track(images, "timing", console=self.console), lambda _, call: call()[::-1])
-        columns = [[elapsed for elapsed, _ in of_call] for of_call in taken]
-        slow = columns[names.index(DENSE)]
+        images = [data[i][0] for i in range(min(count, len(data)))]
+        taken = timed_in_turns(models, images, console=self.console)
+        columns = [[elapsed for elapsed, _ in of_model] for of_model in taken]
         times = {}
         for name, fast in zip(names, columns, strict=True):
-            ratios = np.array(slow) / np.array(fast)
-            low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-            speedup = {"speedup": round(float(middle), 3), "speedup_low": round(float(low), 3)}
-            times[name] = {**median_and_p95("ms", fast), **speedup, "speedup_high": round(float(high), 3)}
+            speedup = Quartiles.of_ratios(columns[names.index(DENSE)], fast).to_json()
+            times[name] = median_and_p95("ms", fast) | {
+                "speedup": speedup["median"],
+                "speedup_quartiles": speedup["quartiles"],
+            }
         write_atomically(path, (json.dumps({"made": made, "times": times}, indent=1) + "\n").encode())
         return times
 
-    def estimate(self, jobs: list[_Job], seeds: Sequence[int]) -> dict[str, Any]:
+    def estimate(self, seeds: Sequence[int]) -> dict[str, Any]:
         """The runs, with the GFLOPs of the first image with the weights that they start from, and hours by the time of
         two dense steps and one dense image, in proportion."""
-        control = self.variants[0]
-        dense = self._model(control, self.dense)
-        _, data = open_data(control.recipe)
-        image = data[0][0]
-        pass_ms, answer = clocked(lambda: timed(dense, [image])[0], dense.device)
+        control = self.variants[0].recipe
+        train_set, data = open_data(control)
+        image, number = data[0][0], len(data) if self.limit is None else min(self.limit, len(data))
+        dense = self._start_model(self.variants[0])
+        answer, pass_ms = timed(dense, [image])
         full = float(dense.gflops(answer)[0])
-        step = self._seconds_per_step(control.recipe)
-        rows, total = [], 0.0
+        step = self._seconds_per_step(control, train_set)
+        rows: list[dict[str, Any]] = []
         for row in self.variants:
             model = self._start_model(row)
             cost = float(model.gflops(timed(model, [image])[0])[0])
-            images = len(data) if self.limit is None else min(self.limit, len(data))
-            seconds = images * pass_ms / 1e3 * cost / full
+            seconds = number * pass_ms / 1e3 * cost / full
             if row.weights is None:
-                steps = _steps(row.recipe, self)
-                seconds += steps * step * (0.5 + 0.5 * cost / full) + seconds
-            todo = [seed for seed in seeds if not self._has(row, seed)]
-            hours = round(seconds * len(todo) / 3600, 3)
-            total += hours
-            rows.append({"variant": row.name, "gflops": round(cost, 2), "runs": len(todo), "hours": hours})
-            self.console.print(f"  {row.name:<22} {cost:7.1f} GFLOPs  {len(todo)} runs  {hours:6.2f} h", soft_wrap=True)
-        self.console.print(f"{len(jobs)} trainings, {total:.1f} hours of one process here", soft_wrap=True)
-        return {"runs": rows, "hours": round(total, 2)}
+                steps = total_steps(row.recipe.train, len(train_set) // row.recipe.train.batch_size)
+                seconds += steps * step * (0.5 + 0.5 * cost / full)
+            todo = sum(not self._has(row, seed) for seed in seeds)
+            hours = round(seconds * todo / 3600, 3)
+            rows.append({"variant": row.name, "gflops": round(cost, 2), "runs": todo, "hours": hours})
+            self.console.print(f"  {row.name:<22} {cost:7.1f} GFLOPs  {todo} runs  {hours:6.2f} h", soft_wrap=True)
+        total, trainings = round(sum(row["hours"] for row in rows), 2), len(self.jobs(seeds))
+        self.console.print(f"{trainings} trainings, {total:.1f} hours of one process here", soft_wrap=True)
+        return {"runs": rows, "hours": total}
 
     def _start_model(self, row: Variant) -> Model:
         """The model of a variant with the weights that it starts from; those of its policy are random."""
@@ -326,26 +348,19 @@ class _Lab:
             torch.manual_seed(0)
             model = build(row.recipe.model)
         start_from(model, self.dense)
-        return model.eval()
+        return model.eval().to(self.device)
 
-    def _seconds_per_step(self, recipe: Recipe) -> float:
-        train_set, _ = open_data(recipe)
-        losses = Losses(self._start_model(self.variants[0]).train())
-        freeze_blocks(losses.model.vit, recipe.train.freeze)
-        loader = training_loader(train_set, EpochBatches(len(train_set), recipe.train, rank=0, processes=1))
-        images, targets = next(iter(loader))
-        taken = []
-        for _ in range(2):
-            began = time.monotonic()
-            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.precision == "bf16-mixed"):
-                total = torch.stack(list(losses(Batch(images, targets, torch.device("cpu")))[0].values())).sum()
+    def _seconds_per_step(self, recipe: Recipe, train_set: ImageDataset) -> float:
+        """The shorter of two steps, without the update of the weights."""
+        model = self._start_model(self.variants[0]).train()
+        freeze(model.vit, recipe.train.freeze)
+        losses = Losses(model, dense_teacher(model.policy, recipe.train, self.device), recipe.train.distill)
+        batches = EpochBatches(len(train_set), recipe.train, rank=0, processes=1)
+        batch = Batch(*next(iter(training_loader(train_set, batches))), self.device)
+
+        def step() -> None:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16-mixed"):
+                total = torch.stack(list(losses(batch)[0].values())).sum()
             total.backward()
-            taken.append(time.monotonic() - began)
-        return min(taken)
 
-
-def _steps(recipe: Recipe, lab: _Lab) -> int:
-    if recipe.train.steps:
-        return recipe.train.steps
-    train_set, _ = open_data(recipe)
-    return recipe.train.epochs * (len(train_set) // recipe.train.batch_size)
+        return min(clocked(step, self.device)[0] for _ in range(2)) / 1e3

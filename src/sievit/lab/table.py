@@ -11,7 +11,7 @@ import numpy as np
 from rich.box import SIMPLE
 from rich.table import Table
 
-from sievit.engine.bootstrap import LEVEL
+from sievit.engine.bootstrap import interval
 from sievit.files import write_atomically
 from sievit.lab.plan import DENSE
 from sievit.report.plot import draw_variants
@@ -70,9 +70,7 @@ class Results:
             np.array(self.files[name][seed]["resampled"][measure]) - self.files[DENSE][seed]["resampled"][measure]
             for seed in both
         ]
-        whole, *spread = np.mean(apart, axis=0)
-        low, high = np.quantile(spread, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2))
-        return [round(float(x), 5) for x in (whole, low, high)]
+        return interval(np.mean(apart, axis=0))
 
     def content(self) -> dict[str, Any]:
         """Everything, as in ablation.json."""

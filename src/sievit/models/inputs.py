@@ -1,9 +1,9 @@
 """What goes into a model: images of any kind, and what happens to them before a network sees them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -66,6 +66,15 @@ class ModelConfig(Config):
     input: InputConfig
     classes: tuple[str, ...]
     execution: Execution = field(default=Execution(), kw_only=True)
+
+    @property
+    def has_exits(self) -> bool:
+        """Whether tokens can leave with the prediction of a head before the last one."""
+        return False
+
+    def with_depth(self, depth: int) -> Self:
+        """The configuration without the last blocks of the ViT."""
+        return replace(self, vit=replace(self.vit, depth=depth))
 
     figures: ClassVar[Mapping[str, str]] = {}
     """What the figures of accuracy of such models are called, by their names in `sievit eval`."""

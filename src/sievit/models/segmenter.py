@@ -76,6 +76,16 @@ class SegmenterConfig(ModelConfig):
             raise ConfigError(f"palette has {len(self.palette)} colours for {len(self.classes)} classes")
 
     @property
+    def has_exits(self) -> bool:
+        return len(self.out_indices) > 1
+
+    def with_depth(self, depth: int) -> Self:
+        """With as many heads, as near to the blocks of theirs as there is room."""
+        room = range(depth - len(self.out_indices), depth)
+        indices = tuple(min(pair) for pair in zip(self.out_indices, room, strict=True))
+        return replace(self, vit=replace(self.vit, depth=depth), out_indices=(*indices[:-1], depth - 1))
+
+    @property
     def default_size(self) -> Size:
         """(height, width) of the window that the segmenter was trained on."""
         return self.crop or (self.vit.grid[0] * self.vit.stride, self.vit.grid[1] * self.vit.stride)

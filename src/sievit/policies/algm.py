@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sievit.config import Finite, Natural, variant
 from sievit.policies.base import Dial, Notes, Policy, PolicyConfig, Projections, register
-from sievit.policies.merging import again, matched
+from sievit.policies.merging import again, matched, matching_macs
 from sievit.tokens import Tokens, Trace
 
 
@@ -53,14 +53,15 @@ class ALGM(Policy):
 
     def inside_block(self, index: int, tokens: Tokens, trace: Trace, projections: Projections) -> tuple[Tokens, Notes]:
         rows = F.normalize(tokens.patches.detach().float(), dim=2)
+        notes: Notes = {}
         if index == self.config.local_block:
-            owner, macs = self._windows(tokens, rows), self._window_macs(tokens)
+            owner = self._windows(tokens, rows)
         else:
-            best, other, macs = matched(tokens, rows)
+            best, other, notes["macs"] = matched(tokens, rows)
             owner = torch.where(best > self.config.threshold, other, torch.arange(other.shape[1], device=other.device))
         tokens = tokens.merge(owner)
         assert tokens.owner is not None
-        return tokens, {"owner": tokens.owner, "macs": macs}
+        return tokens, {"owner": tokens.owner, **notes}
 
     def _windows(self, tokens: Tokens, rows: Tensor) -> Int[Tensor, "b n"]:
         """(b, n): the first token of each window whose tokens, all on the image, are similar; else each its own."""
@@ -76,18 +77,13 @@ class ALGM(Policy):
         first = torch.where(merged[..., None], windows[:, :1], windows).flatten(1)
         return owner.scatter(1, windows.flatten().expand(rows.shape[0], -1), first)
 
-    def _window_macs(self, tokens: Tokens) -> Tensor:
-        """None: sums and squares are no products of matrices, which alone are counted."""
-        return torch.zeros(tokens.x.shape[0], dtype=torch.float64, device=tokens.x.device)
-
     def after_piece(self, tokens: Tokens, trace: Trace) -> Tokens:
         return tokens.unmerge()
 
     def dense_notes(self, index: int, tokens: Tokens) -> Notes:
-        if index != self.config.global_block or index == self.config.local_block:
-            return {}
-        n = tokens.valid_or_all().sum(1).double()
-        return {"macs": (n / 2).ceil() * (n / 2).floor() * self.embed_dim}
+        """Windows are compared by sums and squares, which are not counted."""
+        there = index == self.config.global_block != self.config.local_block
+        return {"macs": matching_macs(tokens, self.embed_dim)} if there else {}
 
     def dials(self, passes: Callable[[PolicyConfig], Iterable[Trace]]) -> list[Dial]:
         return [lambda position: replace(self.config, threshold=round(1.0 - 2.0 * position, 4))]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sievit.config import Share, variant
 from sievit.policies.base import Notes, Projections, register
-from sievit.policies.selection import PAPER_SCHEDULE, ROUNDING, StagesConfig, StagesPolicy
+from sievit.policies.selection import PAPER_SCHEDULE, ROUNDING, StagesConfig, StagesPolicy, attention_macs
 from sievit.tokens import Tokens, Trace
 
 
@@ -34,16 +34,11 @@ class ATS(StagesPolicy):
     """
 
     is_static = False
-
-    def decides_at(self, index: int) -> bool:
-        return index == 0
+    inside = True
 
     def decides_inside(self, index: int) -> bool:
         i = index - self.config.first_block
-        return i >= 0 and self.shares[i] < 1
-
-    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
-        return (tokens.select(None) if index == 0 else tokens), {}
+        return 0 <= i < len(self.shares) and self.shares[i] < 1
 
     def inside_block(self, index: int, tokens: Tokens, trace: Trace, projections: Projections) -> tuple[Tokens, Notes]:
         left = tokens.valid_or_all() if tokens.keep is None else tokens.keep
@@ -53,10 +48,7 @@ class ATS(StagesPolicy):
         return self.dropped(tokens.select(keep)), {"scores": scores, **self.dense_notes(index, tokens)}
 
     def dense_notes(self, index: int, tokens: Tokens) -> Notes:
-        """Of the attention the products of one query with all keys."""
-        if index == self.depth or not self.decides_inside(index):
-            return {}
-        return {"macs": (tokens.valid_or_all().sum(1).double() + tokens.num_prefix) * self.embed_dim}
+        return {"macs": attention_macs(tokens, self.embed_dim)} if self.decides_inside(index) else {}
 
 
 def sampled(scores: Float[Tensor, "b n"], samples: Int[Tensor, " b"]) -> Bool[Tensor, "b n"]:

@@ -7,17 +7,15 @@ and made static, what a report shows of it. A policy that needs none of this wri
 Letters: b images, n grid tokens, p prefix tokens, d channels per head.
 """
 
-import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib import import_module
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 
-from sievit.config import Config, ConfigError, kind_of, nearest, to_json, variants
+from sievit.config import Config, ConfigError, kind_of, named_elsewhere, nearest, to_json, variants
 from sievit.tokens import Prediction, Tokens, Trace
 
 Notes = dict[str, Tensor]
@@ -280,15 +278,11 @@ def policy_config(name: str) -> PolicyConfig:
 
 def _outside(name: str) -> type[PolicyConfig]:
     """The configuration of a policy class (or that class itself) in a user's module."""
-    module, _, attribute = name.partition(":")
-    try:
-        import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"policy {name!r}: {error}; is the folder of {module!r} on PYTHONPATH?") from error
-    found = getattr(sys.modules[module], attribute, None)
+    found = named_elsewhere(name, "policy")
     for config, policy in _POLICIES.items():
         if found in (config, policy):
             return config
+    module, _, attribute = name.partition(":")
     raise ConfigError(
         f"policy {name!r}: {module} has no policy {attribute!r}; decorate the class with "
         "@register(ItsConfig) of sievit.policies"

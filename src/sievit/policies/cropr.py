@@ -88,8 +88,7 @@ class Cropr(StagesPolicy):
         return computed.double() * self.embed_dim * (self.embed_dim + self.config.queries)
 
     def dense_notes(self, index: int, tokens: Tokens) -> Notes:
-        begins = index < self.depth and self.begins(index)
-        return {"macs": self._macs(tokens.valid_or_all().sum(1))} if begins else {}
+        return {"macs": self._macs(tokens.valid_or_all().sum(1))} if self.begins(index) else {}
 
     def loss(
         self, trace: Trace, *, teacher: Trace | None = None, targets: Sequence[Mapping[str, Tensor]] | None = None

@@ -75,10 +75,10 @@ class DynamicViT(StagesPolicy):
             return super().before_block(index, tokens, trace)
         if index == 0:
             tokens = tokens.select(None)
-        earlier = [aux["gate"] for aux in trace.aux if "gate" in aux][-1:]  # of the stage before
+        earlier = trace.last("gate")  # of the stage before
         if not self.begins(index):
-            return (self._gated(tokens, earlier[0]) if earlier else tokens), {}
-        gate = earlier[0] if earlier else tokens.valid_or_all().to(tokens.x.dtype)
+            return (tokens if earlier is None else self._gated(tokens, earlier)), {}
+        gate = tokens.valid_or_all().to(tokens.x.dtype) if earlier is None else earlier
         logits = self._predictor(index)(tokens.patches, gate.detach()).float()
         gate = gate * gumbel_gate(logits, temperature=self.config.temperature)
         return self.dropped(self._gated(tokens, gate)), {"logits": logits, "gate": gate}
@@ -100,8 +100,7 @@ class DynamicViT(StagesPolicy):
         return self._predictor(index).per_token * computed.sum(1).double()
 
     def dense_notes(self, index: int, tokens: Tokens) -> Notes:
-        begins = index < self.depth and self.begins(index)
-        return {"macs": self._macs(index, tokens.valid_or_all())} if begins else {}
+        return {"macs": self._macs(index, tokens.valid_or_all())} if self.begins(index) else {}
 
     def dropped(self, chosen: Tokens) -> Tokens:
         if self.config.preserve or chosen.gate is None:

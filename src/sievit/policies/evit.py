@@ -6,7 +6,7 @@ import torch
 
 from sievit.config import variant
 from sievit.policies.base import Notes, Projections, register
-from sievit.policies.selection import StagesConfig, StagesPolicy, fused
+from sievit.policies.selection import StagesConfig, StagesPolicy, attention_macs, fused
 from sievit.tokens import Tokens, Trace
 
 
@@ -31,16 +31,8 @@ class EViT(StagesPolicy):
     stands in where there is no class token.
     """
 
+    inside = True
     config: EViTConfig
-
-    def decides_at(self, index: int) -> bool:
-        return index == 0
-
-    def decides_inside(self, index: int) -> bool:
-        return self.begins(index)
-
-    def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
-        return (tokens.select(None) if index == 0 else tokens), {}
 
     def inside_block(self, index: int, tokens: Tokens, trace: Trace, projections: Projections) -> tuple[Tokens, Notes]:
         left = tokens.valid_or_all() if tokens.keep is None else tokens.keep  # (b, n)
@@ -52,7 +44,4 @@ class EViT(StagesPolicy):
         return chosen, {"scores": scores, **self.dense_notes(index, tokens)}
 
     def dense_notes(self, index: int, tokens: Tokens) -> Notes:
-        """Of the attention the products of one query with all keys."""
-        if index == self.depth or not self.begins(index):
-            return {}
-        return {"macs": (tokens.valid_or_all().sum(1).double() + tokens.num_prefix) * self.embed_dim}
+        return {"macs": attention_macs(tokens, self.embed_dim)} if self.begins(index) else {}

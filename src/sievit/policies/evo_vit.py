@@ -1,6 +1,6 @@
 """Evo-ViT: the rest of the tokens is updated by a representative (AAAI 2022, arXiv 2108.01390)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sievit.config import Natural, Share, variant
 from sievit.policies.base import Notes, Projections, register
-from sievit.policies.selection import SharesConfig, SharesPolicy, fused, select_top
+from sievit.policies.selection import SharesConfig, SharesPolicy, attention_macs, fused, select_top
 from sievit.tokens import Tokens, Trace
 
 
@@ -42,7 +42,7 @@ class EvoViT(SharesPolicy):
 
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         tokens = self.after_piece(tokens, trace)
-        scores = next((aux["scores"] for aux in reversed(trace.aux) if "scores" in aux), None)
+        scores = trace.last("scores")
         if index < self.config.first_block or scores is None:
             return tokens.select(None), {}
         chosen = select_top(tokens, scores, self.shares[index - self.config.first_block])
@@ -53,11 +53,12 @@ class EvoViT(SharesPolicy):
 
     def inside_block(self, index: int, tokens: Tokens, trace: Trace, projections: Projections) -> tuple[Tokens, Notes]:
         new = projections.attention().detach()
-        old = next((aux["scores"] for aux in reversed(trace.aux) if "scores" in aux), new)
+        old = trace.last("scores")
+        old = new if old is None else old
         kept = self.config.momentum
         computed = tokens.valid_or_all() if tokens.keep is None else tokens.keep
         scores = torch.where(computed, kept * old + (1 - kept) * new, old)
-        return tokens, {"scores": scores, "macs": self._macs(tokens)}
+        return tokens, {"scores": scores, "macs": attention_macs(tokens, self.embed_dim)}
 
     def after_piece(self, tokens: Tokens, trace: Trace) -> Tokens:
         """The canvas with what the last block did to the representative added to all that it stands for."""
@@ -66,11 +67,8 @@ class EvoViT(SharesPolicy):
         assert tokens.keep is not None
         rest = (tokens.valid_or_all() & ~tokens.keep)[..., None].to(tokens.x.dtype)
         added: Float[Tensor, "b 1 c"] = tokens.extra - trace.aux[-1]["represents"]
-        return replace(tokens.replace_patches(tokens.patches + rest * added).with_extra(None))
-
-    def _macs(self, tokens: Tokens) -> Float[Tensor, " b"]:
-        """Of the attention the products of one query with all keys."""
-        return (tokens.valid_or_all().sum(1).double() + tokens.num_prefix) * self.embed_dim
+        return tokens.replace_patches(tokens.patches + rest * added).with_extra(None)
 
     def dense_notes(self, index: int, tokens: Tokens) -> Notes:
-        return {"macs": self._macs(tokens)} if self.config.first_block - 1 <= index < self.depth else {}
+        there = index < self.depth and self.decides_inside(index)
+        return {"macs": attention_macs(tokens, self.embed_dim)} if there else {}

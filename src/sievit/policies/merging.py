@@ -4,14 +4,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sievit.tokens import Tokens, Trace
+from sievit.tokens import Tokens, Trace, chosen_first
 
 
 def again(index: int, tokens: Tokens, trace: Trace) -> Tokens:
     """The canvas at the start of a piece of the loop: with all tokens, or merged as it was at the end of the last."""
     if index == 0:
         return tokens.select(None)
-    owner = next((aux["owner"] for aux in reversed(trace.aux) if "owner" in aux), None)
+    owner = trace.last("owner")
     return tokens if owner is None or tokens.owner is not None else tokens.select(None).merge(owner)
 
 
@@ -29,8 +29,7 @@ def matched(
         multiply-adds.
     """
     left: Bool[Tensor, "b n"] = tokens.valid_or_all() if tokens.keep is None else tokens.keep
-    most = int(left.sum(1).max())
-    order = (~left).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # those that take part, in their order
+    order = chosen_first(left)[:, : int(left.sum(1).max())]
     first, second = order[:, ::2], order[:, 1::2]
     best = rows.new_full(left.shape, -torch.inf)
     owner = torch.arange(left.shape[1], device=left.device).repeat(left.shape[0], 1)
@@ -42,3 +41,9 @@ def matched(
     value, which = alike.max(2)
     value = value.masked_fill(~left.gather(1, first), -torch.inf)
     return best.scatter(1, first, value), owner.scatter(1, first, second.gather(1, which)), macs
+
+
+def matching_macs(tokens: Tokens, channels: int) -> Float[Tensor, " b"]:
+    """(b,): of a matching of all tokens by vectors of so many channels."""
+    n = tokens.valid_or_all().sum(1).double()
+    return (n / 2).ceil() * (n / 2).floor() * channels

@@ -6,7 +6,7 @@ Letters: b images, n grid tokens.
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -151,20 +151,25 @@ class StagesPolicy(SharesPolicy):
     """Base of policies that leave tokens out in stages, those with the lowest score."""
 
     cascades = True
+    inside: ClassVar[bool] = False
+    """Whether it decides between attention and MLP of the block at which a stage begins."""
     config: Any
 
     def begins(self, index: int) -> bool:
         """Whether a stage begins at block `index`."""
         i = index - self.config.first_block
-        return i >= 0 and self.shares[i] < (self.shares[i - 1] if i else 1)
+        return 0 <= i < len(self.shares) and self.shares[i] < (self.shares[i - 1] if i else 1)
 
     def decides_at(self, index: int) -> bool:
-        return index == 0 or self.begins(index)
+        return index == 0 or (self.begins(index) and not self.inside)
+
+    def decides_inside(self, index: int) -> bool:
+        return self.begins(index) and self.inside
 
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         if index == 0:
             tokens = tokens.select(None)
-        if not self.begins(index):
+        if self.inside or not self.begins(index):
             return tokens, {}  # the choice stands
         scores, notes = self.scored(index, tokens)
         return self.drop(index, tokens, scores), notes
@@ -232,6 +237,11 @@ def tidy(share: float, *, up: bool = True) -> float:
 def quantile(values: Num[Tensor, " values"], share: float) -> float:
     """The value that this share of all is below; torch's own takes no more than 16 million values."""
     return float(np.quantile(values.numpy(), share))
+
+
+def attention_macs(tokens: Tokens, embed_dim: int) -> Float[Tensor, " b"]:
+    """(b,): what `Projections.attention` costs inside of a block, the products of one query with all keys."""
+    return (tokens.valid_or_all().sum(1).double() + tokens.num_prefix) * embed_dim
 
 
 def fused(tokens: Tokens, chosen: Tensor, scores: Tensor) -> Tensor:

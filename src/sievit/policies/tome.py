@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from sievit.config import Natural, Share, variant
 from sievit.policies.base import FEWEST, Dial, Notes, Policy, PolicyConfig, Projections, register
-from sievit.policies.merging import again, matched
+from sievit.policies.merging import again, matched, matching_macs
 from sievit.policies.selection import ROUNDING
 from sievit.tokens import Tokens, Trace
 
@@ -68,9 +68,8 @@ class ToMe(Policy):
         return tokens.unmerge()
 
     def dense_notes(self, index: int, tokens: Tokens) -> Notes:
-        n = tokens.valid_or_all().sum(1).double()
         there = index < self.depth and self.decides_inside(index)
-        return {"macs": (n / 2).ceil() * (n / 2).floor() * self.head_dim} if there else {}
+        return {"macs": matching_macs(tokens, self.head_dim)} if there else {}
 
     def dials(self, passes: Callable[[PolicyConfig], Iterable[Trace]]) -> list[Dial]:
         most = (1 - FEWEST) / max(1, self.depth - self.config.first_block)

@@ -9,7 +9,6 @@ import statistics
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from sievit.config import ConfigError, Count, Natural, kind_of, to_json
 from sievit.data.dataset import ImageDataset
 from sievit.data.truth import Truth
 from sievit.devices import device_name, pick_device
-from sievit.engine.evaluate import evaluate, timed
+from sievit.engine.evaluate import evaluate, timed_in_turns
 from sievit.files import digest, held, write_atomically
-from sievit.measure.clock import in_turns, median_and_p95
+from sievit.measure.clock import median_and_p95
 from sievit.models.base import Model
 from sievit.models.build import load, model_file
 from sievit.policies import KeepAllConfig, PolicyOptions, chosen_policy
@@ -223,13 +222,10 @@ def _time(table: "_Points", curves: dict[str, Curve], count: int, console: Conso
     images = []
     for index in range(len(dataset)):
         with suppress(ConfigError):  # the evaluation has reported it
-            images.append([dataset[index][0]])
+            images.append(dataset[index][0])
         if len(images) == count:
             break
-    calls = [partial(timed, model) for model in swept]
-    for call in calls:
-        call(images[0])
-    taken = in_turns(calls, terminal.track(images, "timing", console=console), clock=lambda _, call: call()[::-1])
+    taken = timed_in_turns(swept, images, console=console)
     table.timed([[elapsed for elapsed, _ in of_call] for of_call in taken])
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sievit.tokens import Tokens
+from sievit.tokens import Tokens, chosen_first
 from sievit.vit.block import Block, Heads
 from sievit.vit.execution import Execution
 from sievit.vit.packed import (
@@ -116,18 +116,15 @@ def _bucketed(tokens: Tokens, keep: Bool[Tensor, "b n"]) -> Tokens:
 
     A program that is exported has no buckets: it computes so many tokens as the image with the most of them.
     """
-    n, kept = keep.shape[1], keep.to(torch.int64)
-    total, rank = kept.sum(1, keepdim=True), kept.cumsum(1)
+    n, most = keep.shape[1], keep.sum(1).max()
     if torch.compiler.is_exporting():
-        size: Any = total.max().clamp(min=2).item()  # programs are made for no shape of 0 or 1
+        size: Any = most.clamp(min=2).item()  # programs are made for no shape of 0 or 1
         torch._check(size >= 2)
         torch._check(size <= n)
     else:
         step = -(-n // BUCKETS)
-        size = min(n, -(-int(total.max()) // step) * step)
-    place = torch.arange(n, device=keep.device).expand_as(kept)
-    order = torch.zeros_like(kept).scatter(1, torch.where(keep, rank - 1, total + place - rank), place)
-    return tokens.select_order(order[:, :size], keep)
+        size = min(n, -(-int(most) // step) * step)
+    return tokens.select_order(chosen_first(keep)[:, :size], keep)
 
 
 def _execute_fixed(
