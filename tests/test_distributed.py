@@ -30,6 +30,7 @@ from sievit.necks import NeckConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import DToPConfig, SViTConfig, selection
+from test_metrics import one_process, several_processes
 from tiny import coco_data, refused, run_two_processes, tiny_detector, tiny_head, tiny_segmenter, tiny_vit
 
 EVERYTHING = 10**6
@@ -153,6 +154,7 @@ def worker(folder: Path) -> None:
     with mock.patch.object(selection, "gumbel_noise", torch.zeros_like):
         results = {case: gradients(half, case) for case in CASES}
     figures = evaluate(load(folder / "run"), dataset(folder / "data"))
+    several_processes(folder, rank)
     if rank == 0:
         torch.save(results, folder / "gradients.pt")
         (folder / "figures.json").write_text(json.dumps(figures))
@@ -190,6 +192,11 @@ def test_figures_are_those_of_one_process(folder: Path):
     for name in one:
         if not name.startswith("ms_"):
             assert two[name] == pytest.approx(one[name], abs=1e-4), name
+
+
+def test_metrics_are_those_of_one_process(folder: Path):
+    one = one_process()
+    assert [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)] == [one, one]
 
 
 def test_runs_are_resumed_by_as_many_processes_and_batches_split(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -4,15 +4,12 @@ import contextlib
 import copy
 import io
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
@@ -24,7 +21,7 @@ from sievit.data.masks import Masks, encode, tight_patch
 from sievit.engine.bootstrap import differences
 from sievit.tasks import Metric
 from sievit.tasks.metrics import FIGURES, CocoMetric, SegmentationMetric, coco_results, encode_masks
-from tiny import refused, run_two_processes
+from tiny import refused
 
 CATEGORY_IDS = (2, 5, 11)
 
@@ -413,10 +410,8 @@ def test_intervals_hold_the_true_difference_as_often_as_they_say():
     assert differences(same, same, images=100)["hits"] == [0, 0, 0], "paired: the same images for both"
 
 
-def worker(folder: Path) -> None:
-    """What each of two processes does: both have image 12, and every other pair of labels."""
-    rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+def several_processes(folder: Path, rank: int) -> None:
+    """What each of two processes does (test_distributed.py): both have image 12, and every other pair of labels."""
     rng = np.random.default_rng(7)
     content = truth(rng, num_images=5)
     found = detections(rng, content)
@@ -428,20 +423,12 @@ def worker(folder: Path) -> None:
     values = labels.compute()
     assert labels.compute() == values
     (folder / f"{rank}.json").write_text(json.dumps([metric.compute(), metric.results, values]))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
-def test_several_processes_like_one(tmp_path: Path):
-    run_two_processes(__file__, tmp_path)
+def one_process() -> list[Any]:
     rng = np.random.default_rng(7)
     content = truth(rng, num_images=5)
     metric = CocoMetric(content)
     for image_id, detection in detections(rng, content).items():
         metric.update(image_id, detection)
-    one = [metric.compute(), metric.results, judged(label_pairs(3, 5, count=7), 5)]
-    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [one, one]
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))
+    return [metric.compute(), metric.results, judged(label_pairs(3, 5, count=7), 5)]

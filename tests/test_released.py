@@ -1,6 +1,7 @@
 """Released checkpoints as whole models: every key has its place, what is known of them, and that they run."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -276,13 +277,13 @@ def test_a_segmenter_that_does_not_fit(dtop_state: dict[str, Tensor], names: Pat
 
 
 def test_every_key_of_a_segmenter_is_needed(dtop_state: dict[str, Tensor], names: Path):
-    """But for those that do nothing."""
+    """But for those that do nothing; of keys that differ in a number, the last one."""
     idle = {key for key in dtop_state if key.endswith("empty_weight")} | {"backbone.cls_token"}
     assert len(idle) == 4
     with torch.device("meta"):  # nothing is computed
         empty = {key: torch.empty(value.shape) for key, value in dtop_state.items()}
         segvit({key: value for key, value in empty.items() if key not in idle}, names)
-        for key in empty.keys() - idle:
+        for key in {re.sub(r"\d+", "0", key): key for key in empty if key not in idle}.values():
             with pytest.raises(ConfigError):
                 segvit(without(key)(empty), names)
 
