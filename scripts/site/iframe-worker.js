@@ -1,0 +1,23 @@
+// Pages that are opened from a file may start no worker; the search then runs in a hidden frame of the same page.
+if (location.protocol === "file:") {
+  window.Worker = class {
+    constructor(url) {
+      this.frame = document.createElement("iframe");
+      this.frame.hidden = true;
+      document.body.append(this.frame);
+      const inner = this.frame.contentWindow;
+      inner.postMessage = (data) => setTimeout(() => this.onmessage?.({ data }));
+      const script = inner.document.createElement("script");
+      this.started = new Promise((resolve) => (script.onload = resolve));
+      script.onerror = (event) => this.onerror?.(event);
+      script.src = new URL(url, location.href);
+      inner.document.head.append(script);
+    }
+    postMessage(data) {
+      this.started.then(() => this.frame.contentWindow.onmessage({ data }));
+    }
+    terminate() {
+      this.frame.remove();
+    }
+  };
+}
