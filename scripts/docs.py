@@ -1,6 +1,6 @@
-"""Build the documentation site, out/site: the pages of docs/, the library's docstrings, and the source that they link to.
+"""Build the documentation site in out/site: the pages of docs/, the library's docstrings, and the source they link to.
 
-Warnings are errors. Everything is read from this checkout, and nothing from the network.
+Warnings are errors. Everything is read from this checkout, nothing from the network.
 """
 
 import re
@@ -15,70 +15,80 @@ import sievit
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "out" / "docs"
-
+METHODS = sorted(file.stem for file in (ROOT / "src/sievit/policies").glob("[!_]*.py"))
 API = {
-    "models": ["models.base", "models.build", "models.inputs", "models.detector", "models.segmenter", "models.features"],
-    "policies": ["policies.base", "policies.selection", "policies.options"],
-    "methods": [f"policies.{file.stem}" for file in sorted((ROOT / "src/sievit/policies").glob("[a-z]*.py"))],
-    "tokens": ["tokens"],
-    "vit": ["vit.model", "vit.config", "vit.execution", "vit.loop", "vit.executor", "vit.block"],
-    "tasks": ["tasks.base"],
-    "engine": ["engine.recipe", "engine.train", "engine.evaluate", "engine.bootstrap", "engine.checkpoint"],
-    "other": ["config", "convert.timm", "convert.transformers", "heads.config", "hub.card", "memory"],
+    "models": ["base", "build", "inputs", "detector", "segmenter", "features"],
+    "policies": ["base", "selection", "options"],
+    "tokens": [""],
+    "vit": ["model", "config", "execution", "loop", "executor", "block"],
+    "tasks": ["base"],
+    "engine": ["recipe", "train", "evaluate", "bootstrap", "checkpoint"],
 }
-"""Pages by name: modules of which every public class and function is shown."""
-API["methods"] = [name for name in API["methods"] if name not in API["policies"]]
+"""Pages by the package, and its modules of which every public class and function is shown."""
+METHODS = [f"policies.{name}" for name in METHODS if name not in API["policies"]]
+OTHERS = ["config", "convert.timm", "convert.transformers", "heads.config", "hub.card", "memory"]
+SOURCE = """---
+search:
+  exclude: true
+hide: [toc]
+---
+# {name}
+
+````python linenums="1"
+{text}````
+"""
 
 
 def main() -> int:
-    """Write the pages into out/docs and build the site; the exit status is zensical's."""
+    """Write all pages into out/docs and build the site; the exit status is zensical's."""
     shutil.rmtree(PAGES, ignore_errors=True)
     shutil.copytree(ROOT / "docs", PAGES)
     for asset in ("site.css", "iframe-worker.js"):
         shutil.copy(ROOT / "scripts" / "site" / asset, PAGES)
     for page in PAGES.glob("*.md"):
-        page.write_text(re.sub(r"\]\(\.\./([^)#]+)", _to_source, page.read_text("utf-8")), "utf-8")
-    _write("api/index.md", _overview())
-    for name, modules in API.items():
-        shown = "\n\n".join(f"::: sievit.{module}" for module in modules)
-        _write(f"api/{name}.md", f"# {name.capitalize()}\n\n{shown}\n")
-        for module in modules:
-            _source(ROOT / "src" / "sievit" / f"{module.replace('.', '/')}.py")
+        _write(page.name, re.sub(r"\]\(\.\./((?:src|tests)/[^)#]+)", _to_source, page.read_text("utf-8")))
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+        text = (ROOT / name).read_text("utf-8").replace("](docs/", "](")
+        _write(name.lower(), re.sub(r"\]\(((?:src|tests)/[^)#]+)", _to_source, text))
+    package = griffe.load("sievit", search_paths=[ROOT / "src"])
+    _write("api/index.md", _overview(package))
+    pages = {name: [f"{name}.{module}".strip(".") for module in modules] for name, modules in API.items()}
+    for name, modules in {**pages, "methods": METHODS, "other": OTHERS}.items():
+        _write(f"api/{name}.md", "\n\n".join([f"# {name.capitalize()}", *(f"::: sievit.{m}" for m in modules)]) + "\n")
+        for module in (package[m] for m in modules):
+            for shown in (module, *(module[member] for member in module.exports or ())):
+                _write_source(shown.filepath)
     build = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
     built = subprocess.run(build, cwd=ROOT, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(built.stdout, end="")
     return built.returncode or int("griffe: " in built.stdout)  # zensical does not count what is wrong in a docstring
 
 
-def _overview() -> str:
+def _overview(package: griffe.Module) -> str:
     """The names of the package itself, each with its first line."""
-    package = griffe.load("sievit", search_paths=[ROOT / "src"])
-    rows = []
+    lines = ["# Names\n\nWhat `import sievit` offers; the other pages have all of a module.\n\n| | |\n|---|---|"]
     for name in sorted(set(sievit.__all__) - {"__version__", "convert"}):
         found = package[name].final_target
         says = found.docstring.value.partition("\n")[0].replace("|", "\\|")
-        rows.append(f"| [`sievit.{name}`][{found.path}] | {says} |")
-    head = "# Names\n\nWhat `import sievit` offers. The other pages have all of a module.\n\n| | |\n|---|---|\n"
-    return head + "\n".join(rows) + "\n"
+        lines.append(f"| [`sievit.{name}`][{found.path}] | {says} |")
+    return "\n".join(lines) + "\n"
 
 
 def _to_source(link: re.Match[str]) -> str:
-    """A link to a file of the repository becomes one to its page; to a folder, one to the files in it."""
+    """A link to a source file as one to its page; a folder's page lists its files."""
     path = ROOT / link[1]
-    files = sorted(path.glob("*.py")) if path.is_dir() else [path]
-    pages = [_source(file) for file in files]
-    if path.is_dir():
-        _write(f"source/{link[1]}/index.md", "\n".join([f"# {link[1]}", "", *(f"- [{f.name}]({f.stem}.md)" for f in files)]))
-        return f"](source/{link[1]}/index.md"
-    return f"]({pages[0]}"
+    if not path.is_dir():
+        return f"]({_write_source(path)}"
+    files = [f"- [{file.name}]({Path(_write_source(file)).name})" for file in sorted(path.glob("[a-z]*.py"))]
+    _write(f"source/{link[1]}/index.md", "\n".join([f"# {link[1]}", "", *files]) + "\n")
+    return f"](source/{link[1]}/index.md"
 
 
-def _source(file: Path) -> str:
-    """The name of the page of a source file, which is written."""
-    path = file.resolve().relative_to(ROOT)
+def _write_source(file: Path) -> str:
+    """Write the page of a source file; its name."""
+    path = file.relative_to(ROOT)
     name = f"source/{path.with_suffix('.md').as_posix()}"
-    head = "---\nsearch:\n  exclude: true\nhide: [toc]\n---\n"
-    _write(name, f'{head}# {path.as_posix()}\n\n````python linenums="1"\n{(ROOT / path).read_text("utf-8")}````\n')
+    _write(name, SOURCE.format(name=path.as_posix(), text=file.read_text("utf-8")))
     return name
 
 

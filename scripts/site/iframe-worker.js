@@ -1,4 +1,4 @@
-// Pages that are opened from a file may start no worker; the search then runs in a hidden frame of the same page.
+// A page that was opened from a file may start no worker; the search then runs in a hidden frame of the page.
 if (location.protocol === "file:") {
   window.Worker = class {
     constructor(url) {
@@ -6,7 +6,10 @@ if (location.protocol === "file:") {
       this.frame.hidden = true;
       document.body.append(this.frame);
       const inner = this.frame.contentWindow;
-      inner.postMessage = (data) => setTimeout(() => this.onmessage?.({ data }));
+      inner.postMessage = (data) => {
+        const copy = structuredClone(data);
+        setTimeout(() => this.onmessage?.({ data: copy }));
+      };
       const script = inner.document.createElement("script");
       this.started = new Promise((resolve) => (script.onload = resolve));
       script.onerror = (event) => this.onerror?.(event);
@@ -14,7 +17,8 @@ if (location.protocol === "file:") {
       inner.document.head.append(script);
     }
     postMessage(data) {
-      this.started.then(() => this.frame.contentWindow.onmessage({ data }));
+      const copy = structuredClone(data);
+      this.started.then(() => this.frame.contentWindow?.onmessage({ data: copy }));
     }
     terminate() {
       this.frame.remove();
