@@ -48,7 +48,7 @@ def main() -> int:
     for page in PAGES.glob("*.md"):
         _write(page.name, re.sub(r"\]\(\.\./((?:src|tests)/[^)#]+)", _to_source, page.read_text("utf-8")))
     for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
-        text = (ROOT / name).read_text("utf-8").replace("](docs/", "](")
+        text = (ROOT / name).read_text("utf-8").replace("](docs/", "](").replace("](CHANGELOG.md", "](changelog.md")
         _write(name.lower(), re.sub(r"\]\(((?:src|tests)/[^)#]+)", _to_source, text))
     package = griffe.load("sievit", search_paths=[ROOT / "src"])
     _write("api/index.md", _overview(package))
