@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import griffe
 
@@ -15,7 +16,6 @@ import sievit
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "out" / "docs"
-METHODS = sorted(file.stem for file in (ROOT / "src/sievit/policies").glob("[!_]*.py"))
 API = {
     "models": ["base", "build", "inputs", "detector", "segmenter", "features"],
     "policies": ["base", "selection", "options"],
@@ -25,7 +25,7 @@ API = {
     "engine": ["recipe", "train", "evaluate", "bootstrap", "checkpoint"],
 }
 """Pages by the package, and its modules of which every public class and function is shown."""
-METHODS = [f"policies.{name}" for name in METHODS if name not in API["policies"]]
+METHODS = {f"policies.{file.stem}" for file in (ROOT / "src/sievit/policies").glob("[a-z]*.py")}
 OTHERS = ["config", "convert.timm", "convert.transformers", "heads.config", "hub.card", "memory"]
 SOURCE = """---
 search:
@@ -50,10 +50,11 @@ def main() -> int:
     for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
         text = (ROOT / name).read_text("utf-8").replace("](docs/", "](").replace("](CHANGELOG.md", "](changelog.md")
         _write(name.lower(), re.sub(r"\]\(((?:src|tests)/[^)#]+)", _to_source, text))
-    package = griffe.load("sievit", search_paths=[ROOT / "src"])
+    package: Any = griffe.load("sievit", search_paths=[ROOT / "src"])
     _write("api/index.md", _overview(package))
     pages = {name: [f"{name}.{module}".strip(".") for module in modules] for name, modules in API.items()}
-    for name, modules in {**pages, "methods": METHODS, "other": OTHERS}.items():
+    pages |= {"methods": sorted(METHODS.difference(pages["policies"])), "other": OTHERS}
+    for name, modules in pages.items():
         _write(f"api/{name}.md", "\n\n".join([f"# {name.capitalize()}", *(f"::: sievit.{m}" for m in modules)]) + "\n")
         for module in (package[m] for m in modules):
             for shown in (module, *(module[member] for member in module.exports or ())):
@@ -64,7 +65,7 @@ def main() -> int:
     return built.returncode or int("griffe: " in built.stdout)  # zensical does not count what is wrong in a docstring
 
 
-def _overview(package: griffe.Module) -> str:
+def _overview(package: Any) -> str:
     """The names of the package itself, each with its first line."""
     lines = ["# Names\n\nWhat `import sievit` offers; the other pages have all of a module.\n\n| | |\n|---|---|"]
     for name in sorted(set(sievit.__all__) - {"__version__", "convert"}):
