@@ -8,7 +8,7 @@ PYTHON3 ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz kills lint format bench bench-gpu clean distclean
+.PHONY: help setup demo test docs fuzz kills lint format bench bench-gpu clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ demo: $(READY)  ## photographs and nuclei, dense against sparse: pictures in out
 
 test: lint  ## lint, types and tests
 	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
+
+docs: $(READY)  ## the documentation as a site, from docs/ and the docstrings: open out/site/index.html
+	@$(BIN)/python scripts/docs.py
 
 MINUTES ?= 20
 SEED ?= 0
@@ -64,7 +67,7 @@ bench-gpu: $(READY)  ## the tests that need a GPU, then all benches there, in bf
 	exit $$failed
 
 clean:  ## remove what was produced; the environment stays
-	rm -rf out dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf out dist .cache .pytest_cache .ruff_cache .hypothesis
 	find src tests scripts -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean  ## remove the environment too

@@ -19,7 +19,8 @@ def differences(
     """By figure `[difference, low, high]` of the second model minus the first one.
 
     Args:
-        first, second: metrics that were updated with the same `images`, in the same order.
+        first: metric that was updated with `images`.
+        second: metric that was updated with the same images, in the same order.
         draws: how often images are drawn.
         level: share of the differences that lie in the interval.
         seed: of the draws.
