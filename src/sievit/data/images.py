@@ -34,7 +34,7 @@ _BROKEN = (*_ERRORS, MemoryError, zlib.error, struct.error)  # what Pillow raise
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # the latter where warnings are errors
 _PICTURES = ("GIF", "PNG", "TIFF", "WEBP")  # formats whose further frames or pages are pictures of their own
 
-FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What `decode_image` takes: Pillow's names of the formats that it reads by itself."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm")
 

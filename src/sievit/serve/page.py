@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import gradio as gr
 from fastapi import FastAPI
 
 from sievit.serve.desk import Refused
-from sievit.serve.result import Wanted, notice, result_page
+from sievit.serve.result import notice, result_page
 from sievit.serve.rest import Service
 
 HERE = Path(__file__).parent
@@ -20,7 +21,7 @@ PICKER = """
   <b>Drop images here</b><span>or click, or paste one</span>
   <input type="file" accept="image/*" multiple hidden>
 </div>
-<div class="more"><button data-folder>a folder</button><button data-camera>the camera</button></div>
+<div class="more"><button data-folder>a folder</button> · <button data-camera>the camera</button></div>
 <video playsinline muted hidden></video>
 <div class="thumbs"></div>
 """
@@ -31,7 +32,7 @@ GIVEN = "(image, policy, budget) => [window.sievit?.image ?? '', policy, budget]
 def with_page(app: FastAPI, service: Service) -> FastAPI:
     """The application, with the page at /."""
     font = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
-    theme = gr.themes.Soft(primary_hue="teal", font=font, font_mono=["ui-monospace", "monospace"])
+    theme = gr.themes.Default(primary_hue="teal", font=font, font_mono=["ui-monospace", "monospace"])
     return gr.mount_gradio_app(
         app,
         _blocks(service),
@@ -50,31 +51,31 @@ def with_page(app: FastAPI, service: Service) -> FastAPI:
 
 def _blocks(service: Service) -> gr.Blocks:
     runner = service.runner
-    choices = [TRAINED, *(() if runner.fixed else runner.policies)]
-    wanted = Wanted(service.name)
+    choices = [TRAINED, *((f"{name}, by budget", name) for name in runner.dialled)]
 
-    async def show(image: str, policy: str, budget: float) -> str:
+    async def show(image: str, policy: str, budget: float, request: gr.Request) -> str:
         setting: dict[str, Any] = {} if policy == TRAINED else {"policy": policy, "budget": budget / 100}
         try:
             with service.desk.place():
                 if not image:
                     return notice("Give an image first: drop one on the left.")
                 content = base64.b64decode(image.partition(",")[2], validate=True)
+                address = f"{request.url.scheme}://{request.headers['host']}"
                 return await service.desk.serve(
-                    lambda: result_page(service.outcome(content, dense=True, **setting), wanted, setting)
+                    lambda: result_page(service.outcome(content, dense=True, **setting), service.name, address, setting)
                 )
         except Refused as error:
             return notice(error.message)
         except binascii.Error:
             return notice("this is no image that can be read")
 
-    async def turn(image: str, policy: str, budget: float) -> tuple[str, str]:
+    async def turn(image: str, policy: str, budget: float, request: gr.Request) -> tuple[str, str]:
         """The slider was moved: it sets a dial, and no longer what was trained."""
         policy = runner.own if policy == TRAINED else policy
-        return policy, await show(image, policy, budget)
+        return policy, await show(image, policy, budget, request)
 
     with gr.Blocks(title=f"sievit · {service.name}", analytics_enabled=False, fill_width=True) as blocks:
-        gr.HTML(f"<h1>sievit <span>{wanted.name}</span></h1>", elem_id="title")
+        gr.HTML(f"<h1>sievit <span>{escape(service.name)}</span></h1>", elem_id="title")
         image = gr.Textbox(visible=False)
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=270, elem_id="controls"):
@@ -82,11 +83,11 @@ def _blocks(service: Service) -> gr.Blocks:
                 picker = gr.HTML(html_template=PICKER, js_on_load=script, elem_id="picker")
                 policy = gr.Dropdown(
                     choices, value=TRAINED, label="Policy", info="which tokens are computed", elem_id="policy",
-                    filterable=False, visible=not runner.fixed,
+                    filterable=False, visible=bool(runner.dialled),
                 )  # fmt: skip
                 budget = gr.Slider(
-                    2, 100, value=60, step=1, label="Budget, %", info="100: every token; to the left fewer and fewer",
-                    elem_id="budget", visible=not runner.fixed, buttons=[],
+                    2, 100, value=60, step=1, label="Budget, %", info="100: every token. Moving it leaves \"as trained\".",
+                    elem_id="budget", visible=bool(runner.dialled), buttons=[],
                 )  # fmt: skip
                 gr.HTML(
                     "<p>Images stay on this machine: they are not stored, and sent to nobody. "

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from html import escape
 from typing import Any
 from urllib.parse import urlencode
@@ -22,20 +21,19 @@ SCORE = 0.5
 """Of objects that are drawn."""
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What a result says of the server: the name of the model."""
-
-    name: str
-
-
 def notice(words: str) -> str:
     """A sentence in the place of a result."""
     return f"<div class='notice'>{escape(words)}</div>"
 
 
-def result_page(outcome: Outcome, wanted: Wanted, setting: Mapping[str, Any]) -> str:
-    """HTML of an outcome; `setting` are the options that it was asked for with."""
+def result_page(outcome: Outcome, name: str, address: str, setting: Mapping[str, Any]) -> str:
+    """HTML of an outcome.
+
+    Args:
+        name: of the model.
+        address: of the server, as the browser calls it.
+        setting: the options that the outcome was asked for with.
+    """
     pruned, dense, task = outcome.pruned, outcome.dense, outcome.task
     passes = {"every token": dense, _title(outcome): pruned}
     pictures = [
@@ -57,7 +55,7 @@ def result_page(outcome: Outcome, wanted: Wanted, setting: Mapping[str, Any]) ->
         f"<section class='pictures'>{''.join(pictures)}{tokens}</section>"
         f"{_legend(legend)}{left}"
         f"<section class='blocks'><h3>Tokens computed, by block</h3>{_bars(pruned.keep)}</section>"
-        f"{_downloads(outcome, wanted, setting)}"
+        f"{_downloads(outcome, name, address, setting)}"
     )
 
 
@@ -124,14 +122,14 @@ def _bars(keep: list[float]) -> str:
     return f"<div class='bars'>{bars}</div>"
 
 
-def _downloads(outcome: Outcome, wanted: Wanted, setting: Mapping[str, Any]) -> str:
-    content = json.dumps({"model": wanted.name, **outcome.to_json()})
+def _downloads(outcome: Outcome, name: str, address: str, setting: Mapping[str, Any]) -> str:
+    content = json.dumps({"model": name, **outcome.to_json()})
     source = "data:application/json;base64," + base64.b64encode(content.encode()).decode()
     query = escape("?" + urlencode({**setting, "dense": "true"}), quote=True)
     return (
         "<section class='downloads'>"
         f"<a class='button' download='result.json' href='{source}'>Results, JSON</a>"
         f"<button class='button' data-picture='/picture{query}'>Picture, PNG</button>"
-        f"<code>curl --data-binary @photo.jpg '<span data-origin></span>/predict{query}'</code>"
+        f"<code>curl --data-binary @photo.jpg '{escape(address)}/predict{query}'</code>"
         "</section>"
     )

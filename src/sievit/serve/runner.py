@@ -13,7 +13,7 @@ from sievit.config import ConfigError, kind_of, nearest, to_json
 from sievit.data.images import to_tensor
 from sievit.engine.evaluate import timed
 from sievit.models.base import Answer, Model
-from sievit.policies import KeepAllConfig, PolicyConfig, policies
+from sievit.policies import KeepAllConfig, Policy, PolicyConfig, policies
 from sievit.report.figures import answer_figure, answer_note
 from sievit.tasks import Task, task_of
 from sievit.tokens import Trace
@@ -97,6 +97,7 @@ class Runner:
 
     Attributes:
         policies: names of the policies that `run` takes: the model's own, and those that need no training.
+        dialled: those of them that take a budget.
     """
 
     def __init__(self, model: Model, *, fixed: bool = False) -> None:
@@ -104,6 +105,7 @@ class Runner:
         self.own = kind_of(model.config.policy) or type(model.config.policy).__name__
         others = {} if fixed else policies()
         self.policies = (self.own, *(name for name, cls in others.items() if name != self.own and self._goes(cls)))
+        self.dialled = () if fixed else tuple(name for name in self.policies if self._policy(name).dials(lambda _: ()))
         self._with = lru_cache(maxsize=8)(self._changed)
 
     def _goes(self, config: type[PolicyConfig]) -> bool:
@@ -112,6 +114,12 @@ class Runner:
             return not any(True for _ in self.model.new_policy(config()).parameters())
         except ConfigError:
             return False
+
+    def _policy(self, name: str) -> Policy:
+        return self.model.new_policy(self._config(name))
+
+    def _config(self, name: str) -> PolicyConfig:
+        return self.model.config.policy if name == self.own else policies()[name]()
 
     def _changed(self, policy: PolicyConfig) -> Model:
         precision = self.model.config.execution.precision
@@ -144,16 +152,14 @@ class Runner:
             raise ConfigError(f"policy {name!r} does not go with this model{nearest(name, self.policies)}")
         if budget is None and name == self.own:
             return self.model
-        config = self.model.config.policy if name == self.own else policies()[name]()
+        config = self._config(name)
         if budget is None:
             return self._with(config)
-        if self.fixed:
-            raise ConfigError("an exported file runs with the policy that is in it; leave the budget out")
+        if name not in self.dialled:
+            raise ConfigError(f"the policy {name!r} takes no budget here; leave it out")
         config = self._with(config).policy.dynamic()
-        dials = self._with(config).policy.dials(lambda other: self._traces(other, image))
-        if not dials:
-            raise ConfigError(f"the policy {name!r} has no dial; leave the budget out")
-        return self._with(dials[0](1 - budget))
+        dial, *_ = self._with(config).policy.dials(lambda other: self._traces(other, image))
+        return self._with(dial(1 - budget))
 
     def _traces(self, config: PolicyConfig, image: Tensor) -> Iterable[Trace]:
         yield timed(self._with(config), [image])[0].trace
