@@ -58,34 +58,27 @@ def serve(
     os.environ.update(QUIET)
     try:
         import gradio  # noqa: F401
-        import uvicorn
     except ImportError as error:
         raise ConfigError(f"sievit serve needs gradio ({error}): pip install 'sievit[serve]'") from error
     from sievit.serve.desk import Desk
-    from sievit.serve.page import with_page
-    from sievit.serve.rest import Service, application
+    from sievit.serve.page import server
+    from sievit.serve.rest import Service
     from sievit.serve.runner import Runner
 
-    local = _is_local(host)
-    listening = _listening(host, port)  # before the model is loaded, which takes longer
-    with listening:
+    local, console = _is_local(host), terminal.console()
+    with _listening(host, port) as listening:  # before the model is loaded, which takes longer
         where = pick_device(device)
         runner = Runner(load(model, policy=policy, device=where), fixed=model.suffix == SUFFIX)
         runner.warm_up()
-        desk = Desk(waiting, timeout)
-        service = Service(model.name, runner, desk, int(max_megabytes * 1e6), int(max_megapixels * 1e6))
-        hosts = ["localhost", "127.0.0.1", host] if local else None
-        app = with_page(application(service, hosts=hosts, seconds=timeout), service)
-        console = terminal.console()
+        limits = {"max_bytes": int(max_megabytes * 1e6), "max_pixels": int(max_megapixels * 1e6)}
+        service = Service(name=model.name, runner=runner, desk=Desk(waiting, timeout), **limits)
         shown = f"[{host}]" if ":" in host else host
         console.print(f"{model.name} on {device_name(where)}: http://{shown}:{listening.getsockname()[1]}/")
         console.print("for programs: POST /predict, explained at /docs. Ctrl-C ends it.")
         if not local:
             console.print(f"warning: listening at {host}: whoever reaches this machine by network can use it")
-        config = uvicorn.Config(
-            app, log_level="warning", server_header=False, limit_concurrency=64, timeout_graceful_shutdown=2, ws="none"
-        )
-        uvicorn.Server(config).run(sockets=[listening])
+        hosts = ["localhost", "127.0.0.1", host] if local else None
+        server(service, hosts=hosts, seconds=timeout).run(sockets=[listening])
     return 0
 
 

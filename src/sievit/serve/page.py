@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import uvicorn
 from fastapi import FastAPI
 
 from sievit.serve.desk import Refused
 from sievit.serve.result import notice, result_page
-from sievit.serve.rest import Service
+from sievit.serve.rest import Service, application
 
 HERE = Path(__file__).parent
 TRAINED = "as trained"
@@ -29,7 +30,25 @@ GIVEN = "(image, policy, budget) => [window.sievit?.image ?? '', policy, budget]
 """Runs in the browser before each call: the image is kept there, and sent along."""
 
 
-def with_page(app: FastAPI, service: Service) -> FastAPI:
+def server(service: Service, *, hosts: list[str] | None, seconds: float, log_level: str = "warning") -> uvicorn.Server:
+    """A server of the REST calls and the page; arguments as of `application`."""
+
+    def made() -> FastAPI:  # called where the event loop runs, in which Gradio wants to be built
+        return _with_page(application(service, hosts=hosts, seconds=seconds), service)
+
+    config = uvicorn.Config(
+        made,
+        factory=True,
+        log_level=log_level,
+        server_header=False,
+        limit_concurrency=64,
+        timeout_graceful_shutdown=2,
+        ws="none",
+    )
+    return uvicorn.Server(config)
+
+
+def _with_page(app: FastAPI, service: Service) -> FastAPI:
     """The application, with the page at /."""
     font = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
     theme = gr.themes.Default(primary_hue="teal", font=font, font_mono=["ui-monospace", "monospace"])

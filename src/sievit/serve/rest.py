@@ -172,12 +172,17 @@ def png(picture: Image.Image) -> bytes:
 async def _served(service: Service, request: Request, setting: Setting, form: Callable[[Outcome], R]) -> R:
     """The outcome for the image of a request, in some form that is made in the thread of the model."""
     with service.desk.place():
-        content = await _content(request, service.max_bytes)
+        content = await _content(request)
         options = setting.model_dump()
         return await service.desk.serve(lambda: form(service.outcome(content, **options)), request.is_disconnected)
 
 
-async def _content(request: Request, max_bytes: int) -> bytes:
+class _InMemory(MultiPartParser):
+    spool_max_size = 2**31
+    """Bytes of a file that are kept in memory before it goes to the disk; `Limits` takes fewer."""
+
+
+async def _content(request: Request) -> bytes:
     """The bytes of the image: the body as it stands, or the file of a form. They stay in memory.
 
     Raises:
@@ -185,11 +190,7 @@ async def _content(request: Request, max_bytes: int) -> bytes:
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         return await request.body()
-
-    class InMemory(MultiPartParser):
-        spool_max_size = 2 * max_bytes + OVERHEAD
-
-    form = await InMemory(request.headers, request.stream(), max_files=1, max_fields=4).parse()
+    form = await _InMemory(request.headers, request.stream(), max_files=1, max_fields=4).parse()
     files = [value for value in form.values() if isinstance(value, UploadFile)]
     return await files[0].read() if files else b""
 

@@ -60,16 +60,14 @@ def result_page(outcome: Outcome, name: str, address: str, setting: Mapping[str,
 
 
 def _title(outcome: Outcome) -> str:
-    values = outcome.pruned.model.policy.settings().items()
-    shown = ", ".join(f"{name} {_short(value)}" for name, value in values if not isinstance(value, bool))
-    name = outcome.policy_name
-    return f"{name}: {shown}" if shown and len(shown) < 60 else name
+    """The policy, and the setting that its dial turns."""
+    swept = outcome.policy.swept
+    return f"{outcome.policy_name}, {swept[0]} {_short(getattr(outcome.policy, swept[0]))}" if swept else outcome.policy_name
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, list):
-        same = len(set(map(str, value))) == 1
-        return _short(value[0]) if same else " ".join(map(_short, value))
+    if isinstance(value, tuple):
+        return " ".join(dict.fromkeys(map(_short, value)))
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -79,8 +77,8 @@ def _drawn(outcome: Outcome, one: Pass) -> Image.Image:
 
 def _picture(title: str, note: str, picture: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=88, method=0)
-    source = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    picture.save(buffer, "JPEG", quality=88)
+    source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     return (
         f"<figure><img src='{source}' alt='{escape(title, quote=True)}' width={picture.width} height={picture.height}>"
         f"<figcaption><b>{escape(title)}</b> {escape(note)}</figcaption></figure>"
