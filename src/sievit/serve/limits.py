@@ -9,7 +9,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sievit.serve.desk import Refused
 
-OURS = ("/", "/predict", "/picture", "/model", "/docs", "/openapi.json")
+POST = ("/predict", "/picture")
+GET = ("/", "/model", "/docs", "/openapi.json")
 GRADIO = (
     "/assets/", "/static/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/gradio_api/info",
     "/gradio_api/queue/", "/gradio_api/heartbeat/", "/gradio_api/startup-events", "/gradio_api/cancel",
@@ -54,15 +55,17 @@ class Limits:
             await send(message)
 
         try:
-            self._check(scope["path"], headers)
+            self._check(scope["path"], scope["method"], headers)
         except Refused as error:
             await refusal(error)(scope, receive, sent)
         else:
             await self.app(scope, self._limited(receive), sent)
 
-    def _check(self, path: str, headers: Headers) -> None:
-        if path not in OURS and not path.startswith(GRADIO):
+    def _check(self, path: str, method: str, headers: Headers) -> None:
+        if path not in POST + GET and not path.startswith(GRADIO):
             raise Refused(404, "there is nothing at this address; /docs says what there is")
+        if path in POST and method != "POST":
+            raise Refused(405, f"{path} takes an image, by POST; /docs says how", Allow="POST")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != headers.get("host"):
             raise Refused(403, "requests of pages of other sites are not answered")

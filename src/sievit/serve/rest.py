@@ -191,8 +191,11 @@ async def _content(request: Request) -> bytes:
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         return await request.body()
     form = await _InMemory(request.headers, request.stream(), max_files=1, max_fields=4).parse()
-    files = [value for value in form.values() if isinstance(value, UploadFile)]
-    return await files[0].read() if files else b""
+    try:
+        files = [value for value in form.values() if isinstance(value, UploadFile)]
+        return await files[0].read() if files else b""
+    finally:
+        await form.close()
 
 
 def _with_refusals(app: FastAPI) -> None:

@@ -39,7 +39,7 @@ class Pass:
 
     def cost(self) -> dict[str, Any]:
         return {
-            "gflops": round(self.gflops, 3),
+            "gflops": round(self.gflops, 6),
             "ms": round(self.ms, 2),
             "tokens": [round(count) for count in self.answer.tokens()[0].tolist()],
             "keep": self.keep,
