@@ -152,7 +152,9 @@ def decode_image(content: bytes, *, max_pixels: int) -> Image.Image:
     except UnidentifiedImageError as error:
         raise NotAnImage(f"this is no image that can be read; {', '.join(FORMATS)} are taken") from error
     except _TOO_LARGE as error:
-        raise ImageTooLarge(f"the image has far too many pixels; at most {max_pixels / 1e6:.3g} million are taken") from error
+        raise ImageTooLarge(
+            f"the image has far too many pixels; at most {max_pixels / 1e6:.3g} megapixels are taken"
+        ) from error
     except _BROKEN as error:
         raise ConfigError("the image is damaged or cut short; save it anew") from error
 

@@ -59,7 +59,7 @@ def serve(
     """
     os.environ.update(QUIET)
     try:
-        import gradio  # noqa: F401
+        import gradio
     except ImportError as error:
         raise ConfigError(f"sievit serve needs gradio ({error}): pip install 'sievit[serve]'") from error
     from sievit.serve.desk import Desk

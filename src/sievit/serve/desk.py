@@ -9,7 +9,7 @@ from typing import TypeVar
 R = TypeVar("R")
 
 
-class Refused(Exception):  # noqa: N818  # no mistake of the program
+class Refused(Exception):  # no mistake of the program
     """What a client is told, and with which HTTP status."""
 
     def __init__(self, status: int, message: str, **headers: str) -> None:

@@ -17,6 +17,8 @@ GRADIO = (
     "/gradio_api/reset", "/gradio_api/app_id",
 )  # fmt: skip
 """What the page needs of Gradio: nothing that stores a file, reads one, or fetches something from elsewhere."""
+OVERHEAD = 65536
+"""Bytes of a request beside those of the image."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' blob:; font-src 'self' data:; "
@@ -31,16 +33,21 @@ def refusal(error: Refused) -> JSONResponse:
     return JSONResponse({"error": error.message}, error.status, error.headers)
 
 
+def too_large(max_bytes: int) -> Refused:
+    return Refused(413, f"the file is too large; at most {max_bytes / 1e6:.3g} MB are taken")
+
+
 class Limits:
     """Refuses other addresses, requests that pages of other sites send, and bodies that are too large or too slow.
 
     Args:
-        max_bytes: of a body.
+        max_bytes: of an image; a body may be as long as base64 makes one.
         seconds: that a body may take.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, seconds: float) -> None:
         self.app, self.max_bytes, self.seconds = app, max_bytes, seconds
+        self.longest = max_bytes * 4 // 3 + OVERHEAD
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -69,11 +76,8 @@ class Limits:
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != headers.get("host"):
             raise Refused(403, "requests of pages of other sites are not answered")
-        if int(headers.get("content-length", "0")) > self.max_bytes:
-            raise self._too_large()
-
-    def _too_large(self) -> Refused:
-        return Refused(413, f"the file is too large; at most {self.max_bytes / 1e6:.3g} MB are taken")
+        if int(headers.get("content-length", "0")) > self.longest:
+            raise too_large(self.max_bytes)
 
     def _limited(self, receive: Receive) -> Receive:
         received, done, until = 0, False, asyncio.get_running_loop().time() + self.seconds
@@ -90,8 +94,8 @@ class Limits:
                 raise Refused(408, f"the file did not arrive within {self.seconds:g} seconds") from error
             received += len(message.get("body", b""))
             done = not message.get("more_body", False)
-            if received > self.max_bytes:
-                raise self._too_large()
+            if received > self.longest:
+                raise too_large(self.max_bytes)
             return message
 
         return limited

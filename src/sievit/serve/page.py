@@ -11,8 +11,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from sievit.serve.desk import Refused
-from sievit.serve.result import notice, result_page
 from sievit.serve.rest import Service, application
+from sievit.serve.result import notice, result_page
+from sievit.serve.runner import Runner
 
 HERE = Path(__file__).parent
 TRAINED = "as trained"
@@ -26,6 +27,8 @@ PICKER = """
 <video playsinline muted hidden></video>
 <div class="thumbs"></div>
 """
+PRIVACY = """<p>Images stay on this machine: they are not stored, and sent to nobody.
+<a href="/docs" target="_blank">For programs</a></p>"""
 GIVEN = "(image, policy, budget) => [window.sievit?.image ?? '', policy, budget]"
 """Runs in the browser before each call: the image is kept there, and sent along."""
 
@@ -70,7 +73,6 @@ def _with_page(app: FastAPI, service: Service) -> FastAPI:
 
 def _blocks(service: Service) -> gr.Blocks:
     runner = service.runner
-    choices = [TRAINED, *((f"{name}, by budget", name) for name in runner.dialled)]
 
     async def show(image: str, policy: str, budget: float, request: gr.Request) -> str:
         setting: dict[str, Any] = {} if policy == TRAINED else {"policy": policy, "budget": budget / 100}
@@ -95,24 +97,10 @@ def _blocks(service: Service) -> gr.Blocks:
 
     with gr.Blocks(title=f"sievit · {service.name}", analytics_enabled=False, fill_width=True) as blocks:
         gr.HTML(f"<h1>sievit <span>{escape(service.name)}</span></h1>", elem_id="title")
-        image = gr.Textbox(visible=False)
+        image = gr.Textbox(visible=False)  # is filled by GIVEN
         with gr.Row(equal_height=False):
-            with gr.Column(scale=1, min_width=270, elem_id="controls"):
-                script = (HERE / "page.js").read_text(encoding="utf-8")
-                picker = gr.HTML(html_template=PICKER, js_on_load=script, elem_id="picker")
-                policy = gr.Dropdown(
-                    choices, value=TRAINED, label="Policy", info="which tokens are computed", elem_id="policy",
-                    filterable=False, visible=bool(runner.dialled),
-                )  # fmt: skip
-                budget = gr.Slider(
-                    2, 100, value=60, step=1, label="Budget, %", info="100: every token. Moving it leaves \"as trained\".",
-                    elem_id="budget", visible=bool(runner.dialled), buttons=[],
-                )  # fmt: skip
-                gr.HTML(
-                    "<p>Images stay on this machine: they are not stored, and sent to nobody. "
-                    "<a href='/docs' target='_blank'>For programs</a></p>",
-                    elem_id="privacy",
-                )
+            with gr.Column(scale=1, min_width=270):
+                picker, policy, budget = _controls(runner)
             with gr.Column(scale=4, min_width=320):
                 result = gr.HTML(notice("Your image, with every token and with fewer, will be here."), elem_id="result")
         common: dict[str, Any] = {
@@ -124,3 +112,32 @@ def _blocks(service: Service) -> gr.Blocks:
         budget.release(turn, outputs=[policy, result], **common)
     blocks.queue(max_size=4 * (service.desk.waiting + 1), api_open=False)
     return blocks
+
+
+def _controls(runner: Runner) -> tuple[gr.HTML, gr.Dropdown, gr.Slider]:
+    """The area for images, the policy and its budget."""
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    picker = gr.HTML(html_template=PICKER, js_on_load=script, elem_id="picker")
+    shown: dict[str, Any] = {"visible": bool(runner.dialled)}
+    policy = gr.Dropdown(
+        [TRAINED, *((f"{name}, by budget", name) for name in runner.dialled)],
+        value=TRAINED,
+        label="Policy",
+        info="which tokens are computed",
+        filterable=False,
+        elem_id="policy",
+        **shown,
+    )
+    budget = gr.Slider(
+        2,
+        100,
+        value=60,
+        step=1,
+        label="Budget, %",
+        info=f"100: every token. Moving it leaves “{TRAINED}”.",
+        buttons=[],
+        elem_id="budget",
+        **shown,
+    )
+    gr.HTML(PRIVACY, elem_id="privacy")
+    return picker, policy, budget

@@ -22,12 +22,10 @@ from sievit.config import ConfigError, kind_of
 from sievit.data.images import FORMATS, ImageTooLarge, NotAnImage, decode_image
 from sievit.serve.desk import Desk, Refused
 from sievit.serve.docs import docs_page
-from sievit.serve.limits import Limits, refusal
+from sievit.serve.limits import Limits, refusal, too_large
 from sievit.serve.runner import Outcome, Runner
 
 R = TypeVar("R")
-OVERHEAD = 65536
-"""Bytes of a request beside those of the image."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Service:
         if not content:
             raise Refused(400, "the request has no image; send its bytes as the body, or as a file of a form")
         if len(content) > self.max_bytes:
-            raise Refused(413, f"the file is too large; at most {self.max_bytes / 1e6:.3g} MB are taken")
+            raise too_large(self.max_bytes)
         try:
             return decode_image(content, max_pixels=self.max_pixels)
         except ConfigError as error:
@@ -157,7 +155,7 @@ def application(service: Service, *, hosts: list[str] | None = None, seconds: fl
         return HTMLResponse(docs_page(app.openapi(), str(request.base_url)))
 
     _with_refusals(app)
-    app.add_middleware(Limits, max_bytes=service.max_bytes * 4 // 3 + OVERHEAD, seconds=seconds)
+    app.add_middleware(Limits, max_bytes=service.max_bytes, seconds=seconds)
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
     return app

@@ -45,10 +45,14 @@ def result_page(outcome: Outcome, name: str, address: str, setting: Mapping[str,
     exits = exits_of(pruned.answer)
     if exits is None:
         keep = pruned.answer.on_image(0, torch.stack(pruned.answer.trace.keep, dim=1))
-        tokens = _picture("blocks per token", "dark: few blocks, bright: all", viz.heat_map(outcome.image, keep, box=BOX))
+        tokens = _picture(
+            "blocks per token", "dark: few blocks, bright: all", viz.heat_map(outcome.image, keep, box=BOX)
+        )
         left = ""
     else:
-        tokens = _picture("where tokens left", "dark: early, bright: never", viz.exit_map(outcome.image, exits, box=BOX))
+        tokens = _picture(
+            "where tokens left", "dark: early, bright: never", viz.exit_map(outcome.image, exits, box=BOX)
+        )
         left = _legend(viz.exits_legend(exits))
     return (
         f"<section class='figures'>{_figures(pruned, dense)}</section>"
@@ -62,7 +66,11 @@ def result_page(outcome: Outcome, name: str, address: str, setting: Mapping[str,
 def _title(outcome: Outcome) -> str:
     """The policy, and the setting that its dial turns."""
     swept = outcome.policy.swept
-    return f"{outcome.policy_name}, {swept[0]} {_short(getattr(outcome.policy, swept[0]))}" if swept else outcome.policy_name
+    return (
+        f"{outcome.policy_name}, {swept[0]} {_short(getattr(outcome.policy, swept[0]))}"
+        if swept
+        else outcome.policy_name
+    )
 
 
 def _short(value: Any) -> str:
@@ -93,7 +101,9 @@ def _figures(pruned: Pass, dense: Pass | None) -> str:
     gflops, ms = pruned.gflops / dense.gflops, pruned.ms / dense.ms
     return (
         _figure("GFLOPs", f"{pruned.gflops:.1f}", f"{dense.gflops:.1f} with every token: {gflops - 1:+.0%}", gflops)
-        + _figure("milliseconds", f"{pruned.ms:.0f}", f"{dense.ms:.0f} with every token: {1 / ms:.2f} times as fast", ms)
+        + _figure(
+            "milliseconds", f"{pruned.ms:.0f}", f"{dense.ms:.0f} with every token: {1 / ms:.2f} times as fast", ms
+        )
         + tokens
     )
 
