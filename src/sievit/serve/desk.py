@@ -1,7 +1,7 @@
 """One piece of work at a time, and a short line of those that wait for it."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -46,23 +46,19 @@ class Desk:
         finally:
             self.inside -= 1
 
-    async def serve(self, work: Callable[[], R], gone: Callable[[], Awaitable[bool]] | None = None) -> R:
+    async def serve(self, work: Callable[[], R]) -> R:
         """The result of the work, when it is its turn; for who has a `place`.
 
-        Args:
-            gone: whether the client has left meanwhile, and the work need not be done.
+        Cancelled, it leaves the line; work that has begun is finished all the same, and the next waits for the thread.
 
         Raises:
-            Refused: the turn did not come, or the client has left.
+            Refused: the turn did not come.
         """
         try:
             await asyncio.wait_for(self._turn.acquire(), self.seconds)
         except TimeoutError as error:
             raise self._busy() from error
         try:
-            if gone is not None and await gone():
-                raise Refused(499, "the client has gone")
-            # the work of a client that goes away now is finished all the same, and the next waits for the thread
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
         finally:
             self._turn.release()

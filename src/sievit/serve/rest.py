@@ -1,8 +1,9 @@
 """The application: REST calls for programs, in front of them the limits, behind them the page."""
 
+import asyncio
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -172,7 +173,19 @@ async def _served(service: Service, request: Request, setting: Setting, form: Ca
     with service.desk.place():
         content = await _content(request)
         options = setting.model_dump()
-        return await service.desk.serve(lambda: form(service.outcome(content, **options)), request.is_disconnected)
+        return await _unless_gone(request, service.desk.serve(lambda: form(service.outcome(content, **options))))
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, R]) -> R:
+    """The result of some work, which is cancelled when the client goes away."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=0.1))[0]:
+            if await request.is_disconnected():
+                raise Refused(499, "the client has gone")
+        return task.result()
+    finally:
+        task.cancel()
 
 
 class _InMemory(MultiPartParser):
