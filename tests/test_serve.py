@@ -69,7 +69,7 @@ def service_of(config: Any, **changes: Any) -> "Service":
     from sievit.serve.runner import Runner
 
     model = build(config).eval()
-    fields: dict[str, Any] = {"max_bytes": 2_000_000, "max_pixels": 1_000_000, "desk": Desk(1, 20.0)}
+    fields: dict[str, Any] = {"max_bytes": 2_000_000, "max_pixels": 1_000_000, "desk": Desk(1, 60.0)}
     return Service(name="tiny", runner=Runner(model), **{**fields, **changes})
 
 
@@ -79,7 +79,7 @@ def served(service: "Service") -> Generator[tuple["Service", int]]:
     from sievit.serve.page import server
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        running = server(service, hosts=["127.0.0.1"], seconds=20, log_level="critical")
+        running = server(service, hosts=["127.0.0.1"], seconds=60, log_level="critical")
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
@@ -107,7 +107,7 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple["Servi
 
 def ask(port: int, path: str, body: Any = None, method: str = "POST", **headers: str) -> tuple[int, bytes]:
     """Status and body of an answer, in which nothing is said about this machine."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     connection.request(method, path, body, names, encode_chunked="Transfer-Encoding" in names)
     answer = connection.getresponse()
@@ -226,7 +226,7 @@ def held_up(service: "Service", monkeypatch: pytest.MonkeyPatch) -> Generator[tu
 
     def slow(image: Image.Image, **setting: Any) -> Any:
         begun.append(image.width)
-        assert go.wait(20)
+        assert go.wait(60)
         return run(image, **setting)
 
     monkeypatch.setattr(service.runner, "run", slow)
@@ -237,7 +237,7 @@ def held_up(service: "Service", monkeypatch: pytest.MonkeyPatch) -> Generator[tu
 
 
 def until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.005)
@@ -332,6 +332,7 @@ def test_the_page_in_a_browser(segmenter: tuple["Service", int], tmp_path: Path)
     with playwright.sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
         page = chromium.new_page()
+        page.set_default_timeout(60_000)
         page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: elsewhere.append(request.url))

@@ -123,7 +123,7 @@ def _legend(entries: Iterable[tuple[str, viz.Colour | None]]) -> str:
 
 def _bars(keep: list[float]) -> str:
     bars = "".join(
-        f"<div title='block {block}: {share:.0%}'><b>{share:.0%}</b><i style='height:{share:.1%}'></i>"
+        f"<div title='block {block}: {share:.0%}'><b>{share:.0%}</b><i style='--share:{share:.3f}'></i>"
         f"<span>{block}</span></div>"
         for block, share in enumerate(keep)
     )
