@@ -55,6 +55,7 @@ def _with_page(app: FastAPI, service: Service) -> FastAPI:
     """The application, with the page at /."""
     font = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
     theme = gr.themes.Default(primary_hue="teal", font=font, font_mono=["ui-monospace", "monospace"])
+    theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     return gr.mount_gradio_app(
         app,
         _blocks(service),
