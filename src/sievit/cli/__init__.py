@@ -92,6 +92,7 @@ COMMANDS = {
     "predict": Command(
         "MODEL IMAGES", "find objects or label pixels, in an image or a folder", "sievit.report:predict"
     ),
+    "serve": Command("MODEL", "a page on this machine to try a model on images, and REST", "sievit.serve:serve"),
     "sweep": Command("MODEL", "a model at many settings of its policy: table and plot", "sievit.report.sweep:sweep"),
     "ablate": Command("[PLAN]", "methods trained from one dense model, and compared", "sievit.lab:ablate"),
     "inspect": Command("MODEL", "which tokens are computed: by class, size and image", "sievit.report.inspect:inspect"),

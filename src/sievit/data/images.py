@@ -1,5 +1,6 @@
 """Image files of every usual kind, as 8-bit RGB."""
 
+import io
 import os
 import struct
 import warnings
@@ -12,7 +13,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from sievit.config import ConfigError
@@ -33,7 +34,17 @@ _BROKEN = (*_ERRORS, MemoryError, zlib.error, struct.error)  # what Pillow raise
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # the latter where warnings are errors
 _PICTURES = ("GIF", "PNG", "TIFF", "WEBP")  # formats whose further frames or pages are pictures of their own
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What `decode_image` takes: Pillow's names of the formats that it reads by itself."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".ppm", ".pgm")
+
+
+class NotAnImage(ConfigError):
+    """Bytes that are no image of a known format."""
+
+
+class ImageTooLarge(ConfigError):
+    """An image with more pixels than are taken."""
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -112,6 +123,40 @@ def read_image(path: Path, *, size: tuple[int, int] | None = None) -> Image.Imag
             "correct 'width' and 'height' there, or use the images that were annotated"
         )
     return image
+
+
+def decode_image(content: bytes, *, max_pixels: int) -> Image.Image:
+    """The bytes of an image file, from anybody, as RGB, upright. Of several frames or pages the first is read.
+
+    Args:
+        content: of one of `FORMATS`; no other program is started to read it, as Pillow does for some others.
+        max_pixels: an image that its header says to be larger is refused before it is decoded.
+
+    Raises:
+        NotAnImage, ImageTooLarge, ConfigError: another format, more pixels, damaged. No message says anything about
+            this machine.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as stored:
+            if stored.width * stored.height > max_pixels:
+                raise ImageTooLarge(
+                    f"the image has {stored.width} x {stored.height} pixels, {stored.width * stored.height / 1e6:.3g} "
+                    f"megapixels; at most {max_pixels / 1e6:.3g} are taken: make it smaller"
+                )
+            stored.load()
+            image = to_rgb(upright(stored))
+            image.info.clear()
+            return image
+    except ConfigError:
+        raise
+    except UnidentifiedImageError as error:
+        raise NotAnImage(f"this is no image that can be read; {', '.join(FORMATS)} are taken") from error
+    except _TOO_LARGE as error:
+        raise ImageTooLarge(
+            f"the image has far too many pixels; at most {max_pixels / 1e6:.3g} megapixels are taken"
+        ) from error
+    except _BROKEN as error:
+        raise ConfigError("the image is damaged or cut short; save it anew") from error
 
 
 def upright(image: Image.Image) -> Image.Image:

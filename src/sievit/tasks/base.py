@@ -179,6 +179,10 @@ class Task(ABC, Generic[R]):
         """A few words on a result; empty for none."""
         return ""
 
+    def to_json(self, result: R) -> dict[str, Any]:
+        """A result as values that `json.dumps` takes, for a program that asked for one image."""
+        return {"summary": self.summary(result, min_score=0.5)}
+
     @abstractmethod
     def writer(self, out: Path, names: Sequence[str], *, ids: Path | None = None) -> Writer[R]:
         """Writes the results of the images `names` to the folder `out`.

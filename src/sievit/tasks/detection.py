@@ -20,7 +20,7 @@ from sievit.data.truth import Truth
 from sievit.files import write_atomically
 from sievit.models.detector import DetectorConfig
 from sievit.tasks.base import CACHE, DataConfig, Metric, Region, Task, Writer, register_task
-from sievit.tasks.metrics import CocoMetric, coco_results
+from sievit.tasks.metrics import CocoMetric, coco_results, encode_masks
 from sievit.text import is_text
 
 Detections = dict[str, Tensor]
@@ -127,6 +127,15 @@ class DetectionTask(Task[Detections]):
 
     def summary(self, result: Detections, *, min_score: float) -> str:
         return f"{int((result['scores'] >= min_score).sum())} objects"
+
+    def to_json(self, result: Detections) -> dict[str, Any]:
+        """`boxes` (xyxy pixels), `labels` (from 1), `scores`, `names` of the labels, and `masks` in COCO's compressed
+        RLE where there are some; the best first."""
+        found = {name: result[name].tolist() for name in ("boxes", "labels", "scores")}
+        found["names"] = [self.config.classes[label - 1] for label in found["labels"]]
+        if "masks" in result:  # one by one: all of a large image at once would take gigabytes
+            found["masks"] = [encode_masks(mask[None])[0] for mask in result["masks"]]
+        return found
 
     def writer(self, out: Path, names: Sequence[str], *, ids: Path | None = None) -> Writer[Detections]:
         return _CocoWriter(self.config, out, _image_ids(names, ids))

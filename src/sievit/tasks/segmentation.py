@@ -1,5 +1,7 @@
 """Semantic segmentation: a class for every pixel, in folders of label images or COCO's panoptic files."""
 
+import base64
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -148,10 +150,32 @@ class SegmentationTask(Task[Tensor]):
         labels = target["labels"]
         return [Region(k, labels == k) for k in labels.unique().tolist() if k != self.config.ignore_index]
 
+    def to_json(self, result: Tensor) -> dict[str, Any]:
+        """`labels`: a PNG in base64 of the image's size whose values are classes; `classes`: their names; `shares`: of
+        the pixels, by class."""
+        buffer, count = io.BytesIO(), len(self.config.classes)
+        label_image(result, self.colours).save(buffer, "PNG")
+        pixels = torch.bincount(result.cpu().flatten(), minlength=count)[:count]
+        return {
+            "labels": base64.b64encode(buffer.getvalue()).decode(),
+            "classes": list(self.config.classes),
+            "shares": [round(share, 5) for share in (pixels / result.numel()).tolist()],
+        }
+
     def writer(self, out: Path, names: Sequence[str], *, ids: Path | None = None) -> Writer[Tensor]:
         if ids is not None:
             raise ConfigError(f"--ids {ids}: a segmenter labels pixels and writes no COCO results; leave it out")
         return _LabelWriter(self.config.classes, self.colours, out)
+
+
+def label_image(labels: Tensor, colours: Sequence[viz.Colour]) -> Image.Image:
+    """Labels (h, w) as an image whose values they are: 8 bits with a palette, or 16 bits grey where there are more than
+    256 classes."""
+    values, few = labels.cpu().numpy(), len(colours) <= 256
+    picture = Image.fromarray(values.astype(np.uint8 if few else np.uint16))
+    if few:
+        picture.putpalette([part for colour in colours for part in colour])
+    return picture
 
 
 class _LabelWriter(Writer[Tensor]):
@@ -167,13 +191,7 @@ class _LabelWriter(Writer[Tensor]):
         return (f"labels/{name}.png",)
 
     def add(self, name: str, size: tuple[int, int], result: Tensor) -> dict[str, Any]:
-        """8 bits with a palette, or 16 bits grey where there are more than 256 classes."""
-        values = result.cpu().numpy()
-        few = len(self.colours) <= 256
-        picture = Image.fromarray(values.astype(np.uint8 if few else np.uint16))
-        if few:
-            picture.putpalette([part for colour in self.colours for part in colour])
-        write_png(self.out / self.files(name)[0], picture)
+        write_png(self.out / self.files(name)[0], label_image(result, self.colours))
         return {}
 
     def finish(self, added: Mapping[str, dict[str, Any]]) -> str:
