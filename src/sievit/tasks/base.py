@@ -175,6 +175,15 @@ class Task(ABC, Generic[R]):
         """What the target says of the parts of its image of `size` (height, width); empty where it says nothing."""
         return []
 
+    def only_in(self, result: R, other: R, *, min_score: float) -> R | None:
+        """What of a result is not in another one of the same image, for a picture; None where that has no meaning."""
+        return None
+
+    def disagreement(self, result: R, other: R, *, min_score: float) -> float | None:
+        """How much two results of one image differ, 0..1: the share of the pixels, or of the objects that one of them
+        alone has; None where that has no meaning."""
+        return None
+
     def summary(self, result: R, *, min_score: float) -> str:
         """A few words on a result; empty for none."""
         return ""

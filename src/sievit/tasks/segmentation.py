@@ -148,6 +148,13 @@ class SegmentationTask(Task[Tensor]):
         labels = target["labels"]
         return [Region(k, labels == k) for k in labels.unique().tolist() if k != self.config.ignore_index]
 
+    def only_in(self, result: Tensor, other: Tensor, *, min_score: float) -> Tensor:
+        """-1 where both are the same."""
+        return torch.where(result == other, -1, result)
+
+    def disagreement(self, result: Tensor, other: Tensor, *, min_score: float) -> float:
+        return (result != other).double().mean().item()
+
     def writer(self, out: Path, names: Sequence[str], *, ids: Path | None = None) -> Writer[Tensor]:
         if ids is not None:
             raise ConfigError(f"--ids {ids}: a segmenter labels pixels and writes no COCO results; leave it out")
