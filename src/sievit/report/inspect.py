@@ -59,7 +59,7 @@ class _Sums:
 
 
 @dataclass
-class _Findings:
+class Findings:
     """What is known after some of the images."""
 
     classes: tuple[str, ...]
@@ -175,7 +175,7 @@ def inspect(
     indices = range(len(data))[:limit]
     if not indices:
         raise ConfigError(f"{data.source}: no image to look at")
-    findings = _Findings(loaded.config.classes)
+    findings = Findings(loaded.config.classes)
     for index in terminal.track(indices, "looking", console=console):
         image, target = data[index]
         answer, _ = timed(loaded, [image])

@@ -53,11 +53,14 @@ class Metric(Generic[R]):
         resampled: the figures of `Task.shown`, each (draws,), for draws (draws, images) of the images that `update`
             was called for, as 0-based numbers; an image may be drawn several times. Of this process alone; two
             metrics that were updated with the same images in the same order number them alike.
+        parts: the same for parts of the truth: by kind of part ("class", "size") and name of the part (draws,) values
+            of the figure that models are compared by, NaN where there is nothing to judge.
     """
 
     update: Callable[[dict[str, Any], R], None]
     compute: Callable[[], dict[str, Any]]
     resampled: Callable[[np.ndarray], dict[str, np.ndarray]]
+    parts: Callable[[np.ndarray], dict[str, dict[str, np.ndarray]]] = lambda draws: {}
 
 
 @dataclass(frozen=True)

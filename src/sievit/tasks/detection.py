@@ -111,7 +111,12 @@ class DetectionTask(Task[Detections]):
     def metric(self, data: CocoDetection) -> Metric[Detections]:
         with_masks = self.config.head.with_masks and data.annotations.has_masks
         metric = CocoMetric(data.annotations, with_masks=with_masks, max_detections=data.max_detections)
-        return Metric(lambda target, found: metric.update(target["image_id"], found), metric.compute, metric.resampled)
+        return Metric(
+            lambda target, found: metric.update(target["image_id"], found),
+            metric.compute,
+            metric.resampled,
+            metric.parts,
+        )
 
     def picture(self, image: viz.Picture, result: Detections, *, min_score: float, box: tuple[int, int]) -> Image.Image:
         return viz.predictions(image, result, self.config.classes, min_score=min_score, box=box)

@@ -115,7 +115,12 @@ class SegmentationTask(Task[Tensor]):
 
     def metric(self, data: LabelDataset) -> Metric[Tensor]:
         metric = SegmentationMetric(len(self.config.classes), self.config.ignore_index)
-        return Metric(lambda target, labels: metric.update(labels, target["labels"]), metric.compute, metric.resampled)
+        return Metric(
+            lambda target, labels: metric.update(labels, target["labels"]),
+            metric.compute,
+            metric.resampled,
+            lambda draws: {"class": dict(zip(self.config.classes, metric.by_class(draws), strict=True))},
+        )
 
     def accuracies(self, figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         yield from super().accuracies(figures)
