@@ -27,7 +27,7 @@ def report(
     against: Path | None = None,
     out: Path | None = None,
     limit: Count | None = None,
-    pictures: Natural = 4,
+    pictures: Natural = 3,
     score_threshold: Share = 0.5,
     device: str = "auto",
 ) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def exits_of(answer: Answer) -> viz.Exits | None:
 
 
 def came_back(keep: Tensor) -> Tensor:
-    """(blocks - 2, ...) bool, from the third block on: it computed what the block before left out and an earlier one had
-    computed; keep (blocks, ...) bool."""
+    """(blocks - 2, ...) bool, from the third block on: it computed what the block before left out and one before that
+    had computed; keep (blocks, ...) bool."""
     before = torch.cummax(keep.int(), 0).values[:-2].bool()
     return keep[2:] & ~keep[1:-1] & before

@@ -1,9 +1,11 @@
 """The sections of a report on a comparison of methods, from the folder that `sievit ablate` writes."""
 
 import statistics
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from sievit.config import ConfigError
 from sievit.engine.checkpoint import RunFolder, reading
 from sievit.report.curve import columns
 from sievit.report.of_run import curves
@@ -27,6 +29,8 @@ def ablation_sections(folder: Path) -> list[dict[str, Any]]:
     with reading(path):
         content = read_json(path)
         rows, labels = content["variants"], {name: name for name in content["measures"]}
+        if not rows:
+            raise ConfigError(f"{path}: has no variant yet; run sievit ablate until one is done")
         if task is not None:
             labels |= {name: task.config.figures[name] for name in labels if name in task.config.figures}
         classes = () if task is None else task.config.classes
@@ -36,7 +40,10 @@ def ablation_sections(folder: Path) -> list[dict[str, Any]]:
     if task is not None:
         tables = {run.path.name: (columns(run.log_file), columns(run.val_file)) for run in runs}
         drawn = curves({name: pair for name, pair in tables.items() if pair[0].get("step")}, task)
-    text = "Select a point or a name: it is marked in all charts and in the table. Vertical lines: 95 % intervals of the difference to the dense model."
+    text = (
+        "Select a point or a name: it is marked in all charts and in the table. Vertical lines: 95 % intervals of the "
+        "difference to the dense model."
+    )
     return [
         section("Variants", parts, text=text),
         section("Classes and blocks", [per_class, blocks]),
@@ -49,13 +56,13 @@ def _summary(rows: list[Row], labels: dict[str, str]) -> Part:
     measure, label = next(iter(labels.items()))
     dense = next((row for row in rows if row[f"{measure}_difference"] is None), None)
     equal = [row for row in rows if (apart := row[f"{measure}_difference"]) and apart[2] >= 0]
-    items = [("variants", str(len(rows)), f"{max(len(row['seeds']) for row in rows)} seeds at most" if rows else "")]
+    items = [("variants", str(len(rows)), f"seeds of each: {max(len(row['seeds']) for row in rows)}" if rows else "")]
     if dense is not None:
         items.append((f"dense, {label}", f"{100 * dense[measure]:.1f}", f"{dense['gflops']:.1f} GFLOPs"))
     if equal:
         best = min(equal, key=lambda row: row["gflops"])
-        note = f"{label} {100 * best[measure]:.1f}, {best['gflops']:.1f} GFLOPs; the cheapest whose interval holds no loss or better"
-        items.append(("as good as dense", best["variant"], note.replace("holds no loss or better", "reaches 0")))
+        note = f"{label} {100 * best[measure]:.1f}, {best['gflops']:.1f} GFLOPs; its interval reaches 0"
+        items.append(("cheapest without a proven loss", best["variant"], note))
     return tiles(items)
 
 
@@ -69,7 +76,6 @@ def _fronts(rows: list[Row], labels: dict[str, str]) -> list[Part | None]:
             [_choice(rows, key, measure, label) for measure, label in labels.items()],
             table="variants",
             front=True,
-            labels=True,
             wide=len(keys) == 1,
         )
         for key, x in keys
@@ -92,21 +98,24 @@ def _choice(rows: list[Row], key: str, measure: str, label: str) -> Part | None:
 
 def _variants(rows: list[Row], labels: dict[str, str]) -> Part | None:
     """Every variant and figure."""
-    heads, cells = [column("variant"), column("curve", text=True), column("seeds", digits=0)], []
-    for label in labels.values():
-        heads += [
+    timed = [column("ms", digits=0), column("speed-up", digits=2), column("realised", digits=2)]
+    costs = [column("GFLOPs"), column("tokens in %", **PERCENT, note="computed, mean over blocks"), *timed]
+    note = "difference to the dense model, with its 95 % interval"
+    scores = [
+        [
             column(f"{label} in %", **PERCENT),
+            column("to dense", **PERCENT, sign=True, note=note),
             column("spread", **PERCENT, note="standard deviation over seeds"),
-            column("to dense", **PERCENT, sign=True, note="difference to the dense model, with its 95 % interval"),
         ]
-    heads += [column("GFLOPs"), column("tokens in %", **PERCENT, note="computed, mean over blocks")]
-    timed = [("ms", 0), ("speedup", 2), ("realised", 2)]
-    timed = [(name, digits) for name, digits in timed if any(name in row for row in rows)]
-    heads += [column(name.replace("speedup", "speed-up"), digits=digits) for name, digits in timed]
+        for label in labels.values()
+    ]
+    ends = [column("seeds", digits=0), column("curve", text=True)]
+    heads = [column("variant"), *scores[0], *costs, *chain(*scores[1:]), *ends]
+    cells = []
     for row in rows:
-        scores = [row.get(f"{name}{end}") for name in labels for end in ("", "_spread", "_difference")]
-        costs = [row["gflops"], statistics.fmean(row["keep"]), *(row.get(name) for name, _ in timed)]
-        cells.append([row["variant"], row["curve"], len(row["seeds"]), *scores, *costs])
+        values = [[row.get(f"{name}{end}") for end in ("", "_difference", "_spread")] for name in labels]
+        spent = [row["gflops"], statistics.fmean(row["keep"]), *map(row.get, ("ms", "speedup", "realised"))]
+        cells.append([row["variant"], *values[0], *spent, *chain(*values[1:]), len(row["seeds"]), row["curve"]])
     return table("All variants", heads, cells, name="variants")
 
 

@@ -4,7 +4,6 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,13 @@ from sievit.data.dataset import ImageDataset
 from sievit.engine.bootstrap import LEVEL, drawn
 from sievit.engine.evaluate import compare
 from sievit.models.base import Answer, Model
-from sievit.report.inspect import SIZES, Findings
+from sievit.report.figures import exits_of
+from sievit.report.inspect import Findings
 from sievit.report.page import PERCENT, Part, chart, choice, column, legend, section, table, tiles
 from sievit.report.pictures import Pair, picture
 from sievit.tasks import Task, task_of
 
+WORST = "Worst disagreements"
 PART_DRAWS = 400
 """Of the bootstrap, for classes and sizes."""
 Column = dict[str, Any]
@@ -35,6 +36,7 @@ class Seen:
         findings: what the sparse model computes where.
         rows: per image `name`, and by model `gflops` and `ms`; `keep`, and `differs` where results can be compared.
         parts: by model the sums of GFLOPs of each part of the model.
+        places: where tokens leave, in words.
     """
 
     task: Task
@@ -44,6 +46,7 @@ class Seen:
     findings: Findings
     rows: list[dict[str, Any]] = field(default_factory=list)
     parts: dict[str, dict[str, float]] = field(default_factory=lambda: {"dense": {}, "sparse": {}})
+    places: tuple[str, ...] = ()
 
     def add(self, index: int, answers: dict[str, tuple[Answer, float]]) -> None:
         """Add an image."""
@@ -54,6 +57,7 @@ class Seen:
                 self.parts[name][part] = self.parts[name].get(part, 0.0) + value
             row["gflops"][name], row["ms"][name] = sum(counted.values()), elapsed
         dense, sparse = answers["dense"][0], answers["sparse"][0]
+        self.places = exits.places if (exits := exits_of(sparse)) else ()
         image, target = self.data[index]
         regions = self.task.regions(target, (image.shape[1], image.shape[2]))
         self.findings.add(index, regions, sparse, row["gflops"]["sparse"])
@@ -87,11 +91,14 @@ def model_sections(
     shown = Pair(task, models, data, min_score)
     groups = _groups(seen.rows, pictures)
     chosen = {index for indices in groups.values() for index in indices}
-    drawings = {i: picture(shown, i, seen.rows[i]) for i in terminal.track(sorted(chosen), "drawing", console=console)}
+    drawings = {
+        i: picture(shown, i, seen.rows[i], tokens=i not in groups[WORST])
+        for i in terminal.track(sorted(chosen), "drawing", console=console)
+    }
     return [
         section("Summary", [_summary(task, figures)]),
         section("Accuracy", _accuracy(task, figures, parts, seen.findings), text=_INTERVALS),
-        section("Tokens", _tokens(figures, seen.findings)),
+        section("Tokens", _tokens(figures, seen.findings, seen.places)),
         section("Cost and speed", _costs(seen, figures)),
         section("Images", _images(seen.rows, chosen)),
         *_galleries(task, groups, drawings),
@@ -104,10 +111,14 @@ _INTERVALS = "In parentheses intervals of 95 %, by a bootstrap over images; diff
 def _summary(task: Task, figures: dict[str, Any]) -> Part:
     dense, sparse = figures["dense"], figures["sparse"]
     name = task.headline(sparse)
-    limits = "{:+.1f} to {:+.1f}".format(*(100 * limit for limit in figures["differences"][name][1:]))
+    limits = "{:+.1f} to {:+.1f}".format(*(100 * limit for limit in figures["differences"][name][1:])).replace("-", "−")
     low, high = figures["speedup_quartiles"]
     costs = [
-        (label, f"{dense[key]:.{digits}f} → {sparse[key]:.{digits}f}", f"{sparse[key] / dense[key] - 1:+.0%}")
+        (
+            label,
+            f"{dense[key]:.{digits}f} → {sparse[key]:.{digits}f}",
+            f"{100 * (sparse[key] / dense[key] - 1):+.0f} %".replace("-", "−"),
+        )
         for label, key, digits in (("GFLOPs per image", "gflops", 1), ("ms per image", "ms_per_image", 0))
     ]
     label = task.config.figures[name]
@@ -154,7 +165,7 @@ def _interval(values: np.ndarray) -> list[float] | None:
     return [round(float(x), 5) for x in (whole, *np.quantile(spread, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2)))]
 
 
-def _tokens(figures: dict[str, Any], findings: Findings) -> Iterator[Part | None]:
+def _tokens(figures: dict[str, Any], findings: Findings, places: tuple[str, ...]) -> Iterator[Part | None]:
     """By block, class and size of object; where tokens leave, what came back, and what makes an image dear."""
     content, sparse = findings.content(), figures["sparse"]
     points = [{"x": i, "y": 100 * share, "name": f"block {i}"} for i, share in enumerate(sparse["keep"])]
@@ -171,9 +182,9 @@ def _tokens(figures: dict[str, Any], findings: Findings) -> Iterator[Part | None
     blocks = [column(str(block), scale=100, digits=0, heat=True) for block in range(len(sparse["keep"]))]
     cells = [[name, *row["keep"]] for name, row in rows.items()]
     yield table("Tokens computed by class, size of object and block, in %", [column(""), *blocks], cells)
-    stages = max((len(row.get("left_at", ())) for row in rows.values()), default=0)
-    heads = [column(f"at stage {i}" if i < stages - 1 else "never", scale=100, digits=0, heat=True) for i in range(stages)]
-    cells = [[name, *row["left_at"]] for name, row in rows.items() if "left_at" in row]
+    heads = [column(place, scale=100, digits=0, heat=True) for place in places]
+    early = len(places) - 1  # those that leave after the last block never do
+    cells = [[name, *row["left_at"][:early], sum(row["left_at"][early:])] for name, row in rows.items() if places]
     yield table("Where tokens left, in %", [column(""), *heads], cells)
     if "returned" in content:
         back = content["returned"]
@@ -197,7 +208,7 @@ def _costs(seen: Seen, figures: dict[str, Any]) -> Iterator[Part | None]:
     names = {"gflops": "GFLOPs, mean", "gflops_min": "GFLOPs, least", "gflops_max": "GFLOPs, most"}
     names |= {"ms_per_image": "ms, median", "ms_per_image_p95": "ms, 95 % are below"}
     rows = [[label, figures["dense"][key], figures["sparse"][key]] for key, label in names.items()]
-    yield table("Cost of an image", [column("figure"), *heads], rows, wide=False)
+    yield table("Cost of an image", [column("figure"), column("dense"), column("pruned")], rows, wide=False)
 
     def points(values: list[float | None]) -> dict[str, list[dict[str, Any]]]:
         pairs = enumerate(zip(seen.rows, values, strict=True))
@@ -251,11 +262,11 @@ def _groups(rows: list[dict[str, Any]], count: int) -> dict[str, list[int]]:
     left = [i for i in ranked if i not in worst]
     easy = left[: min(count, -(-len(left) // 2))]
     hard = [i for i in left[::-1] if i not in easy][:count]
-    return {"Worst disagreements": worst, "Easiest images": easy, "Hardest images": hard}
+    return {WORST: worst, "Easiest images": easy, "Hardest images": hard}
 
 
 _ABOUT = {
-    "Worst disagreements": "The images whose pruned results differ most from the dense ones.",
+    WORST: "The images whose pruned results differ most from the dense ones.",
     "Easiest images": "Of the others those that cost the pruned model least.",
     "Hardest images": "Those that cost it most.",
 }

@@ -28,7 +28,7 @@ def run_sections(run: RunFolder) -> list[dict[str, Any]]:
     steps = f"{max(log.get('step', [0])):.0f} steps"
     parts = [tiles([*_headlines(task, figures), ("trained", steps, _speed(log))])]
     options = table(
-        "Options",
+        "All options",
         [column("option"), column("value", text=True)],
         [[name, value] for name, value in _options(read_json(run.recipe_file))],
         text="Everything that the training depends on, as in its recipe.json; of files the name alone.",
@@ -55,7 +55,8 @@ def curves(tables: Mapping[str, tuple[Table, Table]], task: Task) -> list[Part |
     }
     shares = {name: {"step": log["step"], "kept": kept[name]} for name, log in logs.items() if kept[name]}
     measures = dict.fromkeys(name for val in validations.values() for name in val if name in task.config.figures)
-    scores = [_line(validations, name, task.config.figures[name], scale=100) for name in measures]
+    several = {name: val for name, val in validations.items() if len(val.get("step", ())) > 1}
+    scores = [_line(several, name, f"{task.config.figures[name]} in %", scale=100) for name in measures]
     common = {"xdigits": 0, "small": True}
     return [
         chart("Losses and rates", "step", [_line(logs, n, n, digits=4) for n in losses if n in names], **common),
@@ -95,9 +96,10 @@ def _validations(task: Task, values: Table) -> list[Part | None]:
     """A table of all of them."""
     known = [name for name in values if name in task.config.figures]
     heads = [column(task.config.figures[name], **PERCENT) for name in known]
-    rows = zip(*(values[name] for name in ("step", "epoch", *known, "gflops", "ms_per_image") if name in values))
-    cells = [[f"step {row[0]:.0f}", row[1], *row[2:]] for row in rows] if "step" in values else []
-    cells = [[None if value == -1 else value for value in row] for row in cells]
+    names = ("epoch", *known, "gflops", "ms_per_image")
+    rows = [[values[name][i] if name in values else -1 for name in names] for i in range(len(values.get("step", ())))]
+    steps = [f"step {step:.0f}" for step in values.get("step", ())]
+    cells = [[step, *(None if x == -1 else x for x in row)] for step, row in zip(steps, rows, strict=True)]
     after = [column("GFLOPs"), column("ms per image", digits=0)]
     return [table("Every validation", [column("step"), column("epoch", digits=0), *heads, *after], cells)]
 
@@ -106,7 +108,7 @@ def _classes(task: Task, figures: dict[str, Any]) -> Part | None:
     """The accuracy of each class, where the figures have it."""
     rows = zip(task.config.classes, figures.get("iou", ()), strict=False)
     cells = [[name, None if value < 0 else value] for name, value in rows]
-    return table("The best model by class", [column("class"), column("IoU in %", **PERCENT)], cells)
+    return table("The best model by class", [column("class"), column("IoU in %", **PERCENT)], cells, wide=False)
 
 
 def _options(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

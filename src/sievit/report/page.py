@@ -65,7 +65,8 @@ def table(
     to: Sequence[str | None] = (),
     wide: bool = True,
 ) -> Part | None:
-    """A table that is sorted by its heads and, where it is long, filtered; None if there is no row.
+    """A table that is sorted by its heads and, where it is long, filtered, without empty columns; None if there is no
+    row.
 
     Args:
         rows: cells: a number, a word, None, or [value, low, high]; the first is the name of the row.
@@ -74,8 +75,10 @@ def table(
         wide: as wide as the page.
     """
     cells = [list(row) for row in rows]
+    used = [i for i in range(len(columns)) if i == 0 or any(row[i] is not None for row in cells)]
+    columns, cells = [columns[i] for i in used], [[row[i] for i in used] for row in cells]
     options = {"text": text, "id": name, "to": list(to), "wide": wide}
-    return {"kind": "table", "title": title, "columns": list(columns), "rows": cells, **options} if cells else None
+    return {"kind": "table", "title": title, "columns": columns, "rows": cells, **options} if cells else None
 
 
 def chart(
@@ -88,7 +91,7 @@ def chart(
         choices: of `choice`; those that are None are left out, without any there is no chart.
         xdigits: of numbers on the horizontal axis.
         options: text, wide; table: the `name` of the table whose rows the points are; bars; small: markers; zero: the
-            vertical axis begins at 0; front: a line along the best points; labels: points have their names beside them.
+            vertical axis begins at 0; front: a line along the best points.
     """
     found = [each for each in choices if each is not None]
     part = {"kind": "chart", "title": title, "x": x, "xformat": {"digits": xdigits}, "choices": found, **options}

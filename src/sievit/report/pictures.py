@@ -38,11 +38,12 @@ class Drawing:
     results: list[Any]
 
 
-def picture(pair: Pair, index: int, row: dict[str, Any]) -> Drawing:
+def picture(pair: Pair, index: int, row: dict[str, Any], *, tokens: bool) -> Drawing:
     """The picture of an image.
 
     Args:
         row: of `Seen`.
+        tokens: show at first which tokens the block with the fewest computed, not the result.
     """
     task, (image, target) = pair.task, pair.data[index]
     answers = {name: timed(model, [image])[0] for name, model in pair.models.items()}
@@ -71,12 +72,17 @@ def picture(pair: Pair, index: int, row: dict[str, Any]) -> Drawing:
         "title": row["name"],
         "text": " · ".join(notes),
         "layers": [
-            {"name": name, "src": data_uri(drawn), "size": drawn.size, "alt": f"{_SAID.get(name, name)} of {row['name']}"}
+            {
+                "name": name,
+                "src": data_uri(drawn),
+                "size": drawn.size,
+                "alt": f"{_SAID[name]} of {row['name']}",
+            }
             for name, drawn in layers.items()
         ],
-        "layer": names.index("pruned"),
+        "layer": names.index("image" if tokens else "pruned"),
         "dark": sum(ImageStat.Stat(grey).mean) < 100,
-        **_blocks(answers["sparse"]),
+        **_blocks(answers["sparse"], tokens=tokens),
     }
     return Drawing(part, [dense, sparse, *([] if truth is None else [truth])])
 
@@ -91,7 +97,7 @@ _SAID = {
 }
 
 
-def _blocks(answer: Answer) -> dict[str, Any]:
+def _blocks(answer: Answer, *, tokens: bool) -> dict[str, Any]:
     """Which tokens each block computed: a bit for each token, row by row, and how much of the image they cover."""
     keep = answer.on_image(0, torch.stack(answer.trace.keep, dim=1))
     patch, (height, width) = answer.image_size[0] // answer.trace.grid[0], answer.sizes[0]
@@ -104,5 +110,5 @@ def _blocks(answer: Answer) -> dict[str, Any]:
         "cover": [round(columns * patch / width, 5), round(rows * patch / height, 5)],
         "blocks": [base64.b64encode(np.packbits(block.numpy()).tobytes()).decode() for block in bits],
         "shares": [round(share, 4) for share in shares],
-        "block": least if shares[least] < 1 else -1,
+        "block": least if tokens and shares[least] < 1 else -1,
     }

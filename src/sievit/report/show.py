@@ -66,11 +66,12 @@ def _drawn(
     task: Task, models: list[Model], answers: list[Answer], times: list[float], image: Image.Image, min_score: float
 ) -> tuple[partial[Image.Image], dict[str, Any]]:
     """The figure, from `title` and `columns`; and what it shows, for JSON."""
-    (dense, sparse), costs = answers, [m.gflops(a).item() for m, a in zip(models, answers, strict=True)]
-    results, notes = [answer.results[0] for answer in answers], [
-        f"{answer_note(task, m, a, min_score=min_score)} · {ms:.0f} ms"
-        for m, a, ms in zip(models, answers, times, strict=True)
+    costs = [model.gflops(answer).item() for model, answer in zip(models, answers, strict=True)]
+    notes = [
+        f"{answer_note(task, model, answer, min_score=min_score)} · {ms:.0f} ms"
+        for model, answer, ms in zip(models, answers, times, strict=True)
     ]
+    sparse, results = answers[1], [answer.results[0] for answer in answers]
     panels = [
         viz.Panel(name, note, partial(task.picture, image, result, min_score=min_score))
         for name, note, result in zip(("dense", "pruned"), notes, results, strict=True)
