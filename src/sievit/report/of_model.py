@@ -181,11 +181,11 @@ def _tokens(figures: dict[str, Any], findings: Findings, places: tuple[str, ...]
     rows = {**content["by_class"], **content["by_size"]}
     blocks = [column(str(block), scale=100, digits=0, heat=True) for block in range(len(sparse["keep"]))]
     cells = [[name, *row["keep"]] for name, row in rows.items()]
-    yield table("Tokens computed by class, size of object and block, in %", [column(""), *blocks], cells)
+    yield table("Tokens computed by class, size of object and block, in %", [column("part"), *blocks], cells)
     heads = [column(place, scale=100, digits=0, heat=True) for place in places]
     early = len(places) - 1  # those that leave after the last block never do
     cells = [[name, *row["left_at"][:early], sum(row["left_at"][early:])] for name, row in rows.items() if places]
-    yield table("Where tokens left, in %", [column(""), *heads], cells)
+    yield table("Where tokens left, in %", [column("part"), *heads], cells)
     if "returned" in content:
         back = content["returned"]
         yield tiles(
