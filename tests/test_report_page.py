@@ -3,12 +3,12 @@ them."""
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -33,18 +33,6 @@ CLASSES = tiny_segmenter().classes
 @pytest.fixture(scope="module")
 def data(scenes_of: Callable[..., Path]) -> Path:
     return scenes_of(3, (48, 64))
-
-
-@pytest.fixture(scope="module")
-def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_detector(policy=RandomConfig(first_block=1, shares=(0.5,)))
-    return saved(config, tmp_path_factory.mktemp("models") / "detector.safetensors")
-
-
-@pytest.fixture(scope="module")
-def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_segmenter(policy=DToPConfig(thresholds=(0.2,)))
-    return saved(config, tmp_path_factory.mktemp("models") / "segmenter.safetensors")
 
 
 def training(folder: Path, data: Path) -> RunFolder:
@@ -80,29 +68,48 @@ def ablation(folder: Path, data: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pages(
-    data: Path, detector: Path, segmenter: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """A report of each kind: the file, and the document in it."""
+def home(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the commands of docs/report.md name, all of it tiny."""
+    root = tmp_path_factory.mktemp("home")
+    facade = root / "examples" / "facade"
+    for name in ("images", "labels"):
+        shutil.copytree(data / name, facade / name / "val")
+    shutil.copy(next((data / "images").iterdir()), facade / "IMG_0808_scaled_0.jpg")
+    (facade / "annotations").mkdir()
+    shutil.copy(data / "annotations.json", facade / "annotations" / "instances_val.json")
+    training(root / "runs" / "facade_setr", data)
+    ablation(root / "runs" / "methods", data)
+    (root / "models").mkdir()
+    saved(tiny_detector(policy=RandomConfig(first_block=1, shares=(0.5,))), root / "models" / "facade_svit.safetensors")
+    saved(tiny_segmenter(policy=DToPConfig(thresholds=(0.2,))), root / "models" / "facade_setr_dtop.safetensors")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pages(home: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """The reports that the commands of docs/report.md write: each file, and the document in it."""
     from sievit import cli
 
-    root = tmp_path_factory.mktemp("reports")
-    training(root / "run", data)
-    ablation(root / "ablation", data)
-    truths = {"detector": ("--annotations", data / "annotations.json"), "segmenter": ("--labels", data / "labels")}
+    text = (Path(__file__).parents[1] / "docs" / "report.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     found, few = {}, partial(differences, draws=20)
-    for name, args in {
-        "run": (root / "run",),
-        "ablation": (root / "ablation",),
-        "detector": (detector, "--images", data / "images", *truths["detector"], "--score-threshold", 0),
-        "segmenter": (segmenter, "--images", data / "images", *truths["segmenter"], "--pictures", 1),
-    }.items():
-        out = root / f"{name}.html"
-        with mock.patch("sievit.engine.evaluate.differences", few), mock.patch("sievit.report.of_model.PART_DRAWS", 20):
-            assert cli.main(["report", *map(str, args), "--out", str(out)]) == 0
-        content = re.search(r'id="data">(.*?)</script>', out.read_text(encoding="utf-8"))
-        assert content is not None
-        found[name] = out, json.loads(content[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setenv("SIEVIT_MODELS", str(home / "models"))
+        patch.setattr("sievit.engine.evaluate.differences", few)
+        patch.setattr("sievit.report.of_model.PART_DRAWS", 20)
+        for line in lines:
+            args = shlex.split(line)[1:]
+            if args[0] == "show":  # the picture of the page is one of many, the others have other names here
+                args[2] = "examples/facade/IMG_0808_scaled_0.jpg"
+            assert cli.main(args) == 0, line
+            out = home / args[-1]
+            if args[0] == "report":
+                content = re.search(r'id="data">(.*?)</script>', out.read_text(encoding="utf-8"))
+                assert content is not None
+                found[out.stem] = out, json.loads(content[1])
+    with Image.open(home / "shown.png") as picture:
+        assert picture.width == 1640
     return found
 
 
@@ -124,7 +131,7 @@ def test_a_report_holds_the_figures(pages: dict[str, tuple[Path, dict[str, Any]]
         "to dense",
     ], "columns without a value are left out"
     assert len(parts(comparison, "chart")["Accuracy against ms"]["choices"][0]["series"]) == 3
-    for document, kinds, number in ((detector, {"size", "class"}, 3), (segmenter, {"class"}, 2)):
+    for document, kinds, number in ((detector, {"size", "class"}, 3), (segmenter, {"class"}, 3)):
         judged = [title for title in parts(document, "table") if re.match(r"(mask AP|IoU) by", title)]
         assert {title.split()[-3] for title in judged} == kinds
         pictures = parts(document, "picture")
@@ -210,7 +217,7 @@ def test_everybody_can_use_the_pages(browser: Any, pages: dict[str, tuple[Path, 
 
 def test_the_keyboard_sorts_selects_filters_and_slides(browser: Any, pages: dict[str, tuple[Path, dict[str, Any]]]):
     view = browser.new_page(viewport={"width": 1200, "height": 900})
-    view.goto(pages["ablation"][0].as_uri())
+    view.goto(pages["methods"][0].as_uri())
     rows = view.locator("section[aria-label='All variants'] tbody tr")
     view.get_by_role("button", name="GFLOPs", exact=True).focus()
     view.keyboard.press("Enter")
@@ -228,7 +235,7 @@ def test_the_keyboard_sorts_selects_filters_and_slides(browser: Any, pages: dict
     assert view.locator("tr.on").evaluate_all(NAMES) == ["exits_0.8"]
     assert view.locator(".point.on").count() == 2, "marked in both charts"
 
-    view.goto(pages["run"][0].as_uri())
+    view.goto(pages["training"][0].as_uri())
     view.get_by_role("searchbox", name="Filter: All options").fill("train. init")
     assert view.locator("section[aria-label='All options'] tbody tr").count() == 1
 
@@ -246,8 +253,9 @@ def test_the_keyboard_sorts_selects_filters_and_slides(browser: Any, pages: dict
     view.close()
 
 
-def test_a_report_needs_something_to_report_on(detector: Path, tmp_path: Path, command: Command):
-    assert "give the --images" in command("report", detector, status=2).err
+def test_a_report_needs_something_to_report_on(home: Path, tmp_path: Path, command: Command):
+    model = home / "models" / "facade_svit.safetensors"
+    assert "give the --images" in command("report", model, status=2).err
     assert "neither of a training" in command("report", tmp_path, status=2).err
     (tmp_path / "ablation.json").write_text('{"measures": [], "variants": []}')
     assert "no variant yet" in command("report", tmp_path, status=2).err
@@ -266,8 +274,9 @@ def test_nothing_in_the_data_ends_the_script(tmp_path: Path):
     assert content["sections"][0]["parts"][0]["rows"] == [row]
 
 
-def test_show_draws_one_picture(data: Path, detector: Path, segmenter: Path, tmp_path: Path, command: Command):
-    image = next((data / "images").iterdir())
+def test_show_draws_one_picture(home: Path, tmp_path: Path, command: Command):
+    detector, segmenter = (home / "models" / f"facade_{name}.safetensors" for name in ("svit", "setr_dtop"))
+    image = home / "examples" / "facade" / "IMG_0808_scaled_0.jpg"
     for model in (detector, segmenter):
         figures = command("show", model, image, "--out", tmp_path / "a.png").figures
         with Image.open(tmp_path / "a.png") as picture:
