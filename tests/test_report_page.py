@@ -276,7 +276,7 @@ def test_nothing_in_the_data_ends_the_script(tmp_path: Path):
 
 def test_show_draws_one_picture(home: Path, tmp_path: Path, command: Command):
     detector, segmenter = (home / "models" / f"facade_{name}.safetensors" for name in ("svit", "setr_dtop"))
-    image = home / "examples" / "facade" / "IMG_0808_scaled_0.jpg"
+    image = home / "examples" / "facade" / "images" / "val" / "000000.png"
     for model in (detector, segmenter):
         figures = command("show", model, image, "--out", tmp_path / "a.png").figures
         with Image.open(tmp_path / "a.png") as picture:
@@ -294,12 +294,14 @@ def test_returns_and_differences_are_counted():
     labels = task_of(tiny_segmenter())
     one, other = torch.tensor([[0, 1, 2, 2]]), torch.tensor([[0, 1, 1, 2]])
     assert labels.disagreement(one, other, min_score=0.5) == 0.25
-    assert labels.only_in(one, other, min_score=0.5).tolist() == [[-1, -1, 2, -1]]
+    alone = labels.only_in(one, other, min_score=0.5)
+    assert alone is not None and alone.tolist() == [[-1, -1, 2, -1]]
     boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [0, 0, 10, 10]])
     found = {"boxes": boxes, "labels": torch.tensor([1, 1, 2]), "scores": torch.tensor([0.9, 0.9, 0.2])}
     moved = {**found, "boxes": boxes + torch.tensor([1.0, 0, 1, 0]), "labels": torch.tensor([1, 2, 2])}
     task = task_of(tiny_detector())
-    assert task.only_in(found, moved, min_score=0.5)["boxes"].tolist() == [[20, 20, 30, 30]]
+    alone = task.only_in(found, moved, min_score=0.5)
+    assert alone is not None and alone["boxes"].tolist() == [[20, 20, 30, 30]]
     assert task.disagreement(found, moved, min_score=0.5) == 0.5
 
 

@@ -18,7 +18,7 @@ from sievit.files import write_atomically
 from sievit.viz import Colour
 
 Part = dict[str, Any]
-PERCENT = {"scale": 100, "digits": 1}
+PERCENT: dict[str, Any] = {"scale": 100, "digits": 1}
 """Shares of 0..1 as numbers of 0..100."""
 
 

@@ -1,5 +1,6 @@
 """One picture of one image: what a model answers densely and pruned, and which tokens it took for that."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def _drawn(
     note = f"% of the tokens by block, {max(tokens):.0f} to {min(tokens):.0f}"
     panels.append(viz.bars_panel(shares, title="tokens per block", note=note))
     legends = [task.legend(results), *([] if exits is None else [viz.exits_legend(exits)])]
-    below = [partial(viz.legend, legend) for legend in legends if legend]
+    below: list[Callable[[int], Image.Image]] = [partial(viz.legend, legend) for legend in legends if legend]
     if exits is None:
         below.append(lambda width: viz.keep_maps(image, keep, width=width))
     reported = {name: values[0].tolist() for name, values in sparse.reported(models[1].policy).items()}
