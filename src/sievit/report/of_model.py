@@ -267,7 +267,7 @@ def _groups(rows: list[dict[str, Any]], count: int) -> dict[str, list[int]]:
 
 _ABOUT = {
     WORST: "The images whose pruned results differ most from the dense ones.",
-    "Easiest images": "Of the others those that cost the pruned model least.",
+    "Easiest images": "Among the others, those that cost the pruned model least.",
     "Hardest images": "Those that cost it most.",
 }
 
