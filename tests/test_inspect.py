@@ -11,7 +11,7 @@ from PIL import Image
 
 from sievit.models.base import Answer
 from sievit.policies import DToPConfig, KeepAllConfig, RandomConfig, SViTConfig
-from sievit.report.inspect import _Findings
+from sievit.report.inspect import Findings
 from sievit.tasks import Region, task_of
 from sievit.tokens import Tokens, Trace
 from tiny import saved, tiny_detector, tiny_segmenter
@@ -29,7 +29,7 @@ def answer_of(keep: list[list[int]], *, grid: tuple[int, int]) -> Answer:
 
 
 def test_pixels_and_returns_are_counted():
-    findings = _Findings(("car", "tree"))
+    findings = Findings(("car", "tree"))
     keep = [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
     car = Region(0, torch.tensor([[True, True, False, False]]), area=2.0)
     tree = Region(1, torch.tensor([[False, False, True, False]]))
@@ -44,7 +44,7 @@ def test_pixels_and_returns_are_counted():
 
 
 def test_the_cost_is_correlated_with_what_the_image_holds():
-    findings = _Findings(("car", "tree"))
+    findings = Findings(("car", "tree"))
     for size, cost in ((1, 2.0), (2, 5.0), (3, 5.5), (4, 8.0), (2, 4.0), (3, 6.5)):
         region = Region(0, torch.arange(4)[None] < size)
         findings.add(0, [region], answer_of([[1] * 4], grid=(1, 4)), cost)

@@ -69,7 +69,7 @@ def test_skipped_tokens_are_faded_at_their_place():
 
 def test_heat_map_counts_blocks():
     keep = torch.tensor([[True, True], [True, False], [True, False], [True, False]])[:, None]
-    pixels = np.asarray(viz.heat_map(torch.ones(3, 16, 32), keep, box=(320, 160))).astype(int)
+    pixels = np.asarray(viz.heat_map(torch.ones(3, 16, 32), keep.float().mean(0), box=(320, 160))).astype(int)
     assert (pixels[:, :160] == pixels[0, 0]).all()
     assert (pixels[:, 160:] == pixels[0, -1]).all()
     assert pixels[0, 0].sum() > pixels[0, -1].sum()

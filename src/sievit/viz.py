@@ -143,7 +143,8 @@ def label_map(
     strength: float = 0.6,
     box: tuple[int, int] = (960, 960),
 ) -> Image.Image:
-    """The image with each pixel's class (h, w) laid over it, and lines where classes meet; scaled to fit `box`."""
+    """The image with each pixel's class (h, w) laid over it, and lines where classes meet; scaled to fit `box`.
+    Pixels of no class, such as -1, stay as they are."""
     canvas = fit(to_pil(image), box)
     fine = _resized(labels.int(), canvas)
     known = (fine >= 0) & (fine < len(colours))
@@ -151,8 +152,8 @@ def label_map(
     pixels = np.asarray(canvas, dtype=float)
     painted = (1 - strength) * pixels + strength * table[np.where(known, fine, 0)]
     edge = np.zeros(fine.shape, dtype=bool)
-    edge[:, 1:] |= fine[:, 1:] != fine[:, :-1]
-    edge[1:] |= fine[1:] != fine[:-1]
+    edge[:, 1:] |= (fine[:, 1:] != fine[:, :-1]) & known[:, 1:] & known[:, :-1]
+    edge[1:] |= (fine[1:] != fine[:-1]) & known[1:] & known[:-1]
     painted = np.where(edge[..., None], 0.35 * painted, painted)
     return Image.fromarray(np.where(known[..., None], painted, pixels).clip(0, 255).astype(np.uint8))
 
@@ -221,19 +222,25 @@ def keep_maps(image: Picture, keep: Tensor, *, width: int = 1200, columns: int =
     return sheet
 
 
-def heat_map(image: Picture, keep: Tensor, *, box: tuple[int, int] = (960, 960)) -> Image.Image:
-    """How many blocks computed each token: dark for none, bright for all, over the image in grey; see `keep_maps`."""
+def heat_map(image: Picture, share: Tensor, *, box: tuple[int, int] = (960, 960)) -> Image.Image:
+    """Shares (h, w) of 0..1 over the image in grey: dark for 0, bright for 1."""
     canvas = fit(to_pil(image), box)
     grey = np.asarray(canvas.convert("L"), dtype=float)[..., None] / 255
-    heat = _heat(_resized(keep.float().mean(0), canvas))
+    heat = _heat(_resized(share, canvas))
     return Image.fromarray((heat * (0.55 + 0.45 * grey)).clip(0, 255).astype(np.uint8))
 
 
 def heat_panel(image: Picture, keep: Tensor) -> Panel:
     """Blocks per token, above the legend of its colours, as a panel of a figure; see `keep_maps`."""
+    note = f"{keep.float().mean().item():.0%} of all computed"
+    return counts_panel(image, keep.sum(0), len(keep), title="blocks per token", note=note)
+
+
+def counts_panel(image: Picture, counts: Tensor, most: int, *, title: str, note: str) -> Panel:
+    """Whole numbers (h, w) of 0 to `most` as a heat map, above the legend of its colours."""
 
     def draw(box: tuple[int, int]) -> Image.Image:
-        picture = heat_map(image, keep, box=box)
+        picture = heat_map(image, counts / max(most, 1), box=box)
         width, y = picture.width, picture.height + 8
         out = Image.new("RGB", (width, y + 22), PAPER)
         out.paste(picture)
@@ -241,10 +248,31 @@ def heat_panel(image: Picture, keep: Tensor) -> Panel:
         out.paste(Image.fromarray(ramp), (16, y))
         pen = ImageDraw.Draw(out)
         pen.text((0, y + 5), "0", fill=FAINT, font=_font(14), anchor="lm")
-        pen.text((width, y + 5), str(len(keep)), fill=FAINT, font=_font(14), anchor="rm")
+        pen.text((width, y + 5), str(most), fill=FAINT, font=_font(14), anchor="rm")
         return out
 
-    return Panel("blocks per token", f"{keep.float().mean().item():.0%} of all computed", draw)
+    return Panel(title, note, draw)
+
+
+def bars_panel(shares: Sequence[float], *, title: str, note: str) -> Panel:
+    """A bar for each of the shares 0..1, numbered from 0, with its value in % above it."""
+
+    def draw(box: tuple[int, int]) -> Image.Image:
+        width, height = box[0], min(box[1], round(0.75 * box[0]))
+        out = Image.new("RGB", (width, height), PAPER)
+        pen, font = ImageDraw.Draw(out), _font(13 if width > 30 * len(shares) else 10)
+        top, bottom, step = 18, height - 20, width / max(len(shares), 1)
+        pen.line((0, bottom, width, bottom), fill=FAINT)
+        every = 1 if step > 15 else 4
+        for i, share in enumerate(shares):
+            x0, x1, y = i * step + 0.12 * step, (i + 1) * step - 0.12 * step, bottom - share * (bottom - top)
+            pen.rectangle((x0, min(y, bottom - 1), x1, bottom), fill=(70, 130, 180))
+            if i % every == 0:
+                pen.text(((x0 + x1) / 2, y - 3), f"{100 * share:.0f}", fill=INK, font=font, anchor="mb")
+                pen.text(((x0 + x1) / 2, bottom + 5), str(i), fill=FAINT, font=font, anchor="mt")
+        return out
+
+    return Panel(title, note, draw)
 
 
 def figure(
@@ -268,20 +296,21 @@ def figure(
     box = _panel_box(inner, columns)
     pictures = [panel.draw(box=box) for panel in panels]
     others = [draw(inner) for draw in below]
-    top, head = MARGIN + (34 if title else 0), 44
-    row_height = head + max(picture.height for picture in pictures) + GAP
-    y = top + -(-len(panels) // columns) * row_height
+    y, head, places = MARGIN + (34 if title else 0), 44, []
+    for first in range(0, len(panels), columns):
+        row = pictures[first : first + columns]
+        places += [(MARGIN + i * (box[0] + GAP), y) for i in range(len(row))]
+        y += head + max(picture.height for picture in row) + GAP
     sheet = Image.new("RGB", (width, y + sum(other.height + 6 for other in others) + MARGIN - 6), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN, MARGIN - 6), title, fill=INK, font=_font(24))
+    for panel, picture, (x, top) in zip(panels, pictures, places, strict=True):
+        pen.text((x, top), panel.title, fill=INK, font=_font(18))
+        pen.text((x, top + 22), panel.note, fill=FAINT, font=_font(14))
+        sheet.paste(picture, (x, top + head))
     for other in others:
         sheet.paste(other, (MARGIN, y))
         y += other.height + 6
-    for i, (panel, picture) in enumerate(zip(panels, pictures, strict=True)):
-        x, y = MARGIN + (i % columns) * (box[0] + GAP), top + (i // columns) * row_height
-        pen.text((x, y), panel.title, fill=INK, font=_font(18))
-        pen.text((x, y + 22), panel.note, fill=FAINT, font=_font(14))
-        sheet.paste(picture, (x, y + head))
     return sheet
 
 

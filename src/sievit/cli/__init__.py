@@ -95,6 +95,8 @@ COMMANDS = {
     "serve": Command("MODEL", "a page on this machine to try a model on images, and REST", "sievit.serve:serve"),
     "sweep": Command("MODEL", "a model at many settings of its policy: table and plot", "sievit.report.sweep:sweep"),
     "ablate": Command("[PLAN]", "methods trained from one dense model, and compared", "sievit.lab:ablate"),
+    "show": Command("MODEL IMAGE", "one picture: dense, pruned, and which tokens", "sievit.report.show:show"),
+    "report": Command("SUBJECT", "an HTML file on a training, model or comparison", "sievit.report.command:report"),
     "inspect": Command("MODEL", "which tokens are computed: by class, size and image", "sievit.report.inspect:inspect"),
     "curve": Command("RUN", "loss, tokens and accuracy of trainings: a picture", "sievit.report.curve:curve"),
     "tune": Command("MODEL", "a model made fast on this device: what pays, to a target", "sievit.tune:tune"),

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -149,10 +149,16 @@ def compare(
     *,
     limit: int | None = None,
     precision: str = "32-true",
+    metrics: Mapping[str, Metric] | None = None,
+    seen: Callable[[int, dict[str, tuple[Any, float]]], None] | None = None,
     console: Console | None = None,
     title: str = "comparing",
 ) -> dict:
     """Two models on the same images, one at a time and in alternating order.
+
+    Args:
+        metrics: new ones of the task for `dense` and `sparse`, for a caller that asks them for more.
+        seen: is told of each image its index, and by model the answer and the milliseconds that it took.
 
     Returns:
         `dense` and `sparse`, each as `evaluate` returns it; `speedup`, the median over images of the ratio of times,
@@ -167,16 +173,19 @@ def compare(
         raise ConfigError("the two models are not of one kind with the same classes, and cannot be compared")
     models = {"dense": dense.eval(), "sparse": sparse.eval()}
     total = _number(dataset, limit)
-    metrics = {name: task_of(model.config).metric(dataset) for name, model in models.items()}
+    metrics = metrics or {name: task_of(model.config).metric(dataset) for name, model in models.items()}
     records = {name: _Records() for name in models}
     for model in models.values():
         timed(model, [dataset[0][0]], precision=precision)
     for index in terminal.track(range(total), title, console=console):
         image, target = dataset[index]
+        answers = {}
         for name in sorted(models, reverse=index % 2 == 1):
-            answer, elapsed = timed(models[name], [image], precision=precision)
+            answers[name] = answer, elapsed = timed(models[name], [image], precision=precision)
             records[name].add(models[name], answer, elapsed)
             metrics[name].update(target, answer.results[0])
+        if seen is not None:
+            seen(index, answers)
     pairs = zip(records["dense"].values["ms"], records["sparse"].values["ms"], strict=True)
     ratios = [a / b for a, b in pairs]
     figures: dict = {name: {**_rounded(metrics[name].compute()), **records[name].figures()} for name in models}

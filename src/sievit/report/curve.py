@@ -23,10 +23,10 @@ def curve(run: Path, /, *, also: tuple[Path, ...] = (), out: Path | None = None)
     tables = {}
     for name, folder in zip(names, folders, strict=True):
         folder.recipe()  # names what is not the folder of a run
-        log = _columns(folder.log_file)
+        log = columns(folder.log_file)
         if not log.get("loss"):
             raise ConfigError(f"{folder.log_file}: nothing is logged yet; wait for the first step, see train.log-every")
-        tables[name] = log, _columns(folder.val_file)
+        tables[name] = log, columns(folder.val_file)
     measure = next((name for name in task.shown if any(name in val for _, val in tables.values())), task.shown[0])
     path = out or run / "curve.png"
     draw_runs(tables, path, measure=measure, label=task.config.figures[measure])
@@ -39,13 +39,13 @@ def _names(paths: list[Path]) -> list[str]:
     return short if len(set(short)) == len(short) else [str(path) for path in paths]
 
 
-def _columns(path: Path) -> dict[str, list[float]]:
+def columns(path: Path) -> dict[str, list[float]]:
     """The columns of a log that hold numbers alone; none where it is not there yet."""
     rows = read_log(path) if path.exists() else []
-    columns: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {}
     for name in rows[0] if rows else ():
         try:
-            columns[name] = [float(row[name]) for row in rows]
-        except (TypeError, ValueError):
+            found[name] = [float(row[name]) for row in rows]
+        except (KeyError, TypeError, ValueError):
             continue
-    return columns
+    return found

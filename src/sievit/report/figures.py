@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from sievit import viz
 from sievit.models.base import Answer, Model
@@ -58,3 +59,10 @@ def exits_of(answer: Answer) -> viz.Exits | None:
         return None
     places = [f"after block {block}" for block in blocks[:-1]]
     return viz.Exits(answer.exit_stages(0).clamp(max=len(places)), (*places, "never"))
+
+
+def came_back(keep: Tensor) -> Tensor:
+    """(blocks - 2, ...) bool, from the third block on: it computed what the block before left out and one before that
+    had computed; keep (blocks, ...) bool."""
+    before = torch.cummax(keep.int(), 0).values[:-2].bool()
+    return keep[2:] & ~keep[1:-1] & before

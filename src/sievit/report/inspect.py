@@ -22,7 +22,7 @@ from sievit.files import write_atomically, write_png
 from sievit.models.base import Answer, Model
 from sievit.models.build import load
 from sievit.policies import PolicyOptions
-from sievit.report.figures import answer_figure, answer_note
+from sievit.report.figures import answer_figure, answer_note, came_back
 from sievit.report.plot import draw_shares
 from sievit.tasks import Region, Task, task_of
 
@@ -59,7 +59,7 @@ class _Sums:
 
 
 @dataclass
-class _Findings:
+class Findings:
     """What is known after some of the images."""
 
     classes: tuple[str, ...]
@@ -100,11 +100,9 @@ class _Findings:
 
     def _returns(self, keep: Tensor) -> None:
         """Count how often tokens (blocks, n) were left out and came back."""
-        back = keep[2:] & ~keep[1:-1]
-        gone = (keep[:-1] & ~keep[1:]).any(0)
-        once = (torch.cummax(keep.int(), 0).values[:-2].bool()) & back  # computed at some time before
+        gone, once = (keep[:-1] & ~keep[1:]).any(0), came_back(keep)
         self.gaps += int(once.sum())
-        self.gaps_of_one += int((back & keep[:-2]).sum())
+        self.gaps_of_one += int((once & keep[:-2]).sum())
         self.tokens += int(gone.sum())
         self.returned += int(once.any(0).sum())
 
@@ -177,7 +175,7 @@ def inspect(
     indices = range(len(data))[:limit]
     if not indices:
         raise ConfigError(f"{data.source}: no image to look at")
-    findings = _Findings(loaded.config.classes)
+    findings = Findings(loaded.config.classes)
     for index in terminal.track(indices, "looking", console=console):
         image, target = data[index]
         answer, _ = timed(loaded, [image])

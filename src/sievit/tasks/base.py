@@ -53,11 +53,14 @@ class Metric(Generic[R]):
         resampled: the figures of `Task.shown`, each (draws,), for draws (draws, images) of the images that `update`
             was called for, as 0-based numbers; an image may be drawn several times. Of this process alone; two
             metrics that were updated with the same images in the same order number them alike.
+        parts: the same for parts of the truth: by kind of part ("class", "size") and name of the part (draws,) values
+            of the figure that models are compared by, NaN where there is nothing to judge.
     """
 
     update: Callable[[dict[str, Any], R], None]
     compute: Callable[[], dict[str, Any]]
     resampled: Callable[[np.ndarray], dict[str, np.ndarray]]
+    parts: Callable[[np.ndarray], dict[str, dict[str, np.ndarray]]] = lambda draws: {}
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,15 @@ class Task(ABC, Generic[R]):
     def regions(self, target: dict[str, Any], size: tuple[int, int]) -> list[Region]:
         """What the target says of the parts of its image of `size` (height, width); empty where it says nothing."""
         return []
+
+    def only_in(self, result: R, other: R, *, min_score: float) -> R | None:
+        """What of a result is not in another one of the same image, for a picture; None where that has no meaning."""
+        return None
+
+    def disagreement(self, result: R, other: R, *, min_score: float) -> float | None:
+        """How much two results of one image differ, 0..1: the share of the pixels, or of the objects that one of them
+        alone has; None where that has no meaning."""
+        return None
 
     def summary(self, result: R, *, min_score: float) -> str:
         """A few words on a result; empty for none."""

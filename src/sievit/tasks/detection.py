@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from sievit import viz
 from sievit.config import ConfigError, Count, variant
@@ -110,7 +111,12 @@ class DetectionTask(Task[Detections]):
     def metric(self, data: CocoDetection) -> Metric[Detections]:
         with_masks = self.config.head.with_masks and data.annotations.has_masks
         metric = CocoMetric(data.annotations, with_masks=with_masks, max_detections=data.max_detections)
-        return Metric(lambda target, found: metric.update(target["image_id"], found), metric.compute, metric.resampled)
+        return Metric(
+            lambda target, found: metric.update(target["image_id"], found),
+            metric.compute,
+            metric.resampled,
+            metric.parts,
+        )
 
     def picture(self, image: viz.Picture, result: Detections, *, min_score: float, box: tuple[int, int]) -> Image.Image:
         return viz.predictions(image, result, self.config.classes, min_score=min_score, box=box)
@@ -124,6 +130,19 @@ class DetectionTask(Task[Detections]):
             pixels[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = True
             found.append(Region(label - 1, pixels, area))
         return found
+
+    def only_in(self, result: Detections, other: Detections, *, min_score: float) -> Detections:
+        """Objects are the same where class is, and boxes overlap by half (IoU)."""
+        mine, theirs = (found["scores"] >= min_score for found in (result, other))
+        same = box_iou(result["boxes"], other["boxes"][theirs]) >= 0.5
+        same &= result["labels"][:, None] == other["labels"][theirs]
+        chosen = mine & ~same.any(1)
+        return {name: values[chosen] for name, values in result.items()}
+
+    def disagreement(self, result: Detections, other: Detections, *, min_score: float) -> float:
+        pairs = (result, other), (other, result)
+        alone = sum(len(self.only_in(a, b, min_score=min_score)["scores"]) for a, b in pairs)
+        return alone / max(1, sum(int((found["scores"] >= min_score).sum()) for found in (result, other)))
 
     def summary(self, result: Detections, *, min_score: float) -> str:
         return f"{int((result['scores'] >= min_score).sum())} objects"

@@ -1,7 +1,7 @@
 """Average precision as COCO defines it; `faster-coco-eval` does the work, pycocotools is the reference in the tests."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,17 +97,37 @@ class CocoMetric:
         """AP and AP50 of boxes and of masks for draws of the images, which are numbered by rising id; (draws,) each."""
         figures: dict[str, list[float]] = {}
         for kind, prefix in KINDS[: 1 + self.with_masks]:
-            evaluation = self._evaluated(kind, separate_eval=True)
-            whole = np.empty(len(evaluation._evalImgs_cpp), dtype=object)
-            whole[:] = evaluation._evalImgs_cpp
-            by_image = whole.reshape(-1, len(self._results))  # (classes and areas, images)
-            for draw in draws:
-                evaluation._evalImgs_cpp = by_image[:, draw].ravel().tolist()
-                evaluation.accumulate()
-                precision = np.asarray(evaluation.eval["precision"])[..., 0, -1]  # (thresholds, recalls, classes)
-                for name, part in (("ap", precision), ("ap50", precision[0])):
+            for precision in self._drawn(kind, draws):
+                for name, part in (("ap", precision[..., 0]), ("ap50", precision[0, ..., 0])):
                     figures.setdefault(prefix + name, []).append(_mean(part))
         return {name: np.array(values) for name, values in figures.items()}
+
+    def parts(self, draws: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+        """AP by class and by size of the objects, of masks if there are masks, for draws as in `resampled`; (draws,)
+        each, NaN where there is no object to find."""
+        names = {"class": self.annotations.classes, "size": tuple(FIGURES[3 + i][3:] for i in range(3))}
+        found = [
+            [
+                [_mean(part) for part in np.moveaxis(precision[..., 0], 2, 0)],
+                [_mean(part) for part in np.moveaxis(precision[..., 1:], 3, 0)],
+            ]
+            for precision in self._drawn(KINDS[self.with_masks][0], draws)
+        ]
+        return {
+            kind: dict(zip(names[kind], known(np.array([draw[i] for draw in found])).T, strict=True))
+            for i, kind in enumerate(names)
+        }
+
+    def _drawn(self, kind: Kind, draws: np.ndarray) -> Iterator[np.ndarray]:
+        """For each draw of the images the precisions (thresholds, recalls, classes, areas)."""
+        evaluation = self._evaluated(kind, separate_eval=True)
+        whole = np.empty(len(evaluation._evalImgs_cpp), dtype=object)
+        whole[:] = evaluation._evalImgs_cpp
+        by_image = whole.reshape(-1, len(self._results))  # (classes and areas, images)
+        for draw in draws:
+            evaluation._evalImgs_cpp = by_image[:, draw].ravel().tolist()
+            evaluation.accumulate()
+            yield np.asarray(evaluation.eval["precision"])[..., -1]
 
     def _evaluated(self, kind: Kind, **options: Any) -> COCOeval_faster:
         """The library's evaluation, before it is accumulated."""
@@ -195,6 +215,11 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
     return [encode(tight_patch(mask), (height, width)) for mask in dense]
 
 
+def known(values: np.ndarray) -> np.ndarray:
+    """The values with NaN in place of -1, which stands for nothing to judge."""
+    return np.where(values < 0, np.nan, values)
+
+
 def _mean(precision: np.ndarray) -> float:
     known = precision[precision > -1]
     return float(known.mean()) if known.size else -1.0
@@ -266,16 +291,21 @@ class SegmentationMetric:
 
     def resampled(self, draws: np.ndarray) -> dict[str, np.ndarray]:
         """miou and pixel_accuracy for draws of the images, which are numbered as `update` got them; (draws,) each."""
-        figures: dict[str, list[float]] = {"miou": [], "pixel_accuracy": []}
+        drawn = [self._figures(matrix) for matrix in self._drawn(draws)]
+        return {name: np.array([figures[name] for figures in drawn]) for name in ("miou", "pixel_accuracy")}
+
+    def by_class(self, draws: np.ndarray) -> np.ndarray:
+        """(classes, draws): IoU of every class for draws as in `resampled`, NaN where there is nothing to judge."""
+        return known(np.array([self._figures(matrix)["iou"] for matrix in self._drawn(draws)])).T
+
+    def _drawn(self, draws: np.ndarray) -> Iterator[np.ndarray]:
+        """For each draw of the images their matrix."""
         for draw in draws:
             matrix = np.zeros(self.num_classes**2, dtype=np.int64)
             for image in draw:
                 cells, counts = self._cells[image]
                 matrix[cells] += counts
-            drawn = self._figures(matrix.reshape(self.num_classes, -1))
-            for name, values in figures.items():
-                values.append(drawn[name])
-        return {name: np.array(values) for name, values in figures.items()}
+            yield matrix.reshape(self.num_classes, -1)
 
     @staticmethod
     def _figures(matrix: np.ndarray) -> dict[str, Any]:

@@ -117,7 +117,12 @@ class SegmentationTask(Task[Tensor]):
 
     def metric(self, data: LabelDataset) -> Metric[Tensor]:
         metric = SegmentationMetric(len(self.config.classes), self.config.ignore_index)
-        return Metric(lambda target, labels: metric.update(labels, target["labels"]), metric.compute, metric.resampled)
+        return Metric(
+            lambda target, labels: metric.update(labels, target["labels"]),
+            metric.compute,
+            metric.resampled,
+            lambda draws: {"class": dict(zip(self.config.classes, metric.by_class(draws), strict=True))},
+        )
 
     def accuracies(self, figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         yield from super().accuracies(figures)
@@ -161,6 +166,13 @@ class SegmentationTask(Task[Tensor]):
             "classes": list(self.config.classes),
             "shares": [round(share, 5) for share in (pixels / result.numel()).tolist()],
         }
+
+    def only_in(self, result: Tensor, other: Tensor, *, min_score: float) -> Tensor:
+        """-1 where both are the same."""
+        return torch.where(result == other, -1, result)
+
+    def disagreement(self, result: Tensor, other: Tensor, *, min_score: float) -> float:
+        return (result != other).double().mean().item()
 
     def writer(self, out: Path, names: Sequence[str], *, ids: Path | None = None) -> Writer[Tensor]:
         if ids is not None:
