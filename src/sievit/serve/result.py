@@ -46,7 +46,9 @@ def result_page(outcome: Outcome, name: str, address: str, setting: Mapping[str,
     if exits is None:
         keep = pruned.answer.on_image(0, torch.stack(pruned.answer.trace.keep, dim=1))
         tokens = _picture(
-            "blocks per token", "dark: few blocks, bright: all", viz.heat_map(outcome.image, keep, box=BOX)
+            "blocks per token",
+            "dark: few blocks, bright: all",
+            viz.heat_map(outcome.image, keep.float().mean(0), box=BOX),
         )
         left = ""
     else:
