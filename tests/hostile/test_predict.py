@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from sievit import cli, report
+from sievit import cli
 from sievit.files import digest
 from sievit.models.build import build, save
+from sievit.report import job
 from tiny import image_folder, random_pixels, tiny_detector, tiny_segmenter, write_image
 
 NAMES = tuple(f"{i}.png" for i in range(4))
@@ -77,7 +78,7 @@ def test_a_result_that_would_lie_on_an_image_is_refused_before_anything_runs(
     else:
         place.symlink_to(photos / "0.png") if how == "symbolic link" else place.hardlink_to(photos / "0.png")
     before = contents(tmp_path)
-    monkeypatch.setattr(report, "timed", None)
+    monkeypatch.setattr(job, "timed", None)
     assert predict(detector, photos, out, *force) == 2
     assert "would be written over" in capsys.readouterr().err
     assert contents(tmp_path) == before
@@ -132,14 +133,14 @@ def test_an_interruption_loses_nothing_and_the_same_command_goes_on(
     assert predict(model, photos, whole) == 0
     calls = []
 
-    def failing(path: Path, picture: Any, write: Callable[..., None] = report.write_png) -> None:
+    def failing(path: Path, picture: Any, write: Callable[..., None] = job.write_png) -> None:
         calls.append(path)
         if len(calls) == 4:
             raise stop
         write(path, picture)
 
     with monkeypatch.context() as patched:
-        patched.setattr(report, "write_png", failing)
+        patched.setattr(job, "write_png", failing)
         assert predict(model, photos, out) in (1, 130)
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [line["image"] for line in lines[1:]] == list(NAMES[:3])

@@ -114,6 +114,16 @@ def read_image(path: Path, *, size: tuple[int, int] | None = None) -> Image.Imag
     return image
 
 
+def image_size(path: Path) -> tuple[int, int] | None:
+    """(height, width) by the head of the file, upright; None where it says none. The pixels are not read."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
+    except (*_BROKEN, *_TOO_LARGE):
+        return None
+
+
 def upright(image: Image.Image) -> Image.Image:
     """A Pillow image turned as its EXIF data say.
 

@@ -148,8 +148,8 @@ class SegmentationTask(Task[Tensor]):
         labels = target["labels"]
         return [Region(k, labels == k) for k in labels.unique().tolist() if k != self.config.ignore_index]
 
-    def writer(self, out: Path, names: Sequence[str], *, ids: Path | None = None) -> Writer[Tensor]:
-        if ids is not None:
+    def writer(self, out: Path, names: Sequence[str], *, ids: Path | Mapping[str, int] | None = None) -> Writer[Tensor]:
+        if isinstance(ids, Path):
             raise ConfigError(f"--ids {ids}: a segmenter labels pixels and writes no COCO results; leave it out")
         return _LabelWriter(self.config.classes, self.colours, out)
 
