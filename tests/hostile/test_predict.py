@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -149,22 +148,6 @@ def test_an_interruption_loses_nothing_and_the_same_command_goes_on(
         assert [image["file_name"] for image in listed] == list(NAMES[:3])
     assert predict(model, photos, out) == 0
     assert contents(out) == contents(whole)
-
-
-def test_a_killed_process_loses_nothing(detector: Path, photos: Path, tmp_path: Path):
-    """Killed where it stands, with half a line written; what is left is as from a run without it."""
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert predict(detector, photos, whole) == 0
-    command = [sys.executable, "-m", "sievit", "predict", str(detector), str(photos), "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    journal = out / "results.jsonl"
-    while process.poll() is None and not journal.exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    journal.write_bytes(journal.read_bytes()[:-7])
-    assert predict(detector, photos, out) == 0
-    assert {n: c for n, c in contents(out).items() if n != ".lock"} == contents(whole)
 
 
 def test_an_image_that_was_changed_is_done_again(
