@@ -1,14 +1,15 @@
 """The images of `sievit predict`, batch by batch: which ones go together, and what is done with each."""
 
 import json
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
 from rich.console import Console
+from torch import Tensor
 
 from sievit import terminal
 from sievit.config import ConfigError
@@ -17,13 +18,14 @@ from sievit.distributed import by_first, gathered, rank, world_size
 from sievit.engine.evaluate import timed
 from sievit.engine.signals import Interrupted, Stop, stopping
 from sievit.files import held, write_atomically, write_png
-from sievit.models.base import Model
-from sievit.models.inputs import InputConfig
+from sievit.models.base import Answer, Model
+from sievit.models.inputs import InputConfig, Size
 from sievit.report.figures import answer_figure, answer_note
 from sievit.report.results import FAILURES, Journal, Line, part_lock, picture_file, seen
 from sievit.report.sources import Source
 from sievit.tasks import task_of
 
+K = TypeVar("K")
 AHEAD = 16
 """Batches' worth of images among which those of similar size are found."""
 PADDING = 1.25
@@ -51,15 +53,14 @@ def batches(
     for start in range(0, len(names), ahead):
         window = names[start : start + ahead]
         if any(name in todo for name in window):
-            planned = [window] if ahead == 1 else _similar(root, window, batch_size, config)
-            yield from (batch for batch in planned if any(name in todo for name in batch))
+            sizes = {name: None if ahead == 1 else image_size(root / name) for name in window}
+            yield from (batch for batch in similar(sizes, batch_size, config) if any(name in todo for name in batch))
 
 
-def _similar(root: Path, window: list[str], batch_size: int, config: InputConfig) -> Iterator[list[str]]:
-    """Batches of images that are of similar size for the network; each of unknown size is alone."""
-    sizes = {name: size and config.test_size(size) for name in window for size in (image_size(root / name),)}
-    known = {name: size for name, size in sizes.items() if size is not None}
-    batch: list[str] = []
+def similar(sizes: Mapping[K, Size | None], batch_size: int, config: InputConfig) -> Iterator[list[K]]:
+    """Batches of images whose sizes for the network are similar; each of unknown size is alone."""
+    known = {name: config.test_size(size) for name, size in sizes.items() if size is not None}
+    batch: list[K] = []
     for name in sorted(known, key=lambda name: known[name]):
         grown = [known[each] for each in (*batch, name)]
         padded = max(h for h, _ in grown) * max(w for _, w in grown) * len(grown)
@@ -69,7 +70,16 @@ def _similar(root: Path, window: list[str], batch_size: int, config: InputConfig
         batch.append(name)
     if batch:
         yield batch
-    yield from ([name] for name in window if name not in known)
+    yield from ([name] for name in sizes if name not in known)
+
+
+def answers(model: Model, images: list[Tensor]) -> list[tuple[Answer, int] | ConfigError]:
+    """For each image the answer of a pass, and its place there; or what is wrong with it, which costs no other one."""
+    try:
+        answer, _ = timed(model, images)
+        return [(answer, index) for index in range(len(images))]
+    except ConfigError as error:
+        return [error] if len(images) == 1 else [each for image in images for each in answers(model, [image])]
 
 
 def run_job(
@@ -204,25 +214,20 @@ class Job:
 
     def _answered(self, read: list[_Read]) -> list[Line]:
         """The lines of images that go through the network together."""
-        if not read:
-            return []
-        try:
-            answer, _ = timed(self.model, [to_tensor(each.image) for each in read])
-        except ConfigError as error:
-            if len(read) > 1:
-                return [line for each in read for line in self._answered([each])]
-            self.failures[read[0].name] = str(error)
-            return []
         lines = []
-        for index, (name, before, image) in enumerate(read):
-            if name not in self.todo:
-                continue
-            result, journal = answer.results[index], self.journal
-            kept = journal.writer.add(name, (image.height, image.width), result)
-            if journal.pictures:
-                options = {"index": index, "min_score": self.min_score}
-                shown = {"prediction": (answer_note(self.task, self.model, answer, **options), result)}
-                figure = answer_figure(self.task, image, shown, answer, title=name, **options)
-                write_png(journal.folder / picture_file(name), figure)
-            lines.append(journal.line(name, before, kept))
+        found = answers(self.model, [to_tensor(each.image) for each in read]) if read else []
+        for (name, before, image), each in zip(read, found, strict=True):
+            if isinstance(each, ConfigError):
+                self.failures[name] = str(each)
+            elif name in self.todo:
+                kept = self.journal.writer.add(name, (image.height, image.width), each[0].results[each[1]])
+                if self.journal.pictures:
+                    self._draw(name, image, *each)
+                lines.append(self.journal.line(name, before, kept))
         return lines
+
+    def _draw(self, name: str, image: Image.Image, answer: Answer, index: int) -> None:
+        options: dict[str, Any] = {"index": index, "min_score": self.min_score}
+        shown = {"prediction": (answer_note(self.task, self.model, answer, **options), answer.results[index])}
+        figure = answer_figure(self.task, image, shown, answer, title=name, **options)
+        write_png(self.journal.folder / picture_file(name), figure)

@@ -180,6 +180,11 @@ class Task(ABC, Generic[R]):
         return ""
 
     @abstractmethod
+    def columns(self, result: R | None) -> dict[str, Any]:
+        """A result as plain values by name, for a row of a table: arrays, text, bytes; None stands for no result, of
+        which the values are empty."""
+
+    @abstractmethod
     def writer(self, out: Path, names: Sequence[str], *, ids: Path | Mapping[str, int] | None = None) -> Writer[R]:
         """Writes the results of the images `names` to the folder `out`.
 

@@ -20,7 +20,7 @@ from sievit.data.truth import Truth
 from sievit.files import writing
 from sievit.models.detector import DetectorConfig
 from sievit.tasks.base import CACHE, DataConfig, Metric, Region, Task, Writer, register_task
-from sievit.tasks.metrics import CocoMetric, coco_results
+from sievit.tasks.metrics import CocoMetric, coco_results, encode_masks
 from sievit.text import is_text
 
 Detections = dict[str, Tensor]
@@ -127,6 +127,16 @@ class DetectionTask(Task[Detections]):
 
     def summary(self, result: Detections, *, min_score: float) -> str:
         return f"{int((result['scores'] >= min_score).sum())} objects"
+
+    def columns(self, result: Detections | None) -> dict[str, Any]:
+        """boxes (d, 4) float32, xyxy pixels; labels (d,) int64, from 1; scores (d,) float32; and where the model has
+        masks, those as JSON: a list of COCO's compressed RLE."""
+        found = result or {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+        values: dict[str, Any] = {name: found[name].float().cpu().numpy() for name in ("boxes", "scores")}
+        values["labels"] = found["labels"].cpu().numpy()
+        if self.config.head.with_masks:
+            values["masks"] = json.dumps(encode_masks(found["masks"]) if result else [])
+        return values
 
     def writer(
         self, out: Path, names: Sequence[str], *, ids: Path | Mapping[str, int] | None = None

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +149,26 @@ class SegmentationTask(Task[Tensor]):
         labels = target["labels"]
         return [Region(k, labels == k) for k in labels.unique().tolist() if k != self.config.ignore_index]
 
+    def columns(self, result: Tensor | None) -> dict[str, Any]:
+        """label_map: a PNG of the image's size whose values are classes."""
+        buffer = BytesIO()
+        if result is not None:
+            label_image(result, self.colours).save(buffer, format="png")
+        return {"label_map": buffer.getvalue()}
+
     def writer(self, out: Path, names: Sequence[str], *, ids: Path | Mapping[str, int] | None = None) -> Writer[Tensor]:
         if isinstance(ids, Path):
             raise ConfigError(f"--ids {ids}: a segmenter labels pixels and writes no COCO results; leave it out")
         return _LabelWriter(self.config.classes, self.colours, out)
+
+
+def label_image(labels: Tensor, colours: Sequence[viz.Colour]) -> Image.Image:
+    """8 bits with a palette, or 16 bits grey where there are more than 256 classes."""
+    few = len(colours) <= 256
+    picture = Image.fromarray(labels.cpu().numpy().astype(np.uint8 if few else np.uint16))
+    if few:
+        picture.putpalette([part for colour in colours for part in colour])
+    return picture
 
 
 class _LabelWriter(Writer[Tensor]):
@@ -167,13 +184,7 @@ class _LabelWriter(Writer[Tensor]):
         return (f"labels/{name}.png",)
 
     def add(self, name: str, size: tuple[int, int], result: Tensor) -> dict[str, Any]:
-        """8 bits with a palette, or 16 bits grey where there are more than 256 classes."""
-        values = result.cpu().numpy()
-        few = len(self.colours) <= 256
-        picture = Image.fromarray(values.astype(np.uint8 if few else np.uint16))
-        if few:
-            picture.putpalette([part for colour in self.colours for part in colour])
-        write_png(self.out / self.files(name)[0], picture)
+        write_png(self.out / self.files(name)[0], label_image(result, self.colours))
         return {}
 
     def finish(self, added: Mapping[str, dict[str, Any]]) -> str:
