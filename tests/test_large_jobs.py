@@ -1,6 +1,8 @@
 """Jobs of many images: where they come from, which go together, and what is kept when the job is stopped."""
 
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -255,3 +257,35 @@ def test_memory_holds_no_results(tmp_path: Path):
     tracemalloc.stop()
     assert peak < 3e6
     assert [each["image_id"] for each in json.loads((out / "results.json").read_text())] == list(range(300))
+
+
+def test_the_page_on_large_jobs_runs(
+    detector: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+):
+    """Each command as it stands there; that of torchrun without it, as `test_distributed.py` has several processes."""
+    (tmp_path / "facade_svit.safetensors").hardlink_to(detector)
+    Image.open(photos / "5.png").convert("RGB").save(photos / "5.jpg")
+    for name in ("3.png", "4.png", "5.png"):
+        (photos / name).unlink()
+    write_coco(tmp_path / "photos.json", ["5.jpg", "0.png"])
+    (tmp_path / "photos.txt").write_text("photos/5.jpg\nphotos/1.png\n")
+    monkeypatch.setenv("SIEVIT_MODELS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "large-jobs.md").read_text(encoding="utf-8")
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).splitlines()
+    for line in filter(None, lines):
+        launcher, _, arguments = line.rpartition("sievit ")
+        assert launcher in ("", "torchrun --nproc-per-node 2 -m ")
+        command(*shlex.split(arguments, comments=True))
+    listed = {path.parent.name: json.loads(path.read_text())["images"] for path in tmp_path.glob("*/images.json")}
+    assert {name: len(images) for name, images in listed.items()} == {
+        "found": 4,
+        "found_coco": 2,
+        "found_list": 2,
+        "found_pattern": 1,
+        "fast": 4,
+        "shared": 4,
+    }
+    assert [image["id"] for image in listed["found_coco"]] == [30, 29]
+    blocks = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    assert blocks and all(compile(block, "large-jobs.md", "exec") for block in blocks)
