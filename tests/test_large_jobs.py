@@ -265,10 +265,10 @@ def test_the_page_on_large_jobs_runs(
     """Each command as it stands there; that of torchrun without it, as `test_distributed.py` has several processes."""
     (tmp_path / "facade_svit.safetensors").hardlink_to(detector)
     Image.open(photos / "5.png").convert("RGB").save(photos / "5.jpg")
-    for name in ("3.png", "4.png", "5.png"):
+    for name in ("1.png", "2.png", "3.png", "4.png", "5.png"):
         (photos / name).unlink()
     write_coco(tmp_path / "photos.json", ["5.jpg", "0.png"])
-    (tmp_path / "photos.txt").write_text("photos/5.jpg\nphotos/1.png\n")
+    (tmp_path / "photos.txt").write_text("photos/5.jpg\nphotos/0.png\n")
     monkeypatch.setenv("SIEVIT_MODELS", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[1] / "docs" / "large-jobs.md").read_text(encoding="utf-8")
