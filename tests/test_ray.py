@@ -1,6 +1,7 @@
 """The class for Ray Data: without Ray, and on a local cluster of which an actor is killed."""
 
 import json
+import logging
 import os
 import pickle
 import signal
@@ -77,7 +78,7 @@ def job(detector: str, folder: str) -> None:
     """What a process of its own does: a job on a local cluster, whose rows it leaves in a file."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = ray.data.read_binary_files(f"{folder}/photos", include_paths=True).map_batches(
         Killed,
