@@ -279,12 +279,12 @@ def test_the_page_on_large_jobs_runs(
         command(*shlex.split(arguments, comments=True))
     listed = {path.parent.name: json.loads(path.read_text())["images"] for path in tmp_path.glob("*/images.json")}
     assert {name: len(images) for name, images in listed.items()} == {
-        "found": 4,
+        "found": 2,
         "found_coco": 2,
         "found_list": 2,
         "found_pattern": 1,
-        "fast": 4,
-        "shared": 4,
+        "fast": 2,
+        "shared": 2,
     }
     assert [image["id"] for image in listed["found_coco"]] == [30, 29]
     blocks = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
