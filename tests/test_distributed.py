@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from sievit import cli
 from sievit.data.coco import CocoDetection
 from sievit.data.scenes import CLASSES, generate
 from sievit.engine.batches import Batch, Losses
@@ -149,6 +151,7 @@ def worker(folder: Path) -> None:
     torch.set_num_threads(1)
     rank, store = int(os.environ["RANK"]), f"file://{folder / 'store'}"
     train(recipe(folder / "data"), out=folder / "run")  # leaves no process group behind
+    assert predicted(folder, "two") == 1  # neither does this
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     half = slice(2 * rank, 2 * rank + 2)
     with mock.patch.object(selection, "gumbel_noise", torch.zeros_like):
@@ -162,11 +165,19 @@ def worker(folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def predicted(folder: Path, out: str) -> int:
+    """The exit status of a job over five images, one of which is broken."""
+    args = ["predict", folder / "run", folder / "photos", "--out", folder / out, "--batch-size", 2, "--pictures", False]
+    return cli.main([str(arg) for arg in args])
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left."""
     folder = tmp_path_factory.mktemp("two")
     generate(folder / "data", num_images=5, size=(64, 64), seed=1)
+    shutil.copytree(folder / "data" / "images", folder / "photos")
+    next(iter(sorted((folder / "photos").iterdir()))).write_bytes(b"no image")
     run_two_processes(__file__, folder)
     return folder
 
@@ -197,6 +208,15 @@ def test_figures_are_those_of_one_process(folder: Path):
 def test_metrics_are_those_of_one_process(folder: Path):
     one = one_process()
     assert [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)] == [one, one]
+
+
+def test_several_processes_share_a_job(folder: Path):
+    """Their files are those of one process, byte for byte, and none of theirs is left."""
+    assert predicted(folder, "one") == 1
+    one, two = ({p.name: p.read_bytes() for p in (folder / out).iterdir()} for out in ("one", "two"))
+    assert one == two
+    assert len(one["results.jsonl"].splitlines()) == 5 and b"no image" not in one["results.json"]
+    assert len(one["failures.jsonl"].splitlines()) == 1
 
 
 def test_runs_are_resumed_by_as_many_processes_and_batches_split(folder: Path, monkeypatch: pytest.MonkeyPatch):

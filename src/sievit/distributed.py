@@ -1,10 +1,16 @@
-"""Sums over all processes, so that several processes compute the losses of one with the same global batch."""
+"""Several processes: sums over all of them, so that they compute the losses of one, and values that they exchange."""
 
+import os
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from sievit.config import ConfigError
 
 T = TypeVar("T")
 
@@ -12,6 +18,43 @@ T = TypeVar("T")
 def world_size() -> int:
     """Number of processes that train together; 1 outside a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0; 0 outside a process group."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+@contextmanager
+def joined() -> Generator[None]:
+    """The processes that torchrun has started are a group meanwhile, which exchanges values; one alone is none.
+
+    None is given up for being slow: a share of a large job may take days longer than another.
+    """
+    ours = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if ours:
+        dist.init_process_group("gloo", timeout=timedelta(days=365))
+    try:
+        yield
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def by_first(call: Callable[[], T]) -> T:
+    """What `call` returns in the first process, in all of them; so is what a user or the machine has to change."""
+    if world_size() == 1:
+        return call()
+    told: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            told[0] = call()
+        except (ConfigError, OSError) as error:
+            told[1] = error
+    value, error = gathered(told)[0]
+    if error is not None:
+        raise error
+    return value
 
 
 def global_sum(x: Tensor) -> Tensor:

@@ -26,10 +26,17 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         OSError: the disk is full or the folder cannot be written; the old file is untouched.
     """
+    with writing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def writing(path: Path) -> Generator[BinaryIO]:
+    """A file that becomes `path` when it is whole, for what is too large to be held; raises as `write_atomically`."""
     part = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -55,8 +62,11 @@ def digest(path: Path) -> str:
 
 
 @contextmanager
-def held(folder: Path) -> Generator[None]:
+def held(folder: Path, *, lock: str = LOCK) -> Generator[None]:
     """A folder, which is made if it is missing, for this process alone; removed again if nothing was put into it.
+
+    Args:
+        lock: the file that is locked; another one for each of several processes that share the folder.
 
     Raises:
         HeldError: another process writes there.
@@ -67,11 +77,11 @@ def held(folder: Path) -> Generator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"{folder}: cannot be a folder, since there is a file of this name; give another") from error
-    with _locked(folder / LOCK):
+    with _locked(folder / lock):
         try:
             yield
         finally:
-            (folder / LOCK).unlink(missing_ok=True)
+            (folder / lock).unlink(missing_ok=True)
             with suppress(OSError):  # it holds something
                 for path in made:
                     path.rmdir()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from sievit import cli, report
+from sievit import cli
 from sievit.files import digest
 from sievit.models.build import build, save
+from sievit.report import job
 from tiny import image_folder, random_pixels, tiny_detector, tiny_segmenter, write_image
 
 NAMES = tuple(f"{i}.png" for i in range(4))
@@ -77,7 +77,7 @@ def test_a_result_that_would_lie_on_an_image_is_refused_before_anything_runs(
     else:
         place.symlink_to(photos / "0.png") if how == "symbolic link" else place.hardlink_to(photos / "0.png")
     before = contents(tmp_path)
-    monkeypatch.setattr(report, "timed", None)
+    monkeypatch.setattr(job, "timed", None)
     assert predict(detector, photos, out, *force) == 2
     assert "would be written over" in capsys.readouterr().err
     assert contents(tmp_path) == before
@@ -132,14 +132,14 @@ def test_an_interruption_loses_nothing_and_the_same_command_goes_on(
     assert predict(model, photos, whole) == 0
     calls = []
 
-    def failing(path: Path, picture: Any, write: Callable[..., None] = report.write_png) -> None:
+    def failing(path: Path, picture: Any, write: Callable[..., None] = job.write_png) -> None:
         calls.append(path)
         if len(calls) == 4:
             raise stop
         write(path, picture)
 
     with monkeypatch.context() as patched:
-        patched.setattr(report, "write_png", failing)
+        patched.setattr(job, "write_png", failing)
         assert predict(model, photos, out) in (1, 130)
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [line["image"] for line in lines[1:]] == list(NAMES[:3])
@@ -148,22 +148,6 @@ def test_an_interruption_loses_nothing_and_the_same_command_goes_on(
         assert [image["file_name"] for image in listed] == list(NAMES[:3])
     assert predict(model, photos, out) == 0
     assert contents(out) == contents(whole)
-
-
-def test_a_killed_process_loses_nothing(detector: Path, photos: Path, tmp_path: Path):
-    """Killed where it stands, with half a line written; what is left is as from a run without it."""
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert predict(detector, photos, whole) == 0
-    command = [sys.executable, "-m", "sievit", "predict", str(detector), str(photos), "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    journal = out / "results.jsonl"
-    while process.poll() is None and not journal.exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    journal.write_bytes(journal.read_bytes()[:-7])
-    assert predict(detector, photos, out) == 0
-    assert {n: c for n, c in contents(out).items() if n != ".lock"} == contents(whole)
 
 
 def test_an_image_that_was_changed_is_done_again(

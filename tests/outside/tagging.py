@@ -179,7 +179,10 @@ class Tagging(Task[Tensor]):
     def summary(self, result: Tensor, *, min_score: float) -> str:
         return self.config.classes[int(result)]
 
-    def writer(self, out: Path, names: Sequence[str], *, ids: Path | None = None) -> Writer[Tensor]:
+    def columns(self, result: Tensor | None) -> dict[str, Any]:
+        return {"tag": "" if result is None else self.config.classes[int(result)]}
+
+    def writer(self, out: Path, names: Sequence[str], *, ids: Any = None) -> Writer[Tensor]:
         return TagWriter(out, self.config.classes)
 
 

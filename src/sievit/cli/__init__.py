@@ -89,9 +89,7 @@ COMMANDS = {
     "demo": Command("", "see it: dense against sparse on photographs", "sievit.report:demo"),
     "train": Command("RECIPE", "train a model, or go on with --resume RUN", "sievit.cli.train:train", raw=True),
     "eval": Command("MODEL", "accuracy, tokens, GFLOPs and latency", "sievit.report:evaluate"),
-    "predict": Command(
-        "MODEL IMAGES", "find objects or label pixels, in an image or a folder", "sievit.report:predict"
-    ),
+    "predict": Command("MODEL SOURCE", "find objects or label pixels in images", "sievit.report:predict"),
     "serve": Command("MODEL", "a page on this machine to try a model on images, and REST", "sievit.serve:serve"),
     "sweep": Command("MODEL", "a model at many settings of its policy: table and plot", "sievit.report.sweep:sweep"),
     "ablate": Command("[PLAN]", "methods trained from one dense model, and compared", "sievit.lab:ablate"),

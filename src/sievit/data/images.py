@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import NoReturn
 
@@ -74,14 +75,14 @@ def _unlisted(error: OSError) -> NoReturn:
 
 
 @contextmanager
-def opened(path: Path, what: str) -> Generator[Image.Image]:
-    """An image file that is open meanwhile, `what` being "an image" or the like.
+def opened(path: Path, what: str, *, data: bytes | None = None) -> Generator[Image.Image]:
+    """An image file that is open meanwhile, `what` being "an image" or the like; with `data` that is what it holds.
 
     Raises:
         ConfigError: the file is missing, truncated or not an image; also where pixels are found wrong meanwhile.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if data is None else BytesIO(data)) as image:
             if image.format in _PICTURES and getattr(image, "is_animated", False):
                 _warn_of_frames(path, getattr(image, "n_frames", 2), "pages" if image.format == "TIFF" else "frames")
             image.load()
@@ -103,18 +104,19 @@ def _warn_of_frames(path: Path, count: int, what: str) -> None:
     warnings.warn(f"{path}: holds {count} {what}; the first is read, and no other", stacklevel=4)
 
 
-def read_image(path: Path, *, size: tuple[int, int] | None = None) -> Image.Image:
+def read_image(path: Path, *, size: tuple[int, int] | None = None, data: bytes | None = None) -> Image.Image:
     """Read an image file as RGB, upright.
 
     Args:
         path: any format that Pillow reads.
         size: (height, width) that the image is known to have. An EXIF rotation that would contradict it is left out,
             as some annotation tools ignore EXIF.
+        data: what the file holds, where it was read already; `path` is then a name for errors.
 
     Raises:
         ConfigError: the file is missing, truncated, not an image, or not of `size`; the message names it.
     """
-    with opened(path, "an image") as stored:
+    with opened(path, "an image", data=data) as stored:
         image = to_rgb(stored if _contradicts(stored, size) else upright(stored))
         image.info.clear()  # nobody shall turn it once more
     if size is not None and (image.height, image.width) != tuple(size):
@@ -157,6 +159,16 @@ def decode_image(content: bytes, *, max_pixels: int) -> Image.Image:
         ) from error
     except _BROKEN as error:
         raise ConfigError("the image is damaged or cut short; save it anew") from error
+
+
+def image_size(path: Path) -> tuple[int, int] | None:
+    """(height, width) by the head of the file, upright; None where it says none. The pixels are not read."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
+    except (*_BROKEN, *_TOO_LARGE):
+        return None
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -1,24 +1,22 @@
 """Reports on a model: its results for images of your own, its figures, and the demonstration."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from sievit import terminal
 from sievit.config import ConfigError, Count, Share, kind_of, to_json
-from sievit.data.images import read_image, to_tensor
 from sievit.data.truth import Truth
 from sievit.devices import device_name, pick_device
-from sievit.engine.evaluate import compare, timed
+from sievit.distributed import by_first, joined, rank
+from sievit.engine.evaluate import compare
 from sievit.engine.evaluate import evaluate as run_evaluation
-from sievit.engine.signals import Interrupted, Stop, stopping
-from sievit.files import digest, held, write_png
-from sievit.models.base import Model
+from sievit.files import digest
 from sievit.models.build import load, model_file
 from sievit.policies import PolicyOptions
 from sievit.report.demonstration import comparison, demo
-from sievit.report.figures import answer_figure, answer_note
-from sievit.report.results import Journal, inputs, picture_file, seen
+from sievit.report.job import run_job
+from sievit.report.results import Journal
+from sievit.report.sources import find_images
 from sievit.tasks import task_of
 
 __all__ = ["demo", "evaluate", "predict"]
@@ -26,87 +24,58 @@ __all__ = ["demo", "evaluate", "predict"]
 
 def predict(
     model: Path,
-    images: Path,
+    source: Path,
     /,
     *,
     out: Path,
+    images: Path | None = None,
     policy: PolicyOptions = PolicyOptions(),  # noqa: B008
     score_threshold: Share | None = None,
+    batch_size: Count = 1,
+    pictures: bool = True,
     ids: Path | None = None,
     force: bool = False,
     device: str = "auto",
 ) -> int:
-    """Find objects in, or label every pixel of, an image or a folder of images.
+    """Find objects in, or label every pixel of, images.
 
     A detector writes results.json (COCO results) and images.json (which image has which id), a segmenter label images
     in labels/ and classes.json (what their values mean); both write a picture of each image in pictures/. The files of
     `a.jpg` are called `a.jpg.png`. results.jsonl has a line for each image as soon as it is done: stopped, the same
-    command goes on, and images that were done already are not computed again.
+    command goes on, and images that were done already are not computed again. failures.jsonl lists the images that
+    could not be used. The processes of torchrun share the images.
 
     Args:
         model: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
-        images: an image, or a folder of images.
+        source: an image, a folder of images, a COCO file (.json), a list of paths (.txt), or a quoted pattern such as
+            "photos/**/*.jpg".
         out: folder for the results.
+        images: the folder that the paths in a COCO file or a list begin at; of a list by default the working directory.
         policy: another policy.
         score_threshold: pictures show objects of at least this score, by default 0.5; results.json holds all.
-        ids: COCO annotation file whose image ids results.json shall use; by default 1, 2, ... by file name.
+        batch_size: images of similar size that go through the network together.
+        pictures: False to write none.
+        ids: COCO annotation file whose image ids results.json shall use; by default those of a COCO file that is the
+            source, else 1, 2, ... by file name.
         force: write over what the folder holds.
         device: cpu, cuda, cuda:1, or auto.
 
     Returns:
         The exit status: 1 when an image could not be read (the others are done all the same), else 0.
     """
-    root, names, skipped = inputs(images)
-    loaded = load(model, policy=policy, device=pick_device(device))
-    task, console = task_of(loaded.config), terminal.console()
-    if score_threshold is not None and not task.has_scores:
-        raise ConfigError("--score-threshold: the results of this model have no scores; leave it out")
-    score = 0.5 if score_threshold is None else score_threshold
-    writer = task.writer(out, names, ids=ids)
-    file = model_file(model)
-    settings = {"model": digest(file), "policy": to_json(loaded.config.policy), "score_threshold": score}
-    if skipped:
-        console.print(f"{skipped} images below {images} are left out: earlier runs wrote them", soft_wrap=True)
-    with held(out), stopping("the same command") as stop:
-        journal = Journal(out, writer, force=force)
-        read = [file, *([] if ids is None else [ids])]
-        todo = journal.start(settings, root, names, read=read, force=force)
-        if len(todo) < len(names):
-            console.print(f"{len(names) - len(todo)} of {len(names)} images were done before", soft_wrap=True)
-        try:
-            failures = _predict(loaded, journal, root, terminal.track(todo, "predicting", console=console), score, stop)
-        finally:
-            if done := {name: journal.lines[name] for name in names if name in journal.lines}:
-                console.print(writer.finish(done), soft_wrap=True)
-    for failure in failures:
-        console.print(f"error: {failure}", soft_wrap=True)
-    if failures:
-        console.print(f"{len(failures)} of {len(names)} images could not be used")
-    return 1 if failures else 0
-
-
-def _predict(
-    model: Model, journal: Journal, root: Path, names: Iterable[str], min_score: float, stop: Stop
-) -> list[str]:
-    """Put the results for images into the journal; what is wrong with those that cannot be used."""
-    task, failures = task_of(model.config), []
-    for name in names:
-        try:
-            before, image = seen(root / name), read_image(root / name)
-            answer, _ = timed(model, [to_tensor(image)])
-            result = answer.results[0]
-            kept = journal.writer.add(name, (image.height, image.width), result)
-            shown = {"prediction": (answer_note(task, model, answer, min_score=min_score), result)}
-            figure = answer_figure(task, image, shown, answer, title=name, min_score=min_score)
-            write_png(journal.folder / picture_file(name), figure)
-            journal.add(name, before, kept)
-        except ConfigError as error:
-            failures.append(str(error))
-        except FileNotFoundError:
-            failures.append(f"{root / name}: was removed meanwhile")
-        if stop.received:
-            raise Interrupted(f"stopped after {name}; {stop.advice}")
-    return failures
+    with joined():
+        found = by_first(lambda: find_images(source, images))
+        loaded, file = load(model, policy=policy, device=pick_device(device)), model_file(model)
+        task = task_of(loaded.config)
+        if score_threshold is not None and not task.has_scores:
+            raise ConfigError("--score-threshold: the results of this model have no scores; leave it out")
+        score = 0.5 if score_threshold is None else score_threshold
+        writer = task.writer(out, found.names, ids=ids or found.ids)
+        settings = {"model": digest(file), "policy": to_json(loaded.config.policy), "score_threshold": score}
+        settings |= {"batch_size": batch_size, "pictures": pictures}
+        journal = Journal(out, writer, settings, pictures=pictures, rank=rank())
+        read = [path for path in (file, ids, found.file) if path is not None]
+        return run_job(loaded, journal, found, batch_size=batch_size, min_score=score, read=read, force=force)
 
 
 def evaluate(

@@ -19,6 +19,7 @@ def answer_figure(
     results: Mapping[str, tuple[str, Any]],
     answer: Answer,
     *,
+    index: int = 0,
     title: str = "",
     min_score: float = 0.5,
 ) -> Image.Image:
@@ -26,7 +27,7 @@ def answer_figure(
 
     Args:
         results: by title, each with a note.
-        answer: of a pass over this image alone, whose tokens are shown.
+        answer: of a pass over this image, its `index`-th, whose tokens are shown.
         min_score: of what is drawn, where results have scores.
     """
     panels = [
@@ -34,9 +35,9 @@ def answer_figure(
         for name, (note, result) in results.items()
     ]
     legends = [task.legend([result for _, result in results.values()])]
-    exits, below = exits_of(answer), []
+    exits, below = exits_of(answer, index), []
     if exits is None:
-        keep = answer.on_image(0, torch.stack(answer.trace.keep, dim=1))
+        keep = answer.on_image(index, torch.stack(answer.trace.keep, dim=1))
         panels.append(viz.heat_panel(image, keep))
         below = [lambda width: viz.keep_maps(image, keep, width=width)]
     else:
@@ -46,19 +47,20 @@ def answer_figure(
     return viz.figure(image, panels, below=below, title=title, columns=None if len(panels) < 4 else 3)
 
 
-def answer_note(task: Task, model: Model, answer: Answer, *, min_score: float = 0.5) -> str:
-    """What is written below the title of a result: of a pass over one image."""
-    parts = (task.summary(answer.results[0], min_score=min_score), f"{model.gflops(answer).item():.1f} GFLOPs")
+def answer_note(task: Task, model: Model, answer: Answer, *, index: int = 0, min_score: float = 0.5) -> str:
+    """What is written below the title of a result: of the `index`-th image of a pass."""
+    gflops = model.gflops(answer)[index].item()
+    parts = (task.summary(answer.results[index], min_score=min_score), f"{gflops:.1f} GFLOPs")
     return " · ".join(part for part in parts if part)
 
 
-def exits_of(answer: Answer) -> viz.Exits | None:
-    """Where the tokens of the first image left for good; None where none can."""
+def exits_of(answer: Answer, index: int = 0) -> viz.Exits | None:
+    """Where the tokens of the `index`-th image left for good; None where none can."""
     blocks = [block for block, notes in enumerate(answer.trace.aux, start=-1) if "exited" in notes]
     if not blocks:
         return None
     places = [f"after block {block}" for block in blocks[:-1]]
-    return viz.Exits(answer.exit_stages(0).clamp(max=len(places)), (*places, "never"))
+    return viz.Exits(answer.exit_stages(index).clamp(max=len(places)), (*places, "never"))
 
 
 def came_back(keep: Tensor) -> Tensor:

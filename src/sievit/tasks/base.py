@@ -196,11 +196,17 @@ class Task(ABC, Generic[R]):
         return {"summary": self.summary(result, min_score=0.5)}
 
     @abstractmethod
-    def writer(self, out: Path, names: Sequence[str], *, ids: Path | None = None) -> Writer[R]:
+    def columns(self, result: R | None) -> dict[str, Any]:
+        """A result as plain values by name, for a row of a table: arrays, text, bytes; None stands for no result, of
+        which the values are empty."""
+
+    @abstractmethod
+    def writer(self, out: Path, names: Sequence[str], *, ids: Path | Mapping[str, int] | None = None) -> Writer[R]:
         """Writes the results of the images `names` to the folder `out`.
 
         Args:
-            ids: COCO file with the ids of the images, for results in COCO's format.
+            ids: COCO file with the ids of the images, for results in COCO's format; or the ids by image, which are
+                left aside where there are no such results.
 
         Raises:
             ConfigError: `ids` lacks an image, or the task writes no such results.

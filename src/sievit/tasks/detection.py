@@ -18,7 +18,7 @@ from sievit.data.coco import CocoDetection
 from sievit.data.coco_json import CocoFile
 from sievit.data.transforms import Augment, AugmentConfig
 from sievit.data.truth import Truth
-from sievit.files import write_atomically
+from sievit.files import writing
 from sievit.models.detector import DetectorConfig
 from sievit.tasks.base import CACHE, DataConfig, Metric, Region, Task, Writer, register_task
 from sievit.tasks.metrics import CocoMetric, coco_results, encode_masks
@@ -156,7 +156,19 @@ class DetectionTask(Task[Detections]):
             found["masks"] = [encode_masks(mask[None])[0] for mask in result["masks"]]
         return found
 
-    def writer(self, out: Path, names: Sequence[str], *, ids: Path | None = None) -> Writer[Detections]:
+    def columns(self, result: Detections | None) -> dict[str, Any]:
+        """boxes (d, 4) float32, xyxy pixels; labels (d,) int64, from 1; scores (d,) float32; and where the model has
+        masks, those as JSON: a list of COCO's compressed RLE."""
+        found = result or {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+        values: dict[str, Any] = {name: found[name].float().cpu().numpy() for name in ("boxes", "scores")}
+        values["labels"] = found["labels"].cpu().numpy()
+        if self.config.head.with_masks:
+            values["masks"] = json.dumps(encode_masks(found["masks"]) if result else [])
+        return values
+
+    def writer(
+        self, out: Path, names: Sequence[str], *, ids: Path | Mapping[str, int] | None = None
+    ) -> Writer[Detections]:
         return _CocoWriter(self.config, out, _image_ids(names, ids))
 
 
@@ -165,7 +177,7 @@ class _CocoWriter(Writer[Detections]):
 
     shared = ("results.json", "images.json")
 
-    def __init__(self, config: DetectorConfig, out: Path, ids: dict[str, int]) -> None:
+    def __init__(self, config: DetectorConfig, out: Path, ids: Mapping[str, int]) -> None:
         self.config, self.out, self.ids = config, out, ids
 
     def add(self, name: str, size: tuple[int, int], result: Detections) -> dict[str, Any]:
@@ -175,20 +187,29 @@ class _CocoWriter(Writer[Detections]):
         return {"width": size[1], "height": size[0], "detections": found}
 
     def finish(self, added: Mapping[str, dict[str, Any]]) -> str:
-        images, results = [], []
-        for name, line in added.items():
-            images.append({"id": self.ids[name], "file_name": name, "width": line["width"], "height": line["height"]})
-            results += [{"image_id": self.ids[name], **each} for each in line["detections"]]
-        names = zip(self.config.category_ids, self.config.classes, strict=True)
-        categories = [{"id": i, "name": name} for i, name in names]
-        listing = {"images": images, "categories": categories, "annotations": []}
-        write_atomically(self.out / "images.json", json.dumps(listing).encode())
-        write_atomically(self.out / "results.json", json.dumps(results).encode())
-        return f"{len(images)} images, {len(results)} detections: {self.out / 'results.json'}"
+        """Both files are written while the lines are read: what all images have may not fit into memory."""
+        images = results = 0
+        with writing(self.out / "images.json") as listing, writing(self.out / "results.json") as found:
+            listing.write(b'{"images": [')
+            found.write(b"[")
+            for name, line in added.items():
+                image = {"id": self.ids[name], "file_name": name, "width": line["width"], "height": line["height"]}
+                listing.write((", " * (images > 0) + json.dumps(image)).encode())
+                for each in line["detections"]:
+                    found.write((", " * (results > 0) + json.dumps({"image_id": self.ids[name], **each})).encode())
+                    results += 1
+                images += 1
+            pairs = zip(self.config.category_ids, self.config.classes, strict=True)
+            categories = [{"id": i, "name": name} for i, name in pairs]
+            listing.write(f'], "categories": {json.dumps(categories)}, "annotations": []}}'.encode())
+            found.write(b"]")
+        return f"{images} images, {results} detections: {self.out / 'results.json'}"
 
 
-def _image_ids(names: Sequence[str], annotations: Path | None) -> dict[str, int]:
-    """The image id of every file name: of a COCO file, or else 1, 2, ... by name."""
+def _image_ids(names: Sequence[str], annotations: Path | Mapping[str, int] | None) -> Mapping[str, int]:
+    """The image id of every file name: of a COCO file, as given, or else 1, 2, ... by name."""
+    if isinstance(annotations, Mapping):
+        return annotations
     if annotations is None:
         return {name: i for i, name in enumerate(names, start=1)}
     known = {

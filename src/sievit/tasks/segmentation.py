@@ -1,10 +1,10 @@
 """Semantic segmentation: a class for every pixel, in folders of label images or COCO's panoptic files."""
 
 import base64
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +158,10 @@ class SegmentationTask(Task[Tensor]):
     def to_json(self, result: Tensor) -> dict[str, Any]:
         """`labels`: a PNG in base64 of the image's size whose values are classes; `classes`: their names; `shares`: of
         the pixels, by class."""
-        buffer, count = io.BytesIO(), len(self.config.classes)
-        label_image(result, self.colours).save(buffer, "PNG")
+        count = len(self.config.classes)
         pixels = torch.bincount(result.cpu().flatten(), minlength=count)[:count]
         return {
-            "labels": base64.b64encode(buffer.getvalue()).decode(),
+            "labels": base64.b64encode(self.columns(result)["label_map"]).decode(),
             "classes": list(self.config.classes),
             "shares": [round(share, 5) for share in (pixels / result.numel()).tolist()],
         }
@@ -174,8 +173,15 @@ class SegmentationTask(Task[Tensor]):
     def disagreement(self, result: Tensor, other: Tensor, *, min_score: float) -> float:
         return (result != other).double().mean().item()
 
-    def writer(self, out: Path, names: Sequence[str], *, ids: Path | None = None) -> Writer[Tensor]:
-        if ids is not None:
+    def columns(self, result: Tensor | None) -> dict[str, Any]:
+        """label_map: a PNG of the image's size whose values are classes."""
+        buffer = BytesIO()
+        if result is not None:
+            label_image(result, self.colours).save(buffer, format="png")
+        return {"label_map": buffer.getvalue()}
+
+    def writer(self, out: Path, names: Sequence[str], *, ids: Path | Mapping[str, int] | None = None) -> Writer[Tensor]:
+        if isinstance(ids, Path):
             raise ConfigError(f"--ids {ids}: a segmenter labels pixels and writes no COCO results; leave it out")
         return _LabelWriter(self.config.classes, self.colours, out)
 
