@@ -253,6 +253,10 @@ class Trace:
             aux = {}
         return replace(self, keep=tuple(keep), mlp=tuple(mlp), prefix=tuple(prefix), aux=tuple(notes))
 
+    def noted(self, aux: dict[str, Tensor]) -> "Trace":
+        """The trace with more to remember of its last block."""
+        return replace(self, aux=(*self.aux[:-1], {**self.aux[-1], **aux})) if aux else self
+
     def finish(self, tokens: Tokens | None, aux: dict[str, Tensor]) -> "Trace":
         """The trace of a pass that is over."""
         return replace(self, aux=(*self.aux, aux), tokens=tokens)

@@ -49,7 +49,9 @@ def published_macs(
 
 def head_tokens(trace: Trace, block: int) -> Tensor:
     """(r,) tokens that the head behind `block` looks at."""
-    return (trace.keep[block] if trace.exited else trace.valid).sum(1)
+    if not trace.exited:
+        return trace.valid.sum(1)
+    return trace.aux[block].get("reuse_asked_keep", trace.keep[block]).sum(1)  # of a video the head looks at all of them
 
 
 def _head(head: SemanticHeadConfig, t: Tensor, cells: Tensor, c: int, k: int) -> Tensor:

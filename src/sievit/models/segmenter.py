@@ -24,6 +24,9 @@ from sievit.policies.base import Head
 from sievit.tokens import Prediction, Tokens, Trace
 from sievit.vit import Execution, Sizes, ViT, ViTConfig
 
+MANY = 10**6
+"""Windows, more than an image has."""
+
 
 @variant("segmenter")
 @dataclass(frozen=True)
@@ -320,6 +323,9 @@ class Segmenter(Model[Tensor]):
             sizes=resized,
             image_size=size,
         )
+
+    def at_once(self) -> Self:
+        return self if self.config.crop is None else self.with_config(windows_at_once=MANY)
 
     def count(self, answer: Answer[Tensor]) -> dict[str, Tensor]:
         """See `Model.count`; further parts are `heads.0`, ... and `upsampling`: bilinear resizing of the last
