@@ -20,6 +20,7 @@ from sievit.report.demonstration import comparison, demo
 from sievit.report.figures import answer_figure, answer_note
 from sievit.report.results import Journal, inputs, picture_file, seen
 from sievit.tasks import task_of
+from sievit.video import VideoOptions, is_video, predict_video
 
 __all__ = ["demo", "evaluate", "predict"]
 
@@ -31,6 +32,7 @@ def predict(
     *,
     out: Path,
     policy: PolicyOptions = PolicyOptions(),  # noqa: B008
+    video: VideoOptions = VideoOptions(),  # noqa: B008
     score_threshold: Share | None = None,
     ids: Path | None = None,
     force: bool = False,
@@ -43,11 +45,15 @@ def predict(
     `a.jpg` are called `a.jpg.png`. results.jsonl has a line for each image as soon as it is done: stopped, the same
     command goes on, and images that were done already are not computed again.
 
+    Of a video file, a folder of frames with --video, or camera:0 the results are video.mp4, with the tokens beside what
+    was found, and frames.jsonl, a line for each frame.
+
     Args:
         model: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
-        images: an image, or a folder of images.
+        images: an image, a folder of images, a video file, or camera:0.
         out: folder for the results.
         policy: another policy.
+        video: of frames.
         score_threshold: pictures show objects of at least this score, by default 0.5; results.json holds all.
         ids: COCO annotation file whose image ids results.json shall use; by default 1, 2, ... by file name.
         force: write over what the folder holds.
@@ -56,6 +62,9 @@ def predict(
     Returns:
         The exit status: 1 when an image could not be read (the others are done all the same), else 0.
     """
+    if is_video(images) or video.video:
+        loaded = load(model, policy=policy, device=pick_device(device))
+        return predict_video(loaded, images, out, video, min_score=0.5 if score_threshold is None else score_threshold, force=force)
     root, names, skipped = inputs(images)
     loaded = load(model, policy=policy, device=pick_device(device))
     task, console = task_of(loaded.config), terminal.console()

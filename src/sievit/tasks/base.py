@@ -179,6 +179,14 @@ class Task(ABC, Generic[R]):
         """A few words on a result; empty for none."""
         return ""
 
+    def categories(self) -> list[dict[str, Any]]:
+        """The classes of `annotations`, as COCO's files have them."""
+        return [{"id": i, "name": name} for i, name in enumerate(self.config.classes)]
+
+    def annotations(self, result: R) -> list[dict[str, Any]]:
+        """A result as annotations in COCO's format, without ids; empty where it cannot be said in it."""
+        return []
+
     @abstractmethod
     def writer(self, out: Path, names: Sequence[str], *, ids: Path | None = None) -> Writer[R]:
         """Writes the results of the images `names` to the folder `out`.

@@ -128,8 +128,17 @@ class DetectionTask(Task[Detections]):
     def summary(self, result: Detections, *, min_score: float) -> str:
         return f"{int((result['scores'] >= min_score).sum())} objects"
 
+    def categories(self) -> list[dict[str, Any]]:
+        pairs = zip(self.config.category_ids, self.config.classes, strict=True)
+        return [{"id": i, "name": name} for i, name in pairs]
+
+    def annotations(self, result: Detections) -> list[dict[str, Any]]:
+        """With a box, a score, and where there are masks a segmentation."""
+        found = coco_results(result, 0, self.config.category_ids)
+        return [{name: value for name, value in each.items() if name != "image_id"} for each in found]
+
     def writer(self, out: Path, names: Sequence[str], *, ids: Path | None = None) -> Writer[Detections]:
-        return _CocoWriter(self.config, out, _image_ids(names, ids))
+        return _CocoWriter(self, out, _image_ids(names, ids))
 
 
 class _CocoWriter(Writer[Detections]):
@@ -137,23 +146,18 @@ class _CocoWriter(Writer[Detections]):
 
     shared = ("results.json", "images.json")
 
-    def __init__(self, config: DetectorConfig, out: Path, ids: dict[str, int]) -> None:
-        self.config, self.out, self.ids = config, out, ids
+    def __init__(self, task: DetectionTask, out: Path, ids: dict[str, int]) -> None:
+        self.task, self.out, self.ids = task, out, ids
 
     def add(self, name: str, size: tuple[int, int], result: Detections) -> dict[str, Any]:
-        found = coco_results(result, 0, self.config.category_ids)
-        for each in found:
-            del each["image_id"]  # may depend on which images there are
-        return {"width": size[1], "height": size[0], "detections": found}
+        return {"width": size[1], "height": size[0], "detections": self.task.annotations(result)}
 
     def finish(self, added: Mapping[str, dict[str, Any]]) -> str:
         images, results = [], []
         for name, line in added.items():
             images.append({"id": self.ids[name], "file_name": name, "width": line["width"], "height": line["height"]})
             results += [{"image_id": self.ids[name], **each} for each in line["detections"]]
-        names = zip(self.config.category_ids, self.config.classes, strict=True)
-        categories = [{"id": i, "name": name} for i, name in names]
-        listing = {"images": images, "categories": categories, "annotations": []}
+        listing = {"images": images, "categories": self.task.categories(), "annotations": []}
         write_atomically(self.out / "images.json", json.dumps(listing).encode())
         write_atomically(self.out / "results.json", json.dumps(results).encode())
         return f"{len(images)} images, {len(results)} detections: {self.out / 'results.json'}"
