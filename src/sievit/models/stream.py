@@ -44,7 +44,7 @@ class Stream(Generic[R]):
             ConfigError: a frame is no image.
         """
         policy = Reuse(self.config, self.model.policy, self.past)
-        execution = replace(self.model.config.execution, compiled=False)
+        execution = replace(self.model.config.execution, mode="auto", compiled=False)
         answer = self.model([as_tensor(frame) for frame in frames], policy=policy, execution=execution)
         self.past = policy.left(answer.trace)
         return replace(answer, trace=without_values(answer.trace))

@@ -129,7 +129,7 @@ class Policy(nn.Module):
         return tokens
 
     def piece_notes(self, tokens: Tokens) -> Notes:
-        """What the trace should remember of the whole canvas behind a piece of the loop, with its last block's notes."""
+        """What the trace should remember of the whole canvas behind a piece of the loop, with its last block."""
         return {}
 
     def after_blocks(self, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:

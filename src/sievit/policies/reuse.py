@@ -13,10 +13,10 @@ from sievit.config import Config, ConfigError, Count, NonNegative, Share
 from sievit.policies.base import Notes, Policy
 from sievit.tokens import Tokens, Trace
 
-VALUES, DIRTY, ASKED, KNOWN, AGE, END = (f"reuse_{name}" for name in ("values", "dirty", "asked", "known", "age", "end"))
-"""Names of notes."""
-CHOICE = ("keep", "context", "order", "real")
-"""The fields of a canvas that are a choice."""
+NOTES = VALUES, DIRTY, KNOWN, AGE, END, MEMORY = ("values", "dirty", "known", "age", "end", "memory")
+"""Names of what the trace remembers for the next frame."""
+CHOICE = ("keep", "order", "real")
+"""The fields of a canvas that are a choice; the inner policy's stands in the notes, as asked_keep and so on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,8 @@ class Past:
         valid: (b, n) bool. grid: (h, w) in tokens.
         values: per block the (b, n, c) that went into it. The first are the embeddings with which each token was last
             computed.
-        known: per block (b, n) bool: the tokens whose values behind it are those that it computed.
+        memory: per block (b, p+n, 2c), the keys and values that it computed.
+        known: per block (b, n) bool: the tokens whose values behind it, keys and values are those that it computed.
         ends: (b, n, c) of the canvas behind each piece of the loop, by the number of blocks up to there.
         age: (b, n) int, in how many frames each token was not computed.
     """
@@ -52,6 +53,7 @@ class Past:
     valid: Bool[Tensor, "b n"]
     grid: tuple[int, int]
     values: tuple[Float[Tensor, "b n c"], ...]
+    memory: tuple[Float[Tensor, "b t kv"], ...]
     known: tuple[Bool[Tensor, "b n"], ...]
     ends: dict[int, Float[Tensor, "b n c"]]
     age: Int[Tensor, "b n"]
@@ -60,7 +62,7 @@ class Past:
 class Reuse(Policy):
     """Any policy that selects tokens, over the frames of a video. Control: a token is computed where its patch changed,
     and in a block that the policy lets compute it and in which the frame before did not; all others have in each block
-    the value that they had there, and are seen by those that are computed.
+    the value, key and value that they had there, and are seen by those that are computed.
 
     Not in checkpoints: `sievit.models.stream` makes one for each frame.
     """
@@ -102,11 +104,10 @@ class Reuse(Policy):
         known = torch.zeros_like(keep) if past is None else past.known[index] & ~dirty
         dirty = dirty | (keep & ~known)
         notes |= {DIRTY: dirty, KNOWN: known | keep, **own}
-        notes |= {f"{ASKED}_{name}": getattr(asked, name) for name in CHOICE if getattr(asked, name) is not None}
-        if not (keep & ~dirty).any():
-            return asked, notes
-        context = keep if asked.context is None else keep | asked.context
-        return asked.select(keep & dirty, context=context & ~(keep & dirty)), notes
+        notes |= {f"asked_{name}": getattr(asked, name) for name in CHOICE if getattr(asked, name) is not None}
+        b, total, channels = tokens.x.shape
+        memory = tokens.x.new_zeros(b, total, 2 * channels) if past is None else past.memory[index]
+        return replace(asked.select(keep & dirty, context=keep & ~dirty), memory=memory), notes
 
     def after_piece(self, tokens: Tokens, trace: Trace) -> Tokens:
         past = self._fitting(tokens)
@@ -128,6 +129,7 @@ class Reuse(Policy):
             valid=trace.valid,
             grid=trace.grid,
             values=tuple(aux[VALUES] for aux in blocks),
+            memory=tuple(aux[MEMORY] for aux in blocks),
             known=tuple(aux[KNOWN] for aux in blocks),
             ends={i: aux[END] for i, aux in enumerate(blocks, start=1) if END in aux},
             age=blocks[0][AGE],
@@ -161,15 +163,14 @@ class Reuse(Policy):
         asked, notes = self.inner.before_block(index, before, seen)
         if self.inner.rejoins_at(index):
             asked = self.inner.after_piece(asked, seen).select(None)
-        if asked.owner is not None or asked.num_extra:
+        if asked.owner is not None or asked.num_extra or asked.context is not None:
             _refuse(self.inner)
         return asked, notes
 
 
 def without_values(trace: Trace) -> Trace:
     """The trace without the notes that only the next frame needs."""
-    drop = (VALUES, DIRTY, KNOWN, AGE, END)
-    aux = tuple({name: value for name, value in notes.items() if name not in drop} for notes in trace.aux)
+    aux = tuple({name: value for name, value in notes.items() if name not in NOTES} for notes in trace.aux)
     return replace(trace, aux=aux)
 
 
@@ -181,15 +182,17 @@ def _taken_over(tokens: Tokens, values: Tensor, dirty: Tensor) -> Tokens:
 def _chosen(tokens: Tokens, trace: Trace) -> Tokens:
     """The canvas with the inner policy's last choice."""
     notes = trace.aux[-1] if trace.aux else {}
-    return replace(tokens, **{name: notes.get(f"{ASKED}_{name}") for name in CHOICE})
+    return replace(tokens, context=None, memory=None, **{name: notes.get(f"asked_{name}") for name in CHOICE})
 
 
 def _as_asked(trace: Trace) -> Trace:
     """The trace as if all had been computed that the inner policy asked for."""
-    keep = tuple(aux.get(f"{ASKED}_keep", trace.valid) for aux in trace.aux[: len(trace.keep)])
+    keep = tuple(aux.get("asked_keep", trace.valid) for aux in trace.aux[: len(trace.keep)])
     return replace(trace, keep=keep, mlp=keep)
 
 
 def _refuse(policy: Policy) -> None:
-    name = type(policy).__name__
-    raise ConfigError(f"{name} merges or adds tokens, or decides inside of blocks; take another policy with reuse")
+    raise ConfigError(
+        f"{type(policy).__name__}: reuse over frames goes with policies that only select tokens before blocks; this "
+        "one merges or adds tokens, shows some that it does not compute, or decides inside of blocks"
+    )

@@ -64,7 +64,9 @@ def predict(
     """
     if is_video(images) or video.video:
         loaded = load(model, policy=policy, device=pick_device(device))
-        return predict_video(loaded, images, out, video, min_score=0.5 if score_threshold is None else score_threshold, force=force)
+        return predict_video(
+            loaded, images, out, video, min_score=0.5 if score_threshold is None else score_threshold, force=force
+        )
     root, names, skipped = inputs(images)
     loaded = load(model, policy=policy, device=pick_device(device))
     task, console = task_of(loaded.config), terminal.console()
