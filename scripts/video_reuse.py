@@ -25,7 +25,7 @@ from sievit.data.images import list_images, read_image
 from sievit.models.inputs import as_tensor
 from sievit.policies.reuse import ReuseConfig
 
-SIZE, PATCH, NOISE = 448, 96, 2.0
+SIZE, PATCH, NOISE = 448, 96, 1.0
 PAN = 60
 CUTS = (75, 225)
 
@@ -70,7 +70,7 @@ def main(
 ) -> None:
     """Append lines to the file `out`, and print the table of all its lines."""
     if not table:
-        loaded, photographs = sievit.load(model), list_images(images)
+        loaded, photographs = sievit.load(model), list_images(images)[::9]
         for name in video:
             for line in measured(loaded, frames(name, photographs, start, stop), thresholds):
                 with out.open("a") as file:
@@ -84,7 +84,10 @@ def measured(model: sievit.Segmenter, source: Iterator[torch.Tensor], thresholds
     configs = [None, *(ReuseConfig(threshold=value) for value in thresholds)]
     calls = [model if config is None else model.stream(config) for config in configs]
     classes = len(model.config.classes)
-    sums = [{"gflops": 0.0, "ms": 0.0, "computed": 0.0, "both": np.zeros(classes), "either": np.zeros(classes)} for _ in calls]
+    sums = [
+        {"gflops": 0.0, "ms": 0.0, "computed": 0.0, "both": np.zeros(classes), "either": np.zeros(classes)}
+        for _ in calls
+    ]
     number = 0
     for number, frame in enumerate(source, start=1):
         truth = None
@@ -105,13 +108,16 @@ def measured(model: sievit.Segmenter, source: Iterator[torch.Tensor], thresholds
                 "either": counts.sum(0) + counts.sum(1) - both,
             }.items():
                 sums[i][key] = sums[i][key] + value
-    lists = [{key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in each.items()} for each in sums]
+    lists = [
+        {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in each.items()}
+        for each in sums
+    ]
     return [{"reuse": c and to_json(c), "frames": number, **each} for c, each in zip(configs, lists, strict=True)]
 
 
 def show(lines: list[dict]) -> None:
     """GFLOPs, mIoU with the full computation and milliseconds, of each video and threshold."""
-    print(f"{'model':<20} {'video':<8} {'threshold':>9} {'frames':>6} {'computed':>8} {'GFLOPs':>7} {'mIoU':>6} {'ms':>6}")
+    print("model                video    threshold frames computed  GFLOPs   mIoU  pixels     ms")
     groups = {(line["model"], line["video"], line["reuse"] and line["reuse"]["threshold"]): [] for line in lines}
     for line in lines:
         groups[line["model"], line["video"], line["reuse"] and line["reuse"]["threshold"]].append(line)
@@ -120,8 +126,10 @@ def show(lines: list[dict]) -> None:
         computed, gflops, ms = (sum(part[key] for part in parts) / number for key in ("computed", "gflops", "ms"))
         both, either = (np.sum([part[key] for part in parts], axis=0) for key in ("both", "either"))
         miou = (both[either > 0] / either[either > 0]).mean()
+        pixels = 2 * both.sum() / (both + either).sum()
         off = "off" if threshold is None else threshold
-        print(f"{model:<20} {video:<8} {off:>9} {number:>6} {computed:>8.3f} {gflops:>7.2f} {miou:>6.3f} {ms:>6.0f}")
+        text = f"{Path(model).stem:<20} {video:<8} {off:>9} {number:>6} {computed:>8.3f} {gflops:>7.2f}"
+        print(f"{text} {miou:>6.3f} {pixels:>7.4f} {ms:>6.0f}")
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ class ReuseConfig(Config):
         refresh: a token is computed again after so many frames in any case; None for never.
     """
 
-    threshold: NonNegative = 0.2
-    cut: Share = 0.7
-    refresh: Count | None = 64
+    threshold: NonNegative = 0.4
+    cut: Share = 0.5
+    refresh: Count | None = 32
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class Reuse(Policy):
         self.config, self.depth, self.past = config, inner.depth, past
         self.needs = inner.needs  # ty: ignore[invalid-attribute-access]
         self._inner = (inner,)  # its weights are the model's
-        if any(inner.decides_inside(index) for index in range(inner.depth)):
+        restores = type(inner).after_piece is not Policy.after_piece
+        if restores or any(inner.decides_inside(index) for index in range(inner.depth)):
             _refuse(inner)
 
     @property
@@ -114,7 +115,7 @@ class Reuse(Policy):
         end = None if past is None else past.ends.get(len(trace.keep))
         if end is not None:
             tokens = _taken_over(tokens, end, trace.aux[-1][DIRTY])
-        return self.inner.after_piece(tokens, trace)
+        return tokens
 
     def piece_notes(self, tokens: Tokens) -> Notes:
         return {END: tokens.patches.clone()}
@@ -162,8 +163,8 @@ class Reuse(Policy):
         before, seen = _chosen(tokens, trace), _as_asked(trace)
         asked, notes = self.inner.before_block(index, before, seen)
         if self.inner.rejoins_at(index):
-            asked = self.inner.after_piece(asked, seen).select(None)
-        if asked.owner is not None or asked.num_extra or asked.context is not None:
+            asked = asked.select(None)
+        if asked.context is not None:
             _refuse(self.inner)
         return asked, notes
 

@@ -63,10 +63,12 @@ def predict(
         The exit status: 1 when an image could not be read (the others are done all the same), else 0.
     """
     if is_video(images) or video.video:
+        if ids is not None:
+            raise ConfigError("--ids: frames of a video are numbered from 0; leave it out")
         loaded = load(model, policy=policy, device=pick_device(device))
-        return predict_video(
-            loaded, images, out, video, min_score=0.5 if score_threshold is None else score_threshold, force=force
-        )
+        return predict_video(loaded, images, out, video, score_threshold=score_threshold, force=force)
+    if video != VideoOptions():
+        raise ConfigError(f"{images}: options of a video go with a video file, camera:0, or a folder and --video")
     root, names, skipped = inputs(images)
     loaded = load(model, policy=policy, device=pick_device(device))
     task, console = task_of(loaded.config), terminal.console()

@@ -32,7 +32,7 @@ class VideoOptions(Config):
 
     Attributes:
         video: the images of the folder are the frames of a video, by name; not needed for a video file or a camera.
-        reuse: tokens are computed only where the picture changed by more than this (0.2 is a good start); needs a
+        reuse: tokens are computed only where the picture changed by more than this (0.4 is a good start); needs a
             policy that only selects tokens. None: every frame is computed like an image of its own.
         fps: frames per second of a folder of frames, by default 25.
         frames: only the first so many frames.
@@ -47,7 +47,7 @@ class VideoOptions(Config):
 
 
 def predict_video(
-    model: Model, source: Path, out: Path, options: VideoOptions, *, min_score: float, force: bool
+    model: Model, source: Path, out: Path, options: VideoOptions, *, score_threshold: float | None, force: bool
 ) -> int:
     """Write video.mp4, with the results and beside them the tokens that were computed, and frames.jsonl into `out`.
 
@@ -63,6 +63,9 @@ def predict_video(
         ConfigError: no such video or camera, results that are there already, or options that contradict each other.
         Interrupted: a signal came.
     """
+    min_score = 0.5 if score_threshold is None else score_threshold
+    if score_threshold is not None and not task_of(model.config).has_scores:
+        raise ConfigError("--score-threshold: the results of this model have no scores; leave it out")
     if options.reuse is not None and options.frames_at_once > 1:
         raise ConfigError("--frames-at-once: with --reuse each frame waits for the one before; leave out one of them")
     for path in (out / VIDEO, out / LINES):

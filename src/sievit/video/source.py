@@ -105,6 +105,8 @@ class Source:
                 except av.error.InvalidDataError as error:  # a damaged part; what follows may be whole
                     self.failures.append(f"{self.path}: a part cannot be decoded ({error.strerror})")
                     continue
+                if any(frame.is_corrupt for frame in frames):
+                    self.failures.append(f"{self.path}: a part is damaged, and was filled in")
                 for frame in frames:
                     yield frame.time, _picture(frame, stream.sample_aspect_ratio)
 
