@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,72 +64,75 @@ def main(
     /,
     out: Path,
     video: tuple[str, ...] = tuple(VIDEOS),
-    thresholds: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8),
+    thresholds: tuple[float, ...] = (0.2, 0.4, 0.8, 1.2),
     start: int = 0,
     stop: int = 300,
+    min_size: int | None = None,
     table: bool = False,
 ) -> None:
-    """Append lines to the file `out`, and print the table of all its lines."""
+    """Append lines to the file `out`, and print the table of all its lines.
+
+    Args:
+        start, stop: the frames of the video.
+        min_size: of what the network sees, in pixels, instead of the model's own.
+        table: print alone.
+    """
     if not table:
-        loaded, photographs = sievit.load(model), list_images(images)[::9]
+        loaded = sievit.load(model)
+        if min_size is not None:
+            loaded = loaded.with_config(input=replace(loaded.config.input, min_size=min_size))
+        photographs = list_images(images)[::9]
         for name in video:
-            for line in measured(loaded, frames(name, photographs, start, stop), thresholds):
-                with out.open("a") as file:
-                    file.write(json.dumps({"model": model, "video": name, "start": start, "stop": stop, **line}) + "\n")
+            part = {"model": model, "video": name, "start": start, "min_size": loaded.config.input.min_size}
+            lines = measured(loaded, frames(name, photographs, start, stop), thresholds)
+            with out.open("a") as file:
+                file.writelines(json.dumps({**part, **line}) + "\n" for line in lines)
     show([json.loads(line) for line in out.read_text().splitlines()])
 
 
 @torch.no_grad()
 def measured(model: sievit.Segmenter, source: Iterator[torch.Tensor], thresholds: tuple[float, ...]) -> list[dict]:
-    """Sums over the frames; None stands for no reuse."""
+    """A line for each threshold, and before them one without reuse."""
     configs = [None, *(ReuseConfig(threshold=value) for value in thresholds)]
     calls = [model if config is None else model.stream(config) for config in configs]
     classes = len(model.config.classes)
-    sums = [
-        {"gflops": 0.0, "ms": 0.0, "computed": 0.0, "both": np.zeros(classes), "either": np.zeros(classes)}
-        for _ in calls
-    ]
+    spent = np.zeros((len(calls), 3))
+    pairs = torch.zeros(len(calls), classes**2, dtype=torch.int64)
     number = 0
     for number, frame in enumerate(source, start=1):
-        truth = None
-        order = range(len(calls)) if number % 2 else [0, *range(len(calls) - 1, 0, -1)]
-        for i in order:
+        dense = torch.zeros(())
+        for i in range(len(calls)) if number % 2 else (0, *range(len(calls) - 1, 0, -1)):
             began = time.perf_counter()
             answer = calls[i]([frame])
-            ms = (time.perf_counter() - began) * 1e3
+            elapsed = (time.perf_counter() - began) * 1e3
             labels = answer.results[0].flatten()
-            truth = labels if i == 0 else truth
-            counts = torch.bincount(truth * classes + labels, minlength=classes**2).view(classes, classes).numpy()
-            both = counts.diagonal()
-            for key, value in {
-                "gflops": model.gflops(answer).item(),
-                "ms": ms,
-                "computed": answer.shares().mean().item(),
-                "both": both,
-                "either": counts.sum(0) + counts.sum(1) - both,
-            }.items():
-                sums[i][key] = sums[i][key] + value
-    lists = [
-        {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in each.items()}
-        for each in sums
-    ]
-    return [{"reuse": c and to_json(c), "frames": number, **each} for c, each in zip(configs, lists, strict=True)]
+            dense = dense if i else labels
+            spent[i] += model.gflops(answer).item(), elapsed, answer.shares().mean().item()
+            pairs[i] += torch.bincount(dense * classes + labels, minlength=classes**2)
+    lines = []
+    for config, (gflops, ms, computed), counts in zip(
+        configs, spent.tolist(), pairs.unflatten(1, (classes, -1)), strict=True
+    ):
+        both = counts.diagonal()
+        either = counts.sum(0) + counts.sum(1) - both
+        sums = {"frames": number, "gflops": gflops, "ms": ms, "computed": computed}
+        lines.append({"reuse": config and to_json(config), **sums, "both": both.tolist(), "either": either.tolist()})
+    return lines
 
 
 def show(lines: list[dict]) -> None:
-    """GFLOPs, mIoU with the full computation and milliseconds, of each video and threshold."""
+    """What a frame takes, and how its labels agree with the full computation's, of each video and threshold."""
     print("model                video    threshold frames computed  GFLOPs   mIoU  pixels     ms")
-    groups = {(line["model"], line["video"], line["reuse"] and line["reuse"]["threshold"]): [] for line in lines}
+    groups: dict[tuple, list[dict]] = {}
     for line in lines:
-        groups[line["model"], line["video"], line["reuse"] and line["reuse"]["threshold"]].append(line)
+        threshold = "off" if line["reuse"] is None else line["reuse"]["threshold"]
+        groups.setdefault((Path(line["model"]).stem, line["video"], threshold), []).append(line)
     for (model, video, threshold), parts in groups.items():
         number = sum(part["frames"] for part in parts)
         computed, gflops, ms = (sum(part[key] for part in parts) / number for key in ("computed", "gflops", "ms"))
         both, either = (np.sum([part[key] for part in parts], axis=0) for key in ("both", "either"))
-        miou = (both[either > 0] / either[either > 0]).mean()
-        pixels = 2 * both.sum() / (both + either).sum()
-        off = "off" if threshold is None else threshold
-        text = f"{Path(model).stem:<20} {video:<8} {off:>9} {number:>6} {computed:>8.3f} {gflops:>7.2f}"
+        miou, pixels = (both[either > 0] / either[either > 0]).mean(), 2 * both.sum() / (both + either).sum()
+        text = f"{model:<20} {video:<8} {threshold:>9} {number:>6} {computed:>8.3f} {gflops:>7.2f}"
         print(f"{text} {miou:>6.3f} {pixels:>7.4f} {ms:>6.0f}")
 
 
