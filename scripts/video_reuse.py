@@ -4,7 +4,7 @@
 
 The moving camera pans over a photograph for 60 frames, then cuts to the next. The still one has a patch of another
 photograph moving through the picture, and cuts twice; both have noise. Every frame is computed as an image of its own
-and with reuse at each threshold, in turns. A line of the file is one video at one threshold: sums over frames, so that
+and with reuse at each setting, in turns. A line of the file is one video at one setting: sums over frames, so that
 lines of several parts of a video can be added; `--table` prints what the lines of a file come to.
 """
 
@@ -65,6 +65,7 @@ def main(
     out: Path,
     video: tuple[str, ...] = tuple(VIDEOS),
     thresholds: tuple[float, ...] = (0.2, 0.4, 0.8, 1.2),
+    refresh: tuple[int, ...] = (32,),
     start: int = 0,
     stop: int = 300,
     min_size: int | None = None,
@@ -84,16 +85,16 @@ def main(
         photographs = list_images(images)[::9]
         for name in video:
             part = {"model": model, "video": name, "start": start, "min_size": loaded.config.input.min_size}
-            lines = measured(loaded, frames(name, photographs, start, stop), thresholds)
+            configs = [ReuseConfig(threshold=t, refresh=r) for t in thresholds for r in refresh]
+            lines = measured(loaded, frames(name, photographs, start, stop), [None, *configs])
             with out.open("a") as file:
                 file.writelines(json.dumps({**part, **line}) + "\n" for line in lines)
     show([json.loads(line) for line in out.read_text().splitlines()])
 
 
 @torch.no_grad()
-def measured(model: sievit.Segmenter, source: Iterator[torch.Tensor], thresholds: tuple[float, ...]) -> list[dict]:
-    """A line for each threshold, and before them one without reuse."""
-    configs = [None, *(ReuseConfig(threshold=value) for value in thresholds)]
+def measured(model: sievit.Segmenter, source: Iterator[torch.Tensor], configs: list[ReuseConfig | None]) -> list[dict]:
+    """A line for each of the configurations, the first of which is None: without reuse."""
     calls = [model if config is None else model.stream(config) for config in configs]
     classes = len(model.config.classes)
     spent = np.zeros((len(calls), 3))
@@ -122,17 +123,18 @@ def measured(model: sievit.Segmenter, source: Iterator[torch.Tensor], thresholds
 
 def show(lines: list[dict]) -> None:
     """What a frame takes, and how its labels agree with the full computation's, of each video and threshold."""
-    print("model                video    threshold frames computed  GFLOPs   mIoU  pixels     ms")
+    print("model                video    threshold refresh frames computed  GFLOPs   mIoU  pixels     ms")
     groups: dict[tuple, list[dict]] = {}
     for line in lines:
-        threshold = "off" if line["reuse"] is None else line["reuse"]["threshold"]
-        groups.setdefault((Path(line["model"]).stem, line["video"], threshold), []).append(line)
-    for (model, video, threshold), parts in groups.items():
+        reuse = line["reuse"] or {"threshold": "off", "refresh": ""}
+        key = Path(line["model"]).stem, line["video"], reuse["threshold"], reuse["refresh"]
+        groups.setdefault(key, []).append(line)
+    for (model, video, threshold, refresh), parts in groups.items():
         number = sum(part["frames"] for part in parts)
         computed, gflops, ms = (sum(part[key] for part in parts) / number for key in ("computed", "gflops", "ms"))
         both, either = (np.sum([part[key] for part in parts], axis=0) for key in ("both", "either"))
         miou, pixels = (both[either > 0] / either[either > 0]).mean(), 2 * both.sum() / (both + either).sum()
-        text = f"{model:<20} {video:<8} {threshold:>9} {number:>6} {computed:>8.3f} {gflops:>7.2f}"
+        text = f"{model:<20} {video:<8} {threshold:>9} {refresh:>7} {number:>6} {computed:>8.3f} {gflops:>7.2f}"
         print(f"{text} {miou:>6.3f} {pixels:>7.4f} {ms:>6.0f}")
 
 

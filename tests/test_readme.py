@@ -14,7 +14,7 @@ import timm
 from sievit import cli
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("use", "train", "train-on-your-data", "compare-methods", "export", "weights", "speed")
+NAMES = ("use", "train", "train-on-your-data", "compare-methods", "export", "video", "weights", "speed")
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 

@@ -1,6 +1,9 @@
 """Videos in and out: frames, times and results of each; what is refused, and what is kept."""
 
 import json
+import re
+import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -228,3 +231,18 @@ def test_results_are_what_supervision_takes(models: dict[str, Path], monkeypatch
     assert (masks.mask.sum(0) == 1).all()
     monkeypatch.setitem(sys.modules, "supervision", None)
     refused("sievit\\[video\\]", found.to_supervision)
+
+
+def test_the_page_on_videos_runs(
+    models: dict[str, Path], clip: Path, tmp_path: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    page = (Path(__file__).parents[1] / "docs" / "video.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(clip, "clip.mp4")
+    image_folder(Path("frames"), SIZE, SIZE)
+    for line in block.splitlines():
+        _, name, _, *args = shlex.split(line)
+        missing = "camera:0" in args and not Path("/dev/video0").exists()
+        command(name, models["segmenter"], *args, status=2 if missing else 0)
+    assert [len(lines(Path(out))[1]) for out in ("found", "reused", "from_frames")] == [5, 5, 2]

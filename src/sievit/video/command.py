@@ -34,6 +34,7 @@ class VideoOptions(Config):
         video: the images of the folder are the frames of a video, by name; not needed for a video file or a camera.
         reuse: tokens are computed only where the picture changed by more than this (0.4 is a good start); needs a
             policy that only selects tokens. None: every frame is computed like an image of its own.
+        refresh: with reuse, frames after which a token is computed in any case.
         fps: frames per second of a folder of frames, by default 25.
         frames: only the first so many frames.
         frames_at_once: frames that go through the network together, without reuse.
@@ -41,6 +42,7 @@ class VideoOptions(Config):
 
     video: bool = False
     reuse: NonNegative | None = None
+    refresh: Count = 32
     fps: Positive | None = None
     frames: Count | None = None
     frames_at_once: Count = 1
@@ -108,7 +110,7 @@ class _Runner:
     def __init__(self, model: Model, options: VideoOptions) -> None:
         self.model, self.options, self.task = model, options, task_of(model.config)
         reuse = options.reuse
-        self.config = None if reuse is None else ReuseConfig(threshold=reuse)
+        self.config = None if reuse is None else ReuseConfig(threshold=reuse, refresh=options.refresh)
         self.run = model if self.config is None else model.stream(self.config)
         self.gflops = self.ms = 0.0
 
