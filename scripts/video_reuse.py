@@ -82,6 +82,8 @@ def main(
         loaded = sievit.load(model)
         if min_size is not None:
             loaded = loaded.with_config(input=replace(loaded.config.input, min_size=min_size))
+        if not isinstance(loaded, sievit.Segmenter):
+            raise sievit.ConfigError(f"{model}: is no segmenter")
         photographs = list_images(images)[::9]
         for name in video:
             part = {"model": model, "video": name, "start": start, "min_size": loaded.config.input.min_size}
