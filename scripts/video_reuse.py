@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from sievit.policies.reuse import ReuseConfig
 
 SIZE, PATCH, NOISE = 448, 96, 1.0
 PAN = 60
+PART = 25
 CUTS = (75, 225)
 
 
@@ -88,39 +90,39 @@ def main(
         for name in video:
             part = {"model": model, "video": name, "start": start, "min_size": loaded.config.input.min_size}
             configs = [ReuseConfig(threshold=t, refresh=r) for t in thresholds for r in refresh]
-            lines = measured(loaded, frames(name, photographs, start, stop), [None, *configs])
-            with out.open("a") as file:
-                file.writelines(json.dumps({**part, **line}) + "\n" for line in lines)
+            for line in measured(loaded, frames(name, photographs, start, stop), [None, *configs]):
+                with out.open("a") as file:
+                    file.write(json.dumps({**part, **line}) + "\n")
     show([json.loads(line) for line in out.read_text().splitlines()])
 
 
 @torch.no_grad()
-def measured(model: sievit.Segmenter, source: Iterator[torch.Tensor], configs: list[ReuseConfig | None]) -> list[dict]:
-    """A line for each of the configurations, the first of which is None: without reuse."""
+def measured(
+    model: sievit.Segmenter, source: Iterator[torch.Tensor], configs: list[ReuseConfig | None]
+) -> Iterator[dict]:
+    """A line for each configuration, the first of which is None, without reuse; again after every PART frames."""
     calls = [model if config is None else model.stream(config) for config in configs]
     classes = len(model.config.classes)
-    spent = np.zeros((len(calls), 3))
-    pairs = torch.zeros(len(calls), classes**2, dtype=torch.int64)
-    number = 0
-    for number, frame in enumerate(source, start=1):
-        dense = torch.zeros(())
-        for i in range(len(calls)) if number % 2 else (0, *range(len(calls) - 1, 0, -1)):
-            began = time.perf_counter()
-            answer = calls[i]([frame])
-            elapsed = (time.perf_counter() - began) * 1e3
-            labels = answer.results[0].flatten()
-            dense = dense if i else labels
-            spent[i] += model.gflops(answer).item(), elapsed, answer.shares().mean().item()
-            pairs[i] += torch.bincount(dense * classes + labels, minlength=classes**2)
-    lines = []
-    for config, (gflops, ms, computed), counts in zip(
-        configs, spent.tolist(), pairs.unflatten(1, (classes, -1)), strict=True
-    ):
-        both = counts.diagonal()
-        either = counts.sum(0) + counts.sum(1) - both
-        sums = {"frames": number, "gflops": gflops, "ms": ms, "computed": computed}
-        lines.append({"reuse": config and to_json(config), **sums, "both": both.tolist(), "either": either.tolist()})
-    return lines
+    while part := list(islice(source, PART)):
+        spent = np.zeros((len(calls), 3))
+        pairs = torch.zeros(len(calls), classes**2, dtype=torch.int64)
+        for number, frame in enumerate(part):
+            dense = torch.zeros(())
+            for i in range(len(calls)) if number % 2 else (0, *range(len(calls) - 1, 0, -1)):
+                began = time.perf_counter()
+                answer = calls[i]([frame])
+                elapsed = (time.perf_counter() - began) * 1e3
+                labels = answer.results[0].flatten()
+                dense = dense if i else labels
+                spent[i] += model.gflops(answer).item(), elapsed, answer.shares().mean().item()
+                pairs[i] += torch.bincount(dense * classes + labels, minlength=classes**2)
+        for config, (gflops, ms, computed), counts in zip(
+            configs, spent.tolist(), pairs.unflatten(1, (classes, -1)), strict=True
+        ):
+            both = counts.diagonal()
+            either = counts.sum(0) + counts.sum(1) - both
+            sums = {"frames": len(part), "gflops": gflops, "ms": ms, "computed": computed}
+            yield {"reuse": config and to_json(config), **sums, "both": both.tolist(), "either": either.tolist()}
 
 
 def show(lines: list[dict]) -> None:
