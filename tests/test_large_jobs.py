@@ -20,7 +20,7 @@ from sievit.models.inputs import InputConfig
 from sievit.report.job import PADDING, batches
 from sievit.report.results import Journal
 from sievit.report.sources import find_images
-from sievit.tasks.detection import _CocoWriter
+from sievit.tasks.detection import DetectionTask, _CocoWriter
 from tiny import image_folder, random_pixels, refused, saved, tiny_detector, tiny_segmenter, write_image
 
 Command = Callable[..., Any]
@@ -241,7 +241,7 @@ def test_memory_holds_no_results(tmp_path: Path):
     names = [f"{i}.png" for i in range(300)]
     for name in names[1:]:
         (photos / name).hardlink_to(photos / "0.png")
-    writer = _CocoWriter(tiny_detector(), out, {name: i for i, name in enumerate(names)})
+    writer = _CocoWriter(DetectionTask(tiny_detector()), out, {name: i for i, name in enumerate(names)})
     big = {"width": 8, "height": 8, "detections": [{"segmentation": "x" * 100_000}]}
     before = [(photos / "0.png").stat().st_size, (photos / "0.png").stat().st_mtime_ns]
     tracemalloc.start()

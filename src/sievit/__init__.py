@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sievit.models.inputs import InputConfig, ModelConfig
     from sievit.models.segmenter import Segmentation, Segmenter, SegmenterConfig
     from sievit.policies import policy_config
+    from sievit.policies.reuse import ReuseConfig
     from sievit.tokens import Tokens, Trace
     from sievit.vit import ViT, ViTConfig
 
@@ -36,6 +37,7 @@ _HOMES = {
     "MaskRCNNConfig": "sievit.heads.config",
     "ModelConfig": "sievit.models.inputs",
     "Output": "sievit.models.detector",
+    "ReuseConfig": "sievit.policies.reuse",
     "Segmentation": "sievit.models.segmenter",
     "Segmenter": "sievit.models.segmenter",
     "SegmenterConfig": "sievit.models.segmenter",

@@ -5,6 +5,8 @@ Letters: b images, n = h*w grid tokens, p prefix tokens, t = p+n tokens, c chann
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import or_
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,8 @@ class Tokens:
         order: (b, k) int64: positions on the grid, equally many in every image, the ones of `keep` among them.
             With it no shape depends on what is in the images.
         real: (b, k) bool, which of `order` take part; None for all of them.
+        memory: (b, p+n, 2c), keys (not rotated) and values in the next block: those of `context` are taken from here,
+            those of the tokens that take part come back in it; None: all are computed, and none kept.
         owner: (b, n) int64: the position of the token that stands for each token (`merge`); None: each for itself.
         rope: (b or 1, t, r = 2d), sines and cosines of each token's rotary position, which goes where the token goes;
             None in families without.
@@ -45,6 +49,7 @@ class Tokens:
     context: Bool[Tensor, "b n"] | None = None
     order: Int[Tensor, "b k"] | None = None
     real: Bool[Tensor, "b k"] | None = None
+    memory: Float[Tensor, "b t kv"] | None = None
     owner: Int[Tensor, "b n"] | None = None
     rope: Float[Tensor, "#b t r"] | None = None
 
@@ -249,9 +254,14 @@ class Trace:
                 continue
             keep.append(chosen)
             prefix.append((tokens.num_prefix, tokens.num_prefix))
-            notes.append(aux if tokens.context is None else {**aux, "context": tokens.context})
+            seen = {"context" if tokens.memory is None else "recalled": tokens.context, "memory": tokens.memory}
+            notes.append({**aux, **{name: value for name, value in seen.items() if value is not None}})
             aux = {}
         return replace(self, keep=tuple(keep), mlp=tuple(mlp), prefix=tuple(prefix), aux=tuple(notes))
+
+    def noted(self, aux: dict[str, Tensor]) -> "Trace":
+        """The trace with more to remember of its last block."""
+        return replace(self, aux=(*self.aux[:-1], {**self.aux[-1], **aux})) if aux else self
 
     def finish(self, tokens: Tokens | None, aux: dict[str, Tensor]) -> "Trace":
         """The trace of a pass that is over."""
@@ -307,9 +317,18 @@ class Trace:
 
     def seen(self) -> Int[Tensor, "depth b"]:
         """(depth, b) int: tokens that the attention was computed from: its own, and others that were visible."""
+        return self._with("context", "recalled")
+
+    def projected(self) -> Int[Tensor, "depth b"]:
+        """(depth, b) int: tokens whose keys and values were computed: of those that were `seen` all but the ones that
+        were taken from `Tokens.memory`."""
+        return self._with("context")
+
+    def _with(self, *names: str) -> Int[Tensor, "depth b"]:
+        """(depth, b) int: tokens of each block's attention and those of these notes, prefix included."""
         pairs = zip(self.keep, self.aux[: len(self.keep)], strict=True)
-        visible = [k | a["context"] if "context" in a else k for k, a in pairs]
-        return _counted(visible, [before for before, _ in self.prefix])
+        masks = [reduce(or_, (aux[name] for name in names if name in aux), keep) for keep, aux in pairs]
+        return _counted(masks, [before for before, _ in self.prefix])
 
     def shares(self) -> Float[Tensor, "depth b"]:
         """(depth, b) float: the share of an image's valid grid tokens that took part in each block."""

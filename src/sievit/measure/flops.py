@@ -15,23 +15,31 @@ from sievit.tokens import Trace
 from sievit.vit import ViTConfig
 
 
-def block_macs(config: ViTConfig, tokens: Tensor, seen: Tensor | None = None, mlp: Tensor | None = None) -> Tensor:
+def block_macs(
+    config: ViTConfig,
+    tokens: Tensor,
+    seen: Tensor | None = None,
+    mlp: Tensor | None = None,
+    projected: Tensor | None = None,
+) -> Tensor:
     """Multiply-adds of one block.
 
-    Its attention computes `tokens` tokens of an image from `seen` visible ones, its MLP `mlp` tokens (None: the same).
+    Its attention computes `tokens` tokens of an image from `seen` visible ones, of which it projects `projected` (None:
+    all of them), its MLP `mlp` tokens (None: the same).
 
-    2 t c^2 + 2 s c^2 for queries, keys, values and the projection, 2 t s c for the attention, 2 m c (mlp c), or of a
+    2 t c^2 + 2 p c^2 for queries, keys, values and the projection, 2 t s c for the attention, 2 m c (mlp c), or of a
     gated MLP 3 m c (mlp c). Without tokens the block is not computed.
     """
     t, c = tokens.double(), config.embed_dim
     s = t if seen is None else seen.double() * (t > 0)
+    p = s if projected is None else projected.double() * (t > 0)
     m = t if mlp is None else mlp.double()
-    return 2 * t * c**2 + 2 * s * c**2 + 2 * t * s * c + (3 if config.gated_mlp else 2) * m * c * config.hidden_dim
+    return 2 * t * c**2 + 2 * p * c**2 + 2 * t * s * c + (3 if config.gated_mlp else 2) * m * c * config.hidden_dim
 
 
 def traced_macs(config: ViTConfig, trace: Trace) -> Tensor:
     """(b,) multiply-adds of all blocks of a trace."""
-    return block_macs(config, trace.counts(), trace.seen(), trace.mlp_counts()).sum(0)
+    return block_macs(config, trace.counts(), trace.seen(), trace.mlp_counts(), trace.projected()).sum(0)
 
 
 _COUNTED: WeakKeyDictionary[nn.Module, dict[tuple, float]] = WeakKeyDictionary()

@@ -38,7 +38,7 @@ def published_macs(
     early = (trace.exited[-2] if len(trace.exited) > 1 else torch.zeros_like(trace.valid)).any(1)
     c, pixels = vit.embed_dim, vit.stride**2
     norms = 5 * c * (tokens + torch.maximum(tokens, seen)).double()
-    blocks = (block_macs(vit, tokens, seen) + norms).sum(0)
+    blocks = (block_macs(vit, tokens, seen, projected=trace.projected()) + norms).sum(0)
     heads = torch.stack([_head(head, row.double(), cells, c, num_classes) for row in seen_by_heads])
     final_norm = 5 * c * seen_by_heads[-1] if vit.final_norm else 0
     resizing = 2 * 4 * num_classes * pixels * cells
@@ -49,7 +49,9 @@ def published_macs(
 
 def head_tokens(trace: Trace, block: int) -> Tensor:
     """(r,) tokens that the head behind `block` looks at."""
-    return (trace.keep[block] if trace.exited else trace.valid).sum(1)
+    if not trace.exited:
+        return trace.valid.sum(1)
+    return trace.aux[block].get("asked_keep", trace.keep[block]).sum(1)  # over frames those that are reused too
 
 
 def _head(head: SemanticHeadConfig, t: Tensor, cells: Tensor, c: int, k: int) -> Tensor:

@@ -15,10 +15,12 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sievit.config import ConfigError, Count, check_range
+from sievit.config import ConfigError, Count, check_range, kind_of
 from sievit.hub import Pretrained
 from sievit.models.inputs import ModelConfig, Size, Window, in_batches
+from sievit.models.stream import Stream
 from sievit.policies import Policy, PolicyConfig
+from sievit.policies.reuse import ReuseConfig
 from sievit.tokens import Tokens, Trace
 from sievit.vit import ViT, ViTConfig
 from sievit.vit.execution import Execution
@@ -201,6 +203,27 @@ class Model(Pretrained, ABC, Generic[R]):
         finally:
             self.train(training)
         return results
+
+    def to_supervision(self, result: R) -> Any:
+        """The result of an image as a `supervision.Detections`, for its annotators and trackers.
+
+        Raises:
+            ConfigError: supervision is not installed, or there is no such form of the results of this kind of model.
+        """
+        raise ConfigError(f"the results of a {kind_of(self.config)} have no boxes or masks for supervision")
+
+    def stream(self, reuse: ReuseConfig | None = None) -> Stream[R]:
+        """Runs over the frames of a video, and computes only the tokens that changed; the model has to be in evaluation
+        mode, as `load` returns it.
+
+        Raises:
+            ConfigError: the policy does more than select tokens, or is in an exported file.
+        """
+        return Stream(self, ReuseConfig() if reuse is None else reuse)
+
+    def at_once(self) -> Self:
+        """The same model, of which one pass of the network takes all parts of an image."""
+        return self
 
     @abstractmethod
     def count(self, answer: Answer[R]) -> dict[str, Tensor]:

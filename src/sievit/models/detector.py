@@ -6,7 +6,7 @@ Letters: b images, (h, w) an image's pixels, d detections, g objects. Boxes are 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from sievit.heads.masks import paste_masks
 from sievit.measure.flops import count_macs
 from sievit.models.backbone import Backbone, backbone_gflops, build_backbone, padded_size
 from sievit.models.base import Answer, Model, TimedPart, dense_trace, register_model
+from sievit.models.found import Detections
 from sievit.models.inputs import ModelConfig, Size, batched
 from sievit.necks import NeckConfig
 from sievit.policies import Policy
@@ -67,7 +68,8 @@ class Output(Answer[dict[str, Tensor]]):
     @property
     def detections(self) -> list[dict[str, Tensor]]:
         """Per image `boxes` (d, 4), `labels` (d,), `scores` (d,) best first, and with a mask branch `masks`
-        (d, 1, h, w) bool, all on the pixels of the image that was given; empty when targets were given."""
+        (d, 1, h, w) bool, all on the pixels of the image that was given; empty when targets were given. Each has
+        `to_supervision`."""
         return self.results
 
     def found(self) -> dict[str, int]:
@@ -131,7 +133,7 @@ class Detector(Model[dict[str, Tensor]]):
         detections = [self._on_image(d, *pair) for d, *pair in zip(detections, sizes, given, strict=targets is None)]
         return Output.whole(trace, sizes, image_size, results=detections, losses=losses)
 
-    def _on_image(self, detection: dict[str, Tensor], size: Size, given: Size) -> dict[str, Tensor]:
+    def _on_image(self, detection: dict[str, Tensor], size: Size, given: Size) -> Detections:
         """The detection on the pixels of the image that was given, instead of those that the network saw."""
         ratio = detection["boxes"].new_tensor([given[1] / size[1], given[0] / size[0]] * 2)
         limit = ratio.new_tensor([given[1], given[0]] * 2)
@@ -139,7 +141,10 @@ class Detector(Model[dict[str, Tensor]]):
         moved = {**detection, "boxes": boxes}
         if "masks" in detection:
             moved["masks"] = paste_masks(detection["masks"], boxes, given, self.config.head)
-        return moved
+        return Detections(moved, self.config.classes)
+
+    def to_supervision(self, result: dict[str, Tensor]) -> Any:
+        return Detections(result, self.config.classes).to_supervision()
 
     def count(self, answer: Answer[dict[str, Tensor]]) -> dict[str, Tensor]:
         """See `Model.count`; further parts are `neck`, `fpn`, `rpn`, `box` (at the limit of proposals per image) and

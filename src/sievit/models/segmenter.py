@@ -6,7 +6,7 @@ Letters: b images or windows, (h, w) pixels of one, n grid tokens, k classes.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from sievit.measure.flops import traced_macs
 from sievit.measure.published import head_tokens, published_macs
 from sievit.models.backbone import padded_size
 from sievit.models.base import Answer, Model, TimedPart, dense_trace, register_model
+from sievit.models.found import labels_to_supervision
 from sievit.models.inputs import ModelConfig, Size, batched, normalised, windows_over
 from sievit.policies import Policy, PolicyConfig
 from sievit.policies.base import Head
@@ -320,6 +321,12 @@ class Segmenter(Model[Tensor]):
             sizes=resized,
             image_size=size,
         )
+
+    def to_supervision(self, result: Tensor) -> Any:
+        return labels_to_supervision(result, self.config.classes)
+
+    def at_once(self) -> Self:
+        return self if self.config.crop is None else self.with_config(windows_at_once=10**6)
 
     def count(self, answer: Answer[Tensor]) -> dict[str, Tensor]:
         """See `Model.count`; further parts are `heads.0`, ... and `upsampling`: bilinear resizing of the last

@@ -128,6 +128,10 @@ class Policy(nn.Module):
         """The canvas with its grid tokens whole, after a piece of the loop, for whatever reads it: adapters, heads."""
         return tokens
 
+    def piece_notes(self, tokens: Tokens) -> Notes:
+        """What the trace should remember of the whole canvas behind a piece of the loop, with its last block."""
+        return {}
+
     def after_blocks(self, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         """As `before_block`, when all blocks are done."""
         return tokens, {}

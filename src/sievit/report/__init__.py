@@ -18,6 +18,7 @@ from sievit.report.job import run_job
 from sievit.report.results import Journal
 from sievit.report.sources import find_images
 from sievit.tasks import task_of
+from sievit.video import VideoOptions, is_video, predict_video
 
 __all__ = ["demo", "evaluate", "predict"]
 
@@ -30,6 +31,7 @@ def predict(
     out: Path,
     images: Path | None = None,
     policy: PolicyOptions = PolicyOptions(),  # noqa: B008
+    video: VideoOptions = VideoOptions(),  # noqa: B008
     score_threshold: Share | None = None,
     batch_size: Count = 1,
     pictures: bool = True,
@@ -45,15 +47,19 @@ def predict(
     command goes on, and images that were done already are not computed again. failures.jsonl lists the images that
     could not be used. The processes of torchrun share the images.
 
+    Of a video file, a folder of frames with --video, or camera:0 the results are video.mp4, with the tokens beside what
+    was found, and frames.jsonl, a line for each frame.
+
     Args:
         model: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
-        source: an image, a folder of images, a COCO file (.json), a list of paths (.txt), or a quoted pattern such as
-            "photos/**/*.jpg".
+        source: an image, a folder of images, a COCO file (.json), a list of paths (.txt), a quoted pattern such as
+            "photos/**/*.jpg", a video file, or camera:0.
         out: folder for the results.
         images: the folder that the paths in a COCO file or a list begin at; of a list by default the working directory.
         policy: another policy.
+        video: of frames.
         score_threshold: pictures show objects of at least this score, by default 0.5; results.json holds all.
-        batch_size: images of similar size that go through the network together.
+        batch_size: images of similar size, or frames, that go through the network together.
         pictures: False to write none.
         ids: COCO annotation file whose image ids results.json shall use; by default those of a COCO file that is the
             source, else 1, 2, ... by file name.
@@ -63,6 +69,14 @@ def predict(
     Returns:
         The exit status: 1 when an image could not be read (the others are done all the same), else 0.
     """
+    if is_video(source) or video.video:
+        if ids is not None or images is not None:
+            raise ConfigError("--ids, --images: frames of a video are numbered from 0; leave them out")
+        loaded = load(model, policy=policy, device=pick_device(device))
+        options: dict[str, Any] = {"batch_size": batch_size, "score_threshold": score_threshold, "force": force}
+        return predict_video(loaded, source, out, video, **options)
+    if video != VideoOptions():
+        raise ConfigError(f"{source}: options of a video go with a video file, camera:0, or a folder and --video")
     with joined():
         found = by_first(lambda: find_images(source, images))
         loaded, file = load(model, policy=policy, device=pick_device(device)), model_file(model)

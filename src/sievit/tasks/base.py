@@ -195,6 +195,14 @@ class Task(ABC, Generic[R]):
         """A result as values that `json.dumps` takes, for a program that asked for one image."""
         return {"summary": self.summary(result, min_score=0.5)}
 
+    def categories(self) -> list[dict[str, Any]]:
+        """The classes of `annotations`, as COCO's files have them."""
+        return [{"id": i, "name": name} for i, name in enumerate(self.config.classes)]
+
+    def annotations(self, result: R) -> list[dict[str, Any]]:
+        """A result as annotations in COCO's format, without ids; empty where it cannot be said in it."""
+        return []
+
     @abstractmethod
     def columns(self, result: R | None) -> dict[str, Any]:
         """A result as plain values by name, for a row of a table: arrays, text, bytes; None stands for no result, of

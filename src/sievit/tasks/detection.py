@@ -169,7 +169,16 @@ class DetectionTask(Task[Detections]):
     def writer(
         self, out: Path, names: Sequence[str], *, ids: Path | Mapping[str, int] | None = None
     ) -> Writer[Detections]:
-        return _CocoWriter(self.config, out, _image_ids(names, ids))
+        return _CocoWriter(self, out, _image_ids(names, ids))
+
+    def categories(self) -> list[dict[str, Any]]:
+        pairs = zip(self.config.category_ids, self.config.classes, strict=True)
+        return [{"id": i, "name": name} for i, name in pairs]
+
+    def annotations(self, result: Detections) -> list[dict[str, Any]]:
+        """With a box, a score, and where there are masks a segmentation."""
+        found = coco_results(result, 0, self.config.category_ids)
+        return [{name: value for name, value in each.items() if name != "image_id"} for each in found]
 
 
 class _CocoWriter(Writer[Detections]):
@@ -177,14 +186,11 @@ class _CocoWriter(Writer[Detections]):
 
     shared = ("results.json", "images.json")
 
-    def __init__(self, config: DetectorConfig, out: Path, ids: Mapping[str, int]) -> None:
-        self.config, self.out, self.ids = config, out, ids
+    def __init__(self, task: DetectionTask, out: Path, ids: Mapping[str, int]) -> None:
+        self.task, self.out, self.ids = task, out, ids
 
     def add(self, name: str, size: tuple[int, int], result: Detections) -> dict[str, Any]:
-        found = coco_results(result, 0, self.config.category_ids)
-        for each in found:
-            del each["image_id"]  # may depend on which images there are
-        return {"width": size[1], "height": size[0], "detections": found}
+        return {"width": size[1], "height": size[0], "detections": self.task.annotations(result)}
 
     def finish(self, added: Mapping[str, dict[str, Any]]) -> str:
         """Both files are written while the lines are read: what all images have may not fit into memory."""
@@ -199,9 +205,7 @@ class _CocoWriter(Writer[Detections]):
                     found.write((", " * (results > 0) + json.dumps({"image_id": self.ids[name], **each})).encode())
                     results += 1
                 images += 1
-            pairs = zip(self.config.category_ids, self.config.classes, strict=True)
-            categories = [{"id": i, "name": name} for i, name in pairs]
-            listing.write(f'], "categories": {json.dumps(categories)}, "annotations": []}}'.encode())
+            listing.write(f'], "categories": {json.dumps(self.task.categories())}, "annotations": []}}'.encode())
             found.write(b"]")
         return f"{images} images, {results} detections: {self.out / 'results.json'}"
 

@@ -22,7 +22,7 @@ from sievit.data.truth import Truth
 from sievit.files import write_atomically, write_png
 from sievit.models.segmenter import SegmenterConfig
 from sievit.tasks.base import CACHE, DataConfig, Metric, Region, Task, Writer, register_task
-from sievit.tasks.metrics import SegmentationMetric
+from sievit.tasks.metrics import SegmentationMetric, encode_masks
 
 MOST_CLASSES = 8
 """For a row of a table each."""
@@ -179,6 +179,15 @@ class SegmentationTask(Task[Tensor]):
         if result is not None:
             label_image(result, self.colours).save(buffer, format="png")
         return {"label_map": buffer.getvalue()}
+
+    def annotations(self, result: Tensor) -> list[dict[str, Any]]:
+        """One for each class that there is: all its pixels."""
+        found = [k for k in result.unique().tolist() if 0 <= k < len(self.config.classes)]
+        if not found:
+            return []
+        masks = torch.stack([result == k for k in found])
+        pairs = zip(found, masks.sum((1, 2)).tolist(), encode_masks(masks), strict=True)
+        return [{"category_id": k, "area": area, "segmentation": rle} for k, area, rle in pairs]
 
     def writer(self, out: Path, names: Sequence[str], *, ids: Path | Mapping[str, int] | None = None) -> Writer[Tensor]:
         if isinstance(ids, Path):

@@ -20,6 +20,7 @@ from sievit.vit.packed import (
     Masked,
     Packed,
     PackedAmong,
+    PackedRecalling,
     Packing,
     pack,
     pack_table,
@@ -28,6 +29,7 @@ from sievit.vit.packed import (
     unpack,
 )
 from sievit.vit.projections import Half, placed
+from sievit.vit.rope import rotate
 
 BUCKETS = 8
 """Counts per canvas of the bucketed mode."""
@@ -89,6 +91,8 @@ def execute_run(run: Run, tokens: Tokens, execution: Execution, *, inplace: bool
     packing = Packing.of(part)
     if not sum(packing.lengths):
         return tokens, None
+    if tokens.memory is not None:
+        return _execute_recalling(run, tokens, tokens.memory, part, packing, inplace=inplace), None
     if tokens.context is not None:
         return _execute_among(run, tokens, part, packing, bias, inplace=inplace)
     packed, rope, bias = pack(tokens.x, packing), pack_table(tokens.rope, packing), pack_table(bias, packing)
@@ -176,6 +180,31 @@ def _execute_among(
         visible = visible.index_copy(0, layout.rows, computed.to(visible.dtype))
     after = unpack(tokens.x, layout.queries(visible), packing, inplace=inplace)
     return replace(tokens, x=after), heads and Half(heads, placed(packing, part), placed(among, part))
+
+
+def _execute_recalling(
+    run: Run,
+    tokens: Tokens,
+    memory: Float[Tensor, "b t kv"],
+    part: Bool[Tensor, "b t"],
+    packing: Packing,
+    *,
+    inplace: bool,
+) -> Tokens:
+    """Tokens that take part, computed from themselves and from the remembered keys and values of the context."""
+    (block,) = run.blocks  # the memory is that of one block
+    assert not run.from_mlp and not run.to_attention
+    seen = part if tokens.context is None else part | tokens.with_prefix(tokens.context, value=True)
+    among = Packing.of(seen)
+    keys, values = pack(memory, among).unflatten(1, (2, block.attn.num_heads, -1)).unbind(1)
+    rope = pack_table(tokens.rope, among)
+    if rope is not None:
+        keys = rotate(keys, rope, interleaved=block.attn.interleaved)
+    layout = PackedRecalling(packing, among, keys, values, rope=pack_table(tokens.rope, packing))
+    x, heads = block.attend(pack(tokens.x, packing), layout, part.shape[0])
+    x = block.feed(x, layout, part.shape[0])
+    memory = unpack(memory, torch.cat([heads.k.flatten(1), heads.v.flatten(1)], dim=1), packing)
+    return replace(tokens, x=unpack(tokens.x, x, packing, inplace=inplace), memory=memory)
 
 
 def _execute_masked(run: Run, tokens: Tokens, bias: Float[Tensor, "b t"] | None) -> tuple[Tokens, Half | None]:

@@ -66,6 +66,7 @@ def run_blocks(
         trace = trace.record(tokens, notes, [bool(i % 2) for i in range(step, until)])
         step = until
     tokens = policy.after_piece(tokens, trace)
+    trace = trace.noted(policy.piece_notes(tokens))
     if stop == len(blocks):
         tokens, notes = policy.after_blocks(tokens, trace)
         trace = trace.finish(tokens if policy.training else None, notes)

@@ -231,9 +231,35 @@ class PackedAmong(Packed):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         queries, keys = self.packing, self.among
+        if self.bias is None and len(set(queries.lengths)) == len(set(keys.lengths)) == 1:
+            rows = ((x, part.lengths) for x, part in ((q, queries), (k, keys), (v, keys)))
+            return _attend(*(x.unflatten(0, (len(lengths), lengths[0])) for x, lengths in rows)).flatten(0, 1)
         bias = None if self.bias is None else pad(self.bias, keys)
         out = _attend(pad(q, queries), pad(k, keys), pad(v, keys), padding_mask(keys), bias)
         return out.flatten(0, 1).index_select(0, queries.slots)
+
+
+class PackedRecalling(PackedAmong):
+    """Packed tokens (t, c), all of which are computed; keys and values of further ones of their image are known.
+
+    Args:
+        among: of all that are visible, those of `packing` included.
+        keys, values: of all those, (s, h, d) each, the keys rotated; rows of `packing` are not looked at.
+        rope: of the tokens of `packing`.
+    """
+
+    def __init__(
+        self, packing: Packing, among: Packing, keys: Tensor, values: Tensor, *, rope: Tensor | None = None
+    ) -> None:
+        super().__init__(packing, among, rope=rope)
+        self.keys, self.values = keys, values
+
+    def queries(self, x: Tensor) -> Tensor:
+        return x
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        pairs = ((self.keys, k), (self.values, v))
+        return super().attend(q, *(known.to(q.dtype).index_copy(0, self.rows, own) for known, own in pairs))
 
 
 def any_length() -> AbstractContextManager[None]:
