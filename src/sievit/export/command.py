@@ -8,17 +8,19 @@ from sievit import __version__, terminal
 from sievit.config import ConfigError, Count, to_json
 from sievit.data.images import list_images, read_image, to_tensor
 from sievit.engine.evaluate import timed_in_turns
+from sievit.export.agreement import agreeing
 from sievit.export.onnx import onnx_bytes, require_onnx
-from sievit.export.program import OUTPUTS, program
+from sievit.export.program import program
 from sievit.files import digest, write_atomically
 from sievit.hub.file import require_free
 from sievit.models.base import Model
 from sievit.models.build import load, model_file
-from sievit.models.exported import METADATA, SUFFIX, load_exported
+from sievit.models.exported import load_exported
+from sievit.models.runtimes import METADATA
 from sievit.policies import PolicyOptions
 
-AGREE = 0.9999
-"""Share of the pixels that have to have the label that the model itself gives them; files in 8 bits are exempt."""
+AGREE = {"segmenter": (0.9999, "pixels"), "detector": (0.99, "detections")}
+"""Share of what has to be as the model itself finds it; files in 8 bits are exempt."""
 
 
 def export(
@@ -32,7 +34,7 @@ def export(
     number: Count = 8,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Write a segmenter as an ONNX file in which tokens that are left out are not computed.
+    """Write a segmenter or detector as an ONNX file in which tokens that are left out are not computed.
 
     Batch, height and width are free. The file holds everything: `sievit predict`, `eval` and others take it like a
     checkpoint, and its metadata say how images are prepared and what the classes are. It is written when it agreed
@@ -47,8 +49,8 @@ def export(
         number: of images to compare on.
         force: write over a file that is there.
     """
-    if out.suffix != SUFFIX:
-        raise ConfigError(f"--out {out}: an ONNX file ends with {SUFFIX}")
+    if out.suffix != ".onnx":
+        raise ConfigError(f"--out {out}: an ONNX file ends with .onnx")
     require_onnx()
     require_free(out, force=force)
     console = terminal.console()
@@ -56,27 +58,25 @@ def export(
     eager = load(path, policy=policy, compile=False)
     paths = ([images] if images.is_file() else list_images(images))[:number]
     console.print("exporting", soft_wrap=True)
-    made, known = program(eager)
-    metadata = {"config": to_json(eager.config), "model": digest(path), "version": __version__, **known}
-    content = onnx_bytes(
-        made, [*OUTPUTS[: len(made.graph_signature.user_outputs)]], {METADATA: metadata}, int8=precision == "int8"
-    )
+    made = program(eager)
+    metadata = {"config": to_json(eager.config), "model": digest(path), "version": __version__, **made.known}
+    content = onnx_bytes(made, {METADATA: metadata}, int8=precision == "int8")
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}")
     try:
         write_atomically(part, content)
         figures = _compared(eager, load_exported(part), paths, terminal.console())
-        if precision == "float32" and figures["agree"] < AGREE:
+        least, what = AGREE[eager.kind]
+        if precision == "float32" and figures["agree"] < least:
             raise ConfigError(
-                f"the file gives {1 - figures['agree']:.3%} of the pixels another label than the model does; it was "
-                "not written"
+                f"{1 - figures['agree']:.3%} of the {what} of the file are not as the model finds them; it was not written"
             )
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)
     size = len(content) / 2**20
     console.print(
-        f"{out}: {size:.1f} MB; {figures['agree']:.4%} of the pixels of {len(paths)} images as the model labels them; "
+        f"{out}: {size:.1f} MB; {figures['agree']:.4%} of the {what} of {len(paths)} images as the model finds them; "
         f"{figures['ms']:.0f} ms, the model {figures['model_ms']:.0f} ms",
         soft_wrap=True,
     )
@@ -84,11 +84,11 @@ def export(
 
 
 def _compared(eager: Model, file: Model, paths: list[Path], console: Any) -> dict[str, Any]:
-    """How many pixels of some images have the same label, and the times of both in turns."""
+    """How far the results of some images agree, and the times of both in turns."""
     images = [to_tensor(read_image(path)) for path in paths]
     options: dict[str, Any] = {"console": console, "title": "comparing", "kept": lambda answer: answer.results[0]}
     taken = timed_in_turns([file, eager], images, **options)
-    pairs = [(mine, own) for (_, mine), (_, own) in zip(*taken, strict=True)]
-    same, total = sum(int((a == b).sum()) for a, b in pairs), sum(a.numel() for a, _ in pairs)
+    pairs = [agreeing(own, mine) for (_, mine), (_, own) in zip(*taken, strict=True)]
+    same, total = (sum(column) for column in zip(*pairs, strict=True))
     medians = [round(statistics.median(elapsed for elapsed, _ in of_model), 2) for of_model in taken]
-    return {"agree": round(same / total, 6), "ms": medians[0], "model_ms": medians[1]}
+    return {"agree": round(same / total, 6) if total else 1.0, "ms": medians[0], "model_ms": medians[1]}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sievit.config import ConfigError
+from sievit.export.program import Made
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
@@ -37,14 +38,14 @@ def _quiet(name: str) -> Generator[None]:
         logger.setLevel(level)
 
 
-def onnx_bytes(
-    made: torch.export.ExportedProgram, outputs: list[str], metadata: dict[str, Any], *, int8: bool
-) -> bytes:
+def onnx_bytes(made: Made, metadata: dict[str, Any], *, int8: bool) -> bytes:
     """The file, with `metadata` as JSON, a property for each name.
 
     Args:
         int8: weights of matrix products in 8 bits per channel; what goes in is rounded to 8 bits when they run.
     """
+    from onnx import TensorProto
+    from onnx.helper import make_tensor
     from onnxscript import opset18
 
     def stable_sort(self: Any, stable: Any = None, dim: int = -1, descending: bool = False) -> Any:
@@ -52,10 +53,25 @@ def onnx_bytes(
         size = opset18.Gather(opset18.Shape(self), opset18.Constant(value_ints=[dim]))  # ty: ignore
         return opset18.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 
-    table: Any = {torch.ops.aten.sort.stable: stable_sort}
-    names: dict[str, Any] = {"input_names": ["images"], "output_names": outputs}
-    with _quiet("torch.onnx"):
-        done = torch.onnx.export(made, (), dynamo=True, custom_translation_table=table, verbose=False, **names)
+    def nms(boxes: Any, scores: Any, iou: float) -> Any:
+        """`heads.fixed.nms_mask`."""
+        shape, one = opset18.Shape(scores), opset18.Constant(value_ints=[1])
+        most = opset18.Gather(shape, one)
+        columns = opset18.Unsqueeze(scores, one)
+        options = [opset18.Constant(value_float=value) for value in (iou, -0.5)]
+        chosen = opset18.NonMaxSuppression(boxes, columns, most, *options)  # rows of group, 0, box
+        places = opset18.Gather(chosen, opset18.Constant(value_ints=[0, 2]), axis=1)
+        none = opset18.ConstantOfShape(shape, value=make_tensor("none", TensorProto.INT32, [1], [0]))
+        rows = opset18.Squeeze(opset18.Slice(places, [0], [1], [1]), [1])
+        ones = opset18.Expand(opset18.Constant(value=make_tensor("one", TensorProto.INT32, [1], [1])), opset18.Shape(rows))
+        return opset18.Cast(opset18.ScatterND(none, places, ones), to=TensorProto.BOOL)
+
+    table: Any = {torch.ops.aten.sort.stable: stable_sort, torch.ops.sievit.nms.default: nms}
+    options: dict[str, Any] = {"input_names": made.inputs, "output_names": made.outputs, "optimize": False}
+    with _quiet("torch.onnx"):  # runtimes optimise when they read a file
+        done = torch.onnx.export(
+            made.exported, (), dynamo=True, custom_translation_table=table, verbose=False, **options
+        )
     assert done is not None
     for name, value in metadata.items():
         done.model.metadata_props[name] = json.dumps(value)

@@ -139,7 +139,7 @@ class ViT(nn.Module):
         self,
         images: Tensor,
         policy: Policy,
-        sizes: Sizes | None = None,
+        sizes: Sizes | Tensor | None = None,
         *,
         execution: Execution = Execution(),
     ) -> tuple[Tokens, Trace]:
