@@ -4,19 +4,24 @@ import statistics
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from sievit import __version__, terminal
 from sievit.config import ConfigError, Count, to_json
 from sievit.data.images import list_images, read_image, to_tensor
 from sievit.engine.evaluate import timed_in_turns
 from sievit.export.agreement import agreeing
-from sievit.export.onnx import onnx_bytes, require_onnx
+from sievit.export.formats import SUFFIX, Format, write_program
+from sievit.export.onnx import require
 from sievit.export.program import program
-from sievit.files import digest, write_atomically
+from sievit.files import digest
 from sievit.hub.file import require_free
+from sievit.models.backbone import padded_size
 from sievit.models.base import Model
 from sievit.models.build import load, model_file
+from sievit.models.detector import Detector
 from sievit.models.exported import load_exported
-from sievit.models.runtimes import METADATA
+from sievit.models.inputs import Size
 from sievit.policies import PolicyOptions
 
 AGREE = {"segmenter": (0.9999, "pixels"), "detector": (0.99, "detections")}
@@ -29,12 +34,15 @@ def export(
     images: Path,
     *,
     out: Path,
+    format: Format = "onnx",
+    mode: Literal["dynamic", "static"] = "dynamic",
+    canvas: tuple[Count, Count] | None = None,
     policy: PolicyOptions = PolicyOptions(),  # noqa: B008
     precision: Literal["float32", "int8"] = "float32",
     number: Count = 8,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Write a segmenter or detector as an ONNX file in which tokens that are left out are not computed.
+    """Write a segmenter or detector as a file that runs elsewhere, in which tokens that are left out are not computed.
 
     Batch, height and width are free. The file holds everything: `sievit predict`, `eval` and others take it like a
     checkpoint, and its metadata say how images are prepared and what the classes are. It is written when it agreed
@@ -43,44 +51,74 @@ def export(
     Args:
         model: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
         images: an image or a folder; the file and the model are compared and timed on the first ones.
-        out: the .onnx file to write.
+        out: the file to write: .onnx, .pt2 (torch-export, aoti) or .xml (openvino, with a .bin beside it).
+        format: aoti is compiled for this kind of machine.
+        mode: static has fixed counts of tokens, those that the policy needs on the images, and one canvas that smaller
+            images are padded to; no shape depends on a value, but for the batch.
+        canvas: height and width of a static file; by default what the images need.
         policy: another policy than the model's.
-        precision: int8 stores the weights of matrix products in 8 bits per channel, and computes in 8 bits.
+        precision: int8 (onnx) stores the weights of matrix products in 8 bits per channel, and computes in 8 bits.
         number: of images to compare on.
         force: write over a file that is there.
     """
-    if out.suffix != ".onnx":
-        raise ConfigError(f"--out {out}: an ONNX file ends with .onnx")
-    require_onnx()
+    if out.suffix != SUFFIX[format]:
+        raise ConfigError(f"--out {out}: a file of --format {format} ends with {SUFFIX[format]}")
+    if precision == "int8" and format != "onnx":
+        raise ConfigError(f"--precision int8 is of --format onnx, not {format}")
+    if canvas is not None and mode == "dynamic":
+        raise ConfigError("--canvas is of --mode static; a dynamic file takes images of any size")
+    require(format)
     require_free(out, force=force)
     console = terminal.console()
     path = model_file(model)
     eager = load(path, policy=policy, compile=False)
     paths = ([images] if images.is_file() else list_images(images))[:number]
     console.print("exporting", soft_wrap=True)
-    made = program(eager)
+    if mode == "static":
+        eager, size = _static(path, eager, paths)
+        made = program(eager, canvas=canvas or size)
+    else:
+        made = program(eager)
     metadata = {"config": to_json(eager.config), "model": digest(path), "version": __version__, **made.known}
-    content = onnx_bytes(made, {METADATA: metadata}, int8=precision == "int8")
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}")
+    part, least, what = out.with_name(f".{out.name}"), *AGREE[eager.kind]
+    written = [part]
     try:
-        write_atomically(part, content)
-        figures = _compared(eager, load_exported(part), paths, terminal.console())
-        least, what = AGREE[eager.kind]
+        written = write_program(made, part, format, metadata, int8=precision == "int8")
+        figures = _compared(eager, load_exported(part), paths, console)
         if precision == "float32" and figures["agree"] < least:
             raise ConfigError(
                 f"{1 - figures['agree']:.3%} of the {what} of the file are not as the model finds them; it was not written"
             )
-        part.replace(out)
+        size = sum(each.stat().st_size for each in written) / 2**20
+        for each in reversed(written):
+            each.replace(out.with_suffix(each.suffix))
     finally:
-        part.unlink(missing_ok=True)
-    size = len(content) / 2**20
+        for each in written:
+            each.unlink(missing_ok=True)
     console.print(
         f"{out}: {size:.1f} MB; {figures['agree']:.4%} of the {what} of {len(paths)} images as the model finds them; "
         f"{figures['ms']:.0f} ms, the model {figures['model_ms']:.0f} ms",
         soft_wrap=True,
     )
-    return {"out": str(out), "precision": precision, "megabytes": round(size, 2), "images": len(paths), **figures}
+    how = {"out": str(out), "format": format, "mode": mode, "precision": precision}
+    return {**how, "megabytes": round(size, 2), "images": len(paths), **figures}
+
+
+@torch.inference_mode()
+def _static(path: Path, eager: Model, paths: list[Path]) -> tuple[Model, Size]:
+    """The model with the static counts that its policy needs on the images, and the canvas that these need."""
+    answers = [eager([to_tensor(read_image(each))]) for each in paths]
+    unit = eager.network.size_divisor if isinstance(eager, Detector) else eager.vit.config.stride
+    edges = zip(*(answer.image_size for answer in answers), strict=True)
+    height, width = padded_size([max(edge) for edge in edges], unit)
+    if eager.policy.is_static:
+        return eager, (height, width)
+    kept = torch.cat([answer.shares() for answer in answers]).mean(0).tolist()
+    static = eager.policy.made_static(kept)
+    if static is None:
+        raise ConfigError(f"{type(eager.policy).__name__} has no static counts; export with --mode dynamic")
+    return load(path, policy=static, compile=False), (height, width)
 
 
 def _compared(eager: Model, file: Model, paths: list[Path], console: Any) -> dict[str, Any]:

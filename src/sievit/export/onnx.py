@@ -14,16 +14,16 @@ import torch
 from sievit.config import ConfigError
 from sievit.export.program import Made
 
-NEEDED = ("onnx", "onnxscript", "onnxruntime")
+NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
 
 
-def require_onnx() -> None:
-    """Raise a ConfigError if a package is missing."""
-    for name in NEEDED:
+def require(format: str) -> None:
+    """Raise a ConfigError if a package is missing that files of this format need."""
+    for name in NEEDED.get(format, ()):
         try:
             import_module(name)
         except ImportError as error:
-            raise ConfigError(f"ONNX files need {name}: pip install 'sievit[export]'") from error
+            raise ConfigError(f"--format {format} needs {name}: pip install 'sievit[export]'") from error
 
 
 @contextmanager

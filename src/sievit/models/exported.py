@@ -14,7 +14,7 @@ from sievit.models.backbone import padded_size
 from sievit.models.base import Model, model_class
 from sievit.models.detector import Detector
 from sievit.models.inputs import ModelConfig, Size
-from sievit.models.runtimes import RUNTIMES, Runtime
+from sievit.models.runtimes import Runtime, runtime
 from sievit.models.segmenter import Segmenter
 from sievit.policies import Policy
 from sievit.tokens import Trace
@@ -149,15 +149,15 @@ def load_exported(path: Path) -> Model:
     """The model of an exported file, in evaluation mode; it has no weights of its own, and cannot be trained."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
-    runtime = RUNTIMES[path.suffix](path)
-    config = from_json(ModelConfig, runtime.known["config"], where=str(path))
+    opened = runtime(path)
+    config = from_json(ModelConfig, opened.known["config"], where=str(path))
     config = replace(config, execution=Execution())
     with torch.device("meta"):
         model = model_class(config).from_config(config)
     model = model.to_empty(device="cpu").requires_grad_(False).eval()
     model.network.policy = _Fixed(model.policy)
     if isinstance(model, Segmenter):
-        model.net.forward = _Network(runtime, model)
+        model.net.forward = _Network(opened, model)
     elif isinstance(model, Detector):
-        model.run = _Finder(runtime, model)
+        model.run = _Finder(opened, model)
     return model

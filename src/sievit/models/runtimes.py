@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from torch import Tensor
@@ -82,5 +83,61 @@ class OnnxRuntime(Runtime):
         return self.session.run(None, {name: value.numpy() for name, value in inputs.items()})
 
 
-RUNTIMES: dict[str, type[Runtime]] = {".onnx": OnnxRuntime}
-"""By the suffix of the file."""
+class OpenVino(Runtime):
+    """OpenVINO on CPU, for a pair of files .xml and .bin."""
+
+    title = needs = "openvino"
+
+    def read(self, path: Path) -> str | None:
+        import openvino
+
+        core = openvino.Core()
+        model = core.read_model(path)
+        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        self.call = core.compile_model(model, "CPU", options)
+        return model.get_rt_info([METADATA]).astype(str) if model.has_rt_info([METADATA]) else None
+
+    def run(self, inputs: dict[str, Tensor]) -> list[Any]:
+        found = self.call({name: value.numpy() for name, value in inputs.items()})
+        return [found[i].copy() for i in range(len(self.known["outputs"]))]
+
+
+class TorchProgram(Runtime):
+    """torch itself, for an exported program."""
+
+    title = "torch.export"
+
+    def read(self, path: Path) -> str | None:
+        import_module("sievit.heads.fixed")  # which registers an operator
+        extra = {METADATA: ""}
+        self.call: Any = torch.export.load(path, extra_files=extra).module()
+        return extra[METADATA]
+
+    def run(self, inputs: dict[str, Tensor]) -> list[Any]:
+        with torch.no_grad():
+            return list(self.call(*inputs.values()).values())
+
+
+class Inductor(TorchProgram):
+    """A program that AOTInductor compiled, for the kind of machine that it was compiled on. It is machine code."""
+
+    title = "AOTInductor"
+
+    def read(self, path: Path) -> str | None:
+        import_module("sievit.heads.fixed")
+        self.call = torch._inductor.aoti_load_package(str(path))
+        return self.call.get_metadata().get(METADATA)
+
+
+def runtime(path: Path) -> Runtime:
+    """The runtime that opens a file of `SUFFIXES`; see `Runtime`."""
+    if path.suffix == ".onnx":
+        return OnnxRuntime(path)
+    if path.suffix == ".xml":
+        return OpenVino(path)
+    compiled = is_zipfile(path) and any("data/aotinductor/" in name for name in ZipFile(path).namelist())
+    return Inductor(path) if compiled else TorchProgram(path)
+
+
+SUFFIXES = (".onnx", ".xml", ".pt2")
+"""Of exported files."""

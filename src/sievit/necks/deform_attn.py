@@ -116,7 +116,7 @@ def _bordered(values: Tensor, shapes: Shapes) -> Tensor:
     column before, which also stands behind the row before it; two more at the end, for the last corner's neighbours."""
     levels = values.split([rows * columns for rows, columns in shapes], dim=1)
     padded = [F.pad(x.unflatten(1, shape), (0, 0, 1, 0, 1, 2)) for x, shape in zip(levels, shapes, strict=True)]
-    return torch.cat([*(x.flatten(1, 2) for x in padded), values.new_zeros(len(values), 2, values.shape[2])], 1)
+    return torch.cat([*(x.flatten(1, 2) for x in padded), values.new_zeros(values.shape[0], 2, values.shape[2])], 1)
 
 
 def reference_points(shapes: Shapes, device: torch.device) -> Tensor:

@@ -248,7 +248,7 @@ def bicubic_weights(own: Tensor, old: int, length: int, *, antialias: bool) -> T
     if antialias:
         distance = (torch.arange(old, device=own.device) - centres) / scale.clamp(min=1)
         weights = _cubic(distance.abs(), -0.5)
-        return weights / weights.sum(2, keepdim=True)
+        return weights / weights.sum(2, keepdim=True).clamp(min=0.1)  # zero beyond the line
     weights = _cubic((torch.arange(-2, old + 2, device=own.device) - centres).abs(), -0.75)
     first, inner, last = weights.split([3, old - 2, 3], dim=2)  # the edges are repeated
     return torch.cat([first.sum(2, keepdim=True), inner, last.sum(2, keepdim=True)], dim=2)
