@@ -28,19 +28,19 @@ def write_program(made: Made, path: Path, kind: Format, metadata: dict[str, Any]
     elif kind == "torch-export":
         torch.export.save(made.exported, path, extra_files={METADATA: json.dumps(metadata)})
     elif kind == "openvino":
-        return _openvino(made, path, metadata)
+        return write_openvino(onnx_bytes(made, {}, int8=False), path, metadata)
     else:
         _compiled(made, path, metadata)
     return [path]
 
 
-def _openvino(made: Made, path: Path, metadata: dict[str, Any]) -> list[Path]:
-    """OpenVINO's own pair of files, read from ONNX."""
+def write_openvino(content: bytes, path: Path, metadata: dict[str, Any]) -> list[Path]:
+    """OpenVINO's own pair of files, read from an ONNX file."""
     import openvino
 
     with TemporaryDirectory() as folder:
         onnx = Path(folder) / "model.onnx"
-        onnx.write_bytes(onnx_bytes(made, {}, int8=False))
+        onnx.write_bytes(content)
         try:
             model = openvino.Core().read_model(onnx)
         except RuntimeError as error:

@@ -63,7 +63,9 @@ def onnx_bytes(made: Made, metadata: dict[str, Any], *, int8: bool) -> bytes:
         places = opset18.Gather(chosen, opset18.Constant(value_ints=[0, 2]), axis=1)
         none = opset18.ConstantOfShape(shape, value=make_tensor("none", TensorProto.INT32, [1], [0]))
         rows = opset18.Squeeze(opset18.Slice(places, [0], [1], [1]), [1])
-        ones = opset18.Expand(opset18.Constant(value=make_tensor("one", TensorProto.INT32, [1], [1])), opset18.Shape(rows))
+        ones = opset18.Expand(
+            opset18.Constant(value=make_tensor("one", TensorProto.INT32, [1], [1])), opset18.Shape(rows)
+        )
         return opset18.Cast(opset18.ScatterND(none, places, ones), to=TensorProto.BOOL)
 
     table: Any = {torch.ops.aten.sort.stable: stable_sort, torch.ops.sievit.nms.default: nms}

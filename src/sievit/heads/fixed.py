@@ -76,9 +76,7 @@ def find(head: MaskRCNN, features: dict[str, Tensor], canvas: tuple[int, int], s
     return Found(boxes, labels, scores, masks.unflatten(0, labels.shape))
 
 
-def _proposals(
-    head: MaskRCNN, maps: list[Tensor], canvas: tuple[int, int], limits: Tensor
-) -> tuple[Tensor, Tensor]:
+def _proposals(head: MaskRCNN, maps: list[Tensor], canvas: tuple[int, int], limits: Tensor) -> tuple[Tensor, Tensor]:
     """Boxes (b, n, 4), best first, and which of them are proposals (b, n)."""
     config, coder, most = head.config.rpn, BoxCoder(head.config.rpn.weights), head.config.rpn.pre_nms_test
     logits, offsets = head.rpn.head(maps)

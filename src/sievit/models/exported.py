@@ -106,15 +106,15 @@ class _Finder:
         batch = _on_canvas_of(batch, self.runtime.known["canvas"] or least)
         found = self.runtime(images=batch, sizes=torch.tensor(sizes))
         grid = (batch.shape[2] // self.stride, batch.shape[3] // self.stride)
-        own = [padded_size(size, self.stride) for size in sizes] if self.hidden else [tuple(batch.shape[2:])] * len(batch)
+        own = (
+            [padded_size(size, self.stride) for size in sizes] if self.hidden else [tuple(batch.shape[2:])] * len(batch)
+        )
         grids = torch.tensor([(h // self.stride, w // self.stride) for h, w in own])
         trace = _trace(self.runtime.known, found, grid, standing(grids, grid).flatten(1))
         detections = []
         for i, number in enumerate((found["labels"] > 0).sum(1).tolist()):
             of_image = {name: found[name][i, :number] for name in ("boxes", "labels", "scores")}
-            detections.append(
-                {**of_image, "masks": found["masks"][i, :number, None]} if "masks" in found else of_image
-            )
+            detections.append({**of_image, "masks": found["masks"][i, :number, None]} if "masks" in found else of_image)
         return detections, {}, trace
 
 

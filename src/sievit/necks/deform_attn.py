@@ -105,7 +105,7 @@ def deform_sample(values: Tensor, shapes: Shapes, positions: Tensor, weights: Te
         start += (rows + 3) * stride
     bag, share = (torch.stack(each, 3).flatten(0, 2).flatten(1) for each in (bags, shares))  # (b * q * h, l * p * 4)
     if torch.compiler.is_exporting():  # runtimes have no such operation
-        rows = table.flatten(0, 1).unflatten(-1, (h, d)).flatten(0, 1)[bag.flatten()].unflatten(0, bag.shape)
+        rows = table.flatten(0, 1).unflatten(-1, (h, d)).flatten(0, 1)[bag.flatten().long()].unflatten(0, bag.shape)
         return (share[:, None].to(table.dtype) @ rows).reshape(b, q, h * d)
     out = F.embedding_bag(bag, table.view(-1, d), per_sample_weights=share.to(table.dtype), mode="sum")
     return out.view(b, q, h * d)

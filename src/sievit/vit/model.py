@@ -93,6 +93,8 @@ class ViT(nn.Module):
             )
         x = self.patch_embed(self._fitted(images))  # (b, n, c)
         if isinstance(sizes, Tensor):
+            if self.config.rope is not None:
+                raise ConfigError("rotary positions of images that are padded have no program yet")
             own, cells = None, (sizes + stride - 1) // stride
             valid, positions = standing(cells, grid).flatten(1), self._positions_of(cells, grid)
         else:
@@ -168,20 +170,18 @@ class ViT(nn.Module):
         """(n, c): position embeddings of the grid tokens, resized to `grid`; None in families without."""
         if self.pos_embed is None:
             return None
+        if torch.compiler.is_exporting():  # runtimes resize otherwise
+            own = torch.stack([torch.full((1,), edge) for edge in grid], dim=1)
+            positions = self._positions_of(own, grid)
+            return None if positions is None else positions[0]
         stored = self.pos_embed[:, self.num_stored_prefix :]
-        if not torch.compiler.is_exporting() and grid == self.config.grid:
+        if grid == self.config.grid:
             return stored[0]
         return resized_positions(stored, self.config.grid, grid, antialias=self.config.pos_antialias)[0]
 
     def _positions_of(self, own: Tensor, grid: tuple[int, int]) -> Tensor | None:
-        """(b, n, c): position embeddings, resized to each image's own (b, 2) rows and columns, on a canvas of `grid`.
-
-        Raises:
-            ConfigError: positions are rotary.
-        """
+        """(b, n, c): position embeddings, resized to each image's own (b, 2) rows and columns, on a canvas of `grid`."""
         config = self.config
-        if config.rope is not None:
-            raise ConfigError("rotary positions of images that are padded have no program yet")
         if self.pos_embed is None:
             return None
         stored = self.pos_embed[0, self.num_stored_prefix :].unflatten(0, config.grid).float()
