@@ -88,21 +88,22 @@ def export(
         figures = _compared(eager, load_exported(part), paths, console)
         if precision == "float32" and figures["agree"] < least:
             raise ConfigError(
-                f"{1 - figures['agree']:.3%} of the {what} of the file are not as the model finds them; it was not written"
+                f"{1 - figures['agree']:.3%} of the {what} of the file are not as the model finds them; it was not "
+                "written"
             )
-        size = sum(each.stat().st_size for each in written) / 2**20
+        megabytes = sum(each.stat().st_size for each in written) / 2**20
         for each in reversed(written):
             each.replace(out.with_suffix(each.suffix))
     finally:
         for each in written:
             each.unlink(missing_ok=True)
     console.print(
-        f"{out}: {size:.1f} MB; {figures['agree']:.4%} of the {what} of {len(paths)} images as the model finds them; "
+        f"{out}: {megabytes:.1f} MB; {figures['agree']:.4%} of the {what} of {len(paths)} images as the model finds them; "
         f"{figures['ms']:.0f} ms, the model {figures['model_ms']:.0f} ms",
         soft_wrap=True,
     )
     how = {"out": str(out), "format": format, "mode": mode, "precision": precision}
-    return {**how, "megabytes": round(size, 2), "images": len(paths), **figures}
+    return {**how, "megabytes": round(megabytes, 2), "images": len(paths), **figures}
 
 
 @torch.inference_mode()
