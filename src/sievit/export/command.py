@@ -13,7 +13,7 @@ from sievit.engine.evaluate import timed_in_turns
 from sievit.export.agreement import agreeing
 from sievit.export.formats import SUFFIX, Format, write_program
 from sievit.export.onnx import require
-from sievit.export.program import program
+from sievit.export.program import Made, program
 from sievit.files import digest
 from sievit.hub.file import require_free
 from sievit.models.backbone import padded_size
@@ -80,13 +80,23 @@ def export(
     else:
         made = program(eager)
     metadata = {"config": to_json(eager.config), "model": digest(path), "version": __version__, **made.known}
+    figures = _write(out, made, metadata, eager, paths, format=format, int8=precision == "int8")
+    how = {"out": str(out), "format": format, "mode": mode, "precision": precision}
+    return {**how, "images": len(paths), **figures}
+
+
+def _write(
+    out: Path, made: Made, metadata: dict[str, Any], eager: Model, paths: list[Path], *, format: Format, int8: bool
+) -> dict[str, Any]:
+    """Write the file if it agrees with the model; its size and what `_compared` found."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    part, least, what = out.with_name(f".{out.name}"), *AGREE[eager.kind]
+    part, console = out.with_name(f".{out.name}"), terminal.console()
+    least, what = AGREE[eager.kind]
     written = [part]
     try:
-        written = write_program(made, part, format, metadata, int8=precision == "int8")
+        written = write_program(made, part, format, metadata, int8=int8)
         figures = _compared(eager, load_exported(part), paths, console)
-        if precision == "float32" and figures["agree"] < least:
+        if not int8 and figures["agree"] < least:
             raise ConfigError(
                 f"{1 - figures['agree']:.3%} of the {what} of the file are not as the model finds them; it was not "
                 "written"
@@ -98,12 +108,11 @@ def export(
         for each in written:
             each.unlink(missing_ok=True)
     console.print(
-        f"{out}: {megabytes:.1f} MB; {figures['agree']:.4%} of the {what} of {len(paths)} images as the model finds them; "
-        f"{figures['ms']:.0f} ms, the model {figures['model_ms']:.0f} ms",
+        f"{out}: {megabytes:.1f} MB; {figures['agree']:.4%} of the {what} of {len(paths)} images as the model finds "
+        f"them; {figures['ms']:.0f} ms, the model {figures['model_ms']:.0f} ms",
         soft_wrap=True,
     )
-    how = {"out": str(out), "format": format, "mode": mode, "precision": precision}
-    return {**how, "megabytes": round(megabytes, 2), "images": len(paths), **figures}
+    return {"megabytes": round(megabytes, 2), **figures}
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """Runtimes that run exported files.
 
-A runtime has `known`, what `sievit export` wrote into the file's metadata, and is called with the inputs of the program,
-see `export.program.Made`; it answers with its outputs by name.
+A runtime has `known`, what `sievit export` wrote into the file's metadata, and is called with the inputs of the
+program, see `export.program.Made`; it answers with its outputs by name.
 """
 
 import json

@@ -180,7 +180,7 @@ class ViT(nn.Module):
         return resized_positions(stored, self.config.grid, grid, antialias=self.config.pos_antialias)[0]
 
     def _positions_of(self, own: Tensor, grid: tuple[int, int]) -> Tensor | None:
-        """(b, n, c): position embeddings, resized to each image's own (b, 2) rows and columns, on a canvas of `grid`."""
+        """(b, n, c): position embeddings, resized to each image's `own` (b, 2) rows and columns, on a canvas."""
         config = self.config
         if self.pos_embed is None:
             return None
