@@ -17,8 +17,9 @@ from sievit.config import ConfigError, to_json
 from sievit.export.agreement import agreeing
 from sievit.export.program import program
 from sievit.models.base import Model
-from sievit.models.build import load, save
+from sievit.models.build import build, load, save
 from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import Segmenter
 from sievit.policies import DToPConfig, EViTConfig, KeepAllConfig, PolicyConfig, SViTConfig
 from tiny import refused, saved, scattered, tiny_detector, tiny_segmenter, tiny_vit
 
@@ -46,7 +47,7 @@ def scenes(scenes_of: Callable[..., Path]) -> Path:
 
 
 def detector(path: Path) -> Path:
-    model = load(saved(tiny_detector(vit=tiny_vit(depth=2), policy=GATES), path))
+    model = build(tiny_detector(vit=tiny_vit(depth=2), policy=GATES))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         scattered(model.head, 0.1)  # scores that differ
@@ -175,9 +176,10 @@ def test_a_program_in_cpp_runs_the_file(pair, tmp_path: Path) -> None:
     done = subprocess.run(run, check=True, capture_output=True, text=True)
     assert "80 x 64 pixels" in done.stdout
     labels = np.asarray(Image.open(tmp_path / "a.pgm"))
-    file = load(pair[0]).with_config(input=InputConfig(min_size=64, max_size=128, size_divisor=8, antialias=False))
+    eager = load(pair[0]).with_config(input=InputConfig(min_size=64, max_size=128, size_divisor=8, antialias=False))
+    assert isinstance(eager, Segmenter)
     with torch.inference_mode():
-        scores = file.scores([torch.from_numpy(pixels).permute(2, 0, 1)])[0]
+        scores = eager.scores([torch.from_numpy(pixels).permute(2, 0, 1)])[0]
     assert (labels == scores.argmax(0).numpy()).mean() > 0.9
     assert subprocess.run([*run[:2], str(source), run[3]], check=False, capture_output=True).returncode == 1
 

@@ -44,31 +44,7 @@ def onnx_bytes(made: Made, metadata: dict[str, Any], *, int8: bool) -> bytes:
     Args:
         int8: weights of matrix products in 8 bits per channel; what goes in is rounded to 8 bits when they run.
     """
-    from onnx import TensorProto
-    from onnx.helper import make_tensor
-    from onnxscript import opset18
-
-    def stable_sort(self: Any, stable: Any = None, dim: int = -1, descending: bool = False) -> Any:
-        """`sort`, which ONNX does not have: all of the largest or smallest, the first ones first among equals."""
-        size = opset18.Gather(opset18.Shape(self), opset18.Constant(value_ints=[dim]))  # ty: ignore
-        return opset18.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
-
-    def nms(boxes: Any, scores: Any, iou: float) -> Any:
-        """`heads.fixed.nms_mask`."""
-        shape, one = opset18.Shape(scores), opset18.Constant(value_ints=[1])
-        most = opset18.Gather(shape, one)
-        columns = opset18.Unsqueeze(scores, one)
-        options = [opset18.Constant(value_float=value) for value in (iou, -0.5)]
-        chosen = opset18.NonMaxSuppression(boxes, columns, most, *options)  # rows of group, 0, box
-        places = opset18.Gather(chosen, opset18.Constant(value_ints=[0, 2]), axis=1)
-        none = opset18.ConstantOfShape(shape, value=make_tensor("none", TensorProto.INT32, [1], [0]))
-        rows = opset18.Squeeze(opset18.Slice(places, [0], [1], [1]), [1])
-        ones = opset18.Expand(
-            opset18.Constant(value=make_tensor("one", TensorProto.INT32, [1], [1])), opset18.Shape(rows)
-        )
-        return opset18.Cast(opset18.ScatterND(none, places, ones), to=TensorProto.BOOL)
-
-    table: Any = {torch.ops.aten.sort.stable: stable_sort, torch.ops.sievit.nms.default: nms}
+    table: Any = {torch.ops.aten.sort.stable: _sort, torch.ops.sievit.nms.default: _nms}
     options: dict[str, Any] = {"input_names": made.inputs, "output_names": made.outputs, "optimize": False}
     with _quiet("torch.onnx"):  # runtimes optimise when they read a file
         done = torch.onnx.export(
@@ -81,6 +57,33 @@ def onnx_bytes(made: Made, metadata: dict[str, Any], *, int8: bool) -> bytes:
         path = Path(folder) / "model.onnx"
         done.save(path)
         return (_in_8_bits(path) if int8 else path).read_bytes()
+
+
+def _sort(values: Any, stable: Any = None, dim: int = -1, descending: bool = False) -> Any:
+    """`sort`, which ONNX does not have: all of the largest or smallest, the first ones first among equals."""
+    from onnxscript import opset18
+
+    op: Any = opset18
+    size = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]))
+    return op.TopK(values, size, axis=dim, largest=int(descending), sorted=1)
+
+
+def _nms(boxes: Any, scores: Any, iou: float) -> Any:
+    """`heads.fixed.nms_mask`."""
+    from onnx import TensorProto
+    from onnx.helper import make_tensor
+    from onnxscript import opset18
+
+    op: Any = opset18
+    none, yes = (op.Constant(value=make_tensor(str(i), TensorProto.INT32, [1], [i])) for i in range(2))
+    shape, one = op.Shape(scores), op.Constant(value_ints=[1])
+    most, columns = op.Gather(shape, one), op.Unsqueeze(scores, one)
+    overlap, least = (op.Constant(value_float=value) for value in (iou, -0.5))
+    chosen = op.NonMaxSuppression(boxes, columns, most, overlap, least)  # rows of group, 0, box
+    places = op.Gather(chosen, op.Constant(value_ints=[0, 2]), axis=1)
+    rows = op.Gather(op.Shape(places), op.Constant(value_ints=[0]))
+    mask = op.ScatterND(op.Expand(none, shape), places, op.Expand(yes, rows))
+    return op.Cast(mask, to=TensorProto.BOOL)
 
 
 def _in_8_bits(path: Path) -> Path:

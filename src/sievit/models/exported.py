@@ -19,7 +19,7 @@ from sievit.models.segmenter import Segmenter
 from sievit.policies import Policy
 from sievit.tokens import Trace
 from sievit.vit.execution import Execution
-from sievit.vit.model import Sizes, standing
+from sievit.vit.model import standing
 
 LEAST = 96
 """Pixels of the smallest canvas of a detector's program, which has two cells on its last map."""
@@ -49,7 +49,7 @@ class _Network:
     def __call__(
         self,
         images: Tensor,
-        sizes: Sizes | None = None,
+        sizes: Any = None,
         *,
         policy: Policy | None = None,
         execution: Execution = Execution(),

@@ -80,7 +80,7 @@ class OnnxRuntime(Runtime):
         return self.session.get_modelmeta().custom_metadata_map.get(METADATA)
 
     def run(self, inputs: dict[str, Tensor]) -> list[Any]:
-        return self.session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        return list(self.session.run(None, {name: value.numpy() for name, value in inputs.items()}))
 
 
 class OpenVino(Runtime):
