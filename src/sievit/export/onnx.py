@@ -78,6 +78,7 @@ def _nms(boxes: Any, scores: Any, iou: float) -> Any:
     none, yes = (op.Constant(value=make_tensor(str(i), TensorProto.INT32, [1], [i])) for i in range(2))
     shape, one = op.Shape(scores), op.Constant(value_ints=[1])
     most, columns = op.Gather(shape, one), op.Unsqueeze(scores, one)
+    boxes = op.Reshape(boxes, op.Constant(value_ints=[0, -1, 4]))  # OpenVINO has to see that these are four
     overlap, least = (op.Constant(value_float=value) for value in (iou, -0.5))
     chosen = op.NonMaxSuppression(boxes, columns, most, overlap, least)  # rows of group, 0, box
     places = op.Gather(chosen, op.Constant(value_ints=[0, 2]), axis=1)

@@ -33,6 +33,8 @@ class Runtime(ABC):
     title: ClassVar[str]
     needs: ClassVar[str | None] = None
     """The package of the runtime."""
+    telling: ClassVar[int] = 0
+    """The line of its errors that says what is wrong."""
     known: dict[str, Any]
 
     def __init__(self, path: Path) -> None:
@@ -45,7 +47,7 @@ class Runtime(ABC):
             text = self.read(path)
         except Exception as error:  # they raise classes of their own
             lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            raise ConfigError(f"{path}: {self.title} cannot read it ({lines[0]})") from error
+            raise ConfigError(f"{path}: {self.title} cannot read it ({lines[self.telling]})") from error
         if not text:
             raise ConfigError(f"{path}: was not written by sievit export; it has no {METADATA!r} in its metadata")
         self.known = json.loads(text)
@@ -87,6 +89,7 @@ class OpenVino(Runtime):
     """OpenVINO on CPU, for a pair of files .xml and .bin."""
 
     title = needs = "openvino"
+    telling = -1
 
     def read(self, path: Path) -> str | None:
         import openvino
