@@ -47,7 +47,7 @@ def scenes(scenes_of: Callable[..., Path]) -> Path:
 
 
 def detector(path: Path) -> Path:
-    model = build(tiny_detector(vit=tiny_vit(depth=2), policy=GATES))
+    model = build(tiny_detector(vit=tiny_vit(depth=2), policy=GATES, input=InputConfig(min_size=96, max_size=192)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         scattered(model.head, 0.1)  # scores that differ
