@@ -1,6 +1,8 @@
 """Exported files give the model's answers in a runtime of their own, and compute no token that is left out."""
 
 import json
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,23 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from sievit.config import ConfigError
+from sievit.config import ConfigError, to_json
+from sievit.export.agreement import agreeing
 from sievit.export.program import program
 from sievit.models.base import Model
-from sievit.models.build import load
+from sievit.models.build import build, load, save
 from sievit.models.inputs import InputConfig
+from sievit.models.segmenter import Segmenter
 from sievit.policies import DToPConfig, EViTConfig, KeepAllConfig, PolicyConfig, SViTConfig
-from tiny import refused, saved, tiny_detector, tiny_segmenter, tiny_vit
+from tiny import refused, saved, scattered, tiny_detector, tiny_segmenter, tiny_vit
 
 pytest.importorskip("onnxruntime", reason="files of ONNX need the packages of sievit[export]")
 
-POLICIES: dict[str, PolicyConfig] = {  # with choices from gates and from heads
-    "svit": SViTConfig(first_block=1, targets=(0.6,)),
-    "dtop": DToPConfig(thresholds=(0.26,), keep_per_class=1),
-}
+GATES, EXITS = SViTConfig(first_block=1, targets=(0.6,)), DToPConfig(thresholds=(0.26,), keep_per_class=1)
 INPUT = InputConfig(min_size=64, max_size=128, size_divisor=8)
+BATCHES = ([(64, 80)], [(64, 64)] * 4, [(96, 64), (64, 96)], [(70, 90), (64, 64), (128, 64)])
+"""Sizes of the images of batches."""
 
 
 def segmenter(policy: PolicyConfig, path: Path) -> Path:
@@ -42,7 +46,16 @@ def scenes(scenes_of: Callable[..., Path]) -> Path:
     return scenes_of(3, (64, 80))
 
 
-@pytest.fixture(scope="module", params=["dtop"])
+def detector(path: Path) -> Path:
+    model = build(tiny_detector(vit=tiny_vit(depth=2), policy=GATES, input=InputConfig(min_size=96, max_size=192)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        scattered(model.head, 0.1)  # scores that differ
+    save(model, path)
+    return path
+
+
+@pytest.fixture(scope="module", params=["segmenter", "detector"])
 def pair(
     request: pytest.FixtureRequest, scenes: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path, dict[str, Any]]:
@@ -50,56 +63,129 @@ def pair(
     from sievit.export import export
 
     root = tmp_path_factory.mktemp(request.param)
-    checkpoint = segmenter(POLICIES[request.param], root / "model.safetensors")
+    path = root / "model.safetensors"
+    checkpoint = detector(path) if request.param == "detector" else segmenter(EXITS, path)
     figures = export(checkpoint, images=scenes / "images", out=root / "model.onnx", number=2)
     return checkpoint, root / "model.onnx", figures
+
+
+only_segmenter = pytest.mark.parametrize("pair", ["segmenter"], indirect=True)
+
+
+def assert_same_answers(eager: Model, file: Model) -> None:
+    """Results, tokens and costs of batches of several sizes; something is left out."""
+    generator, less, found = torch.Generator().manual_seed(0), 0, 0
+    for sizes in BATCHES:
+        images = [torch.rand(3, *size, generator=generator) for size in sizes]
+        with torch.inference_mode():
+            expected, got = eager(images), file(images)
+        for a, b in zip(expected.results, got.results, strict=True):
+            same, total = agreeing(a, b)
+            assert same >= 0.999 * total
+            found += total
+        assert torch.equal(expected.trace.counts(), got.trace.counts())
+        assert got.trace.grid != expected.trace.grid or torch.equal(expected.trace.valid, got.trace.valid)
+        torch.testing.assert_close(eager.gflops(expected), file.gflops(got))
+        for name, value in eager.policy.report(expected.trace).items():
+            assert torch.equal(value, file.policy.report(got.trace)[name])
+        less += int((expected.trace.shares() < 1).sum())
+    assert less and found, "the policy of this test leaves something out, and something is found"
 
 
 def test_the_file_answers_as_the_model_does_at_every_size_and_batch(pair) -> None:
     eager, file = load(pair[0]), load(pair[1])
     assert file.config.classes == eager.config.classes and pair[2]["agree"] == 1
-    generator, less = torch.Generator().manual_seed(0), 0
-    for sizes in ([(64, 80)], [(64, 64)] * 4, [(96, 64), (64, 96)], [(70, 90), (64, 64), (128, 64)]):
-        images = [torch.rand(3, *size, generator=generator) for size in sizes]
-        with torch.inference_mode():
-            expected, got = eager(images), file(images)
-        for a, b in zip(expected.results, got.results, strict=True):
-            assert (a == b).float().mean() > 0.999
-        assert torch.equal(expected.trace.counts(), got.trace.counts())
-        assert torch.equal(expected.trace.valid, got.trace.valid)
-        torch.testing.assert_close(eager.gflops(expected), file.gflops(got))
-        for name, value in eager.policy.report(expected.trace).items():
-            assert torch.equal(value, file.policy.report(got.trace)[name])
-        less += int((expected.trace.shares() < 1).sum())
-    assert less, "the policy of this test leaves something out"
-
-
-@pytest.mark.parametrize("name", sorted(POLICIES))
-def test_the_program_computes_the_tokens_that_take_part_alone(name: str, tmp_path: Path) -> None:
-    model = load(segmenter(POLICIES[name], tmp_path / "model.safetensors"))
-    call = program(model)[0].module()
-    for images in (torch.rand(1, 3, 64, 80), torch.rand(3, 3, 96, 64)):
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            scores, keep, *_ = call(images)
-        with torch.inference_mode(), FlopCounterMode(display=False) as own:
-            expected, trace = model.network(images)
-        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
-        assert torch.equal(keep, torch.stack(trace.keep, dim=1)) and not keep.all()
-        assert len(images) > 1 or counter.get_total_flops() == own.get_total_flops()
+    assert_same_answers(eager, file)
 
 
 def test_commands_take_the_file_like_a_checkpoint(pair, scenes, command, tmp_path) -> None:
-    found = {}
+    found, is_segmenter = {}, "segmenter" in str(pair[0])
+    truth = ("--labels", scenes / "labels") if is_segmenter else ("--annotations", scenes / "annotations.json")
     for name, model in (("model", pair[0]), ("file", pair[1])):
         out = tmp_path / name
         command("predict", model, scenes / "images", "--out", out)
-        evaluated = command("eval", model, "--images", scenes / "images", "--labels", scenes / "labels").figures
+        evaluated = command("eval", model, "--images", scenes / "images", *truth).figures
         pictures = {path.name: path.read_bytes() for path in sorted(out.rglob("*.png"))}
-        keys = ("miou", "pixel_accuracy", "gflops", "keep", "images")
-        found[name] = ({key: evaluated[key] for key in keys}, sorted(pictures))
+        keys = ("miou", "pixel_accuracy", "box_ap", "mask_ap", "gflops", "keep", "images")
+        found[name] = ({key: evaluated[key] for key in keys if key in evaluated}, sorted(pictures))
     assert found["model"] == found["file"]
 
 
+def test_a_program_of_torch_computes_the_tokens_that_take_part_alone(tmp_path: Path) -> None:
+    from sievit.export.formats import write_program
+
+    path = segmenter(GATES, tmp_path / "model.safetensors")
+    model = load(path)
+    made = program(model)
+    write_program(made, tmp_path / "a.pt2", "torch-export", {"config": to_json(model.config), **made.known})
+    file = load(tmp_path / "a.pt2")
+    for images in (torch.rand(1, 3, 64, 80), torch.rand(3, 3, 96, 64)):
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            scores, trace = file.network(images)
+        with torch.inference_mode(), FlopCounterMode(display=False) as own:
+            expected, known = model.network(images)
+        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(torch.stack(trace.keep), torch.stack(known.keep)) and not all(k.all() for k in trace.keep)
+        # positions are products here
+        assert len(images) > 1 or own.get_total_flops() <= counter.get_total_flops() < 1.02 * own.get_total_flops()
+
+
+def test_a_static_program_has_no_shape_that_depends_on_a_value(tmp_path: Path) -> None:
+    from sievit.export.formats import write_program
+
+    model = load(segmenter(DToPConfig(static_left=(0.3, 0.5)), tmp_path / "model.safetensors"))
+    made = program(model, canvas=(128, 128))
+    asked = [str(node.target) for node in made.exported.graph.nodes]
+    assert not [name for name in asked if "nonzero" in name or "_local_scalar_dense" in name]
+    write_program(made, tmp_path / "a.pt2", "torch-export", {"config": to_json(model.config), **made.known})
+    file = load(tmp_path / "a.pt2")
+    assert_same_answers(model, file)
+    with pytest.raises(ConfigError, match="up to 128x128 pixels, and this is 136x64"):
+        file.network(torch.rand(1, 3, 136, 64))
+
+
+@only_segmenter
+def test_openvino_runs_it_too(pair, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    from sievit.export.formats import write_openvino
+    from sievit.models.runtimes import runtime
+
+    write_openvino(pair[1].read_bytes(), tmp_path / "a.xml", runtime(pair[1]).known)
+    eager, file = load(pair[0]), load(tmp_path / "a.xml")
+    for images in (torch.rand(1, 3, 64, 80), torch.rand(3, 3, 96, 64)):
+        with torch.inference_mode():
+            (expected, known), (scores, trace) = eager.network(images), file.network(images)
+        assert float((scores - expected).abs().median()) < 1e-3  # a token that just leaves there may stay here
+        for own, other in zip(known.keep, trace.keep, strict=True):
+            assert float((own == other).float().mean()) > 0.9
+
+
+@only_segmenter
+def test_a_program_in_cpp_runs_the_file(pair, tmp_path: Path) -> None:
+    """examples/cpp, with the headers and the library of OpenVINO's package."""
+    openvino = pytest.importorskip("openvino")
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    root, program = Path(openvino.__file__).parent, tmp_path / "segment"
+    library = next((root / "libs").glob("libopenvino.so.*"))
+    source = Path(__file__).parents[1] / "examples" / "cpp" / "segment.cpp"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Werror", f"-isystem{root / 'include'}", f"-Wl,-rpath,{library.parent}"]
+    subprocess.run(["g++", *flags, str(source), str(library), "-o", str(program)], check=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.ppm")
+    run = [str(program), str(pair[1]), str(tmp_path / "a.ppm"), str(tmp_path / "a.pgm")]
+    done = subprocess.run(run, check=True, capture_output=True, text=True)
+    assert "80 x 64 pixels" in done.stdout
+    labels = np.asarray(Image.open(tmp_path / "a.pgm"))
+    eager = load(pair[0]).with_config(input=InputConfig(min_size=64, max_size=128, size_divisor=8, antialias=False))
+    assert isinstance(eager, Segmenter)
+    with torch.inference_mode():
+        scores = eager.scores([torch.from_numpy(pixels).permute(2, 0, 1)])[0]
+    assert (labels == scores.argmax(0).numpy()).mean() > 0.9
+    assert subprocess.run([*run[:2], str(source), run[3]], check=False, capture_output=True).returncode == 1
+
+
+@only_segmenter
 def test_what_is_in_the_file(pair) -> None:
     import onnxruntime
 
@@ -110,6 +196,7 @@ def test_what_is_in_the_file(pair) -> None:
     assert shape[1] == 3 and not any(isinstance(shape[i], int) for i in (0, 2, 3)), "batch, height and width are free"
 
 
+@only_segmenter
 def test_a_file_in_eight_bits(pair, tmp_path) -> None:
     import onnx
 
@@ -123,20 +210,24 @@ def test_a_file_in_eight_bits(pair, tmp_path) -> None:
 
 
 def test_mistakes(scenes, tmp_path, command, monkeypatch) -> None:
-    checkpoint = segmenter(POLICIES["svit"], tmp_path / "model.safetensors")
-    detector = saved(tiny_detector(policy=KeepAllConfig()), tmp_path / "detector.safetensors")
+    checkpoint = segmenter(GATES, tmp_path / "model.safetensors")
     images, out = ("--images", scenes / "images"), ("--out", tmp_path / "a.onnx")
-    assert (
-        "a detector cannot be exported yet"
-        in command("export", detector, *images, "--out", tmp_path / "a.onnx", status=2).err
-    )
     assert "ends with .onnx" in command("export", checkpoint, *images, "--out", tmp_path / "a.pt", status=2).err
+    for options, message in (
+        (("--format", "openvino"), "ends with .xml"),
+        (("--canvas", 64, 64), "of --mode static"),
+        (("--format", "torch-export", "--precision", "int8"), "is of --format onnx"),
+    ):
+        suffix = {"torch-export": "pt2"}.get(str(options[1]), "onnx")
+        assert (
+            message in command("export", checkpoint, *images, "--out", tmp_path / f"a.{suffix}", *options, status=2).err
+        )
     evit = segmenter(EViTConfig(first_block=1, shares=(0.5,)), tmp_path / "evit.safetensors")
     assert "decides inside blocks" in command("export", evit, *images, *out, status=2).err
     assert not list(tmp_path.glob("*.onnx")) and not list(tmp_path.glob(".*.onnx"))
 
     (tmp_path / "damaged.onnx").write_bytes(b"no model")
-    refused("ONNX Runtime cannot read it", load, tmp_path / "damaged.onnx")
+    refused("onnxruntime cannot read it", load, tmp_path / "damaged.onnx")
     refused("no such file", load, tmp_path / "none.onnx")
     import onnx
     from onnx import TensorProto, helper
@@ -151,12 +242,13 @@ def test_mistakes(scenes, tmp_path, command, monkeypatch) -> None:
 
     from sievit.export import onnx as ours
 
-    monkeypatch.setattr(ours, "NEEDED", ("onnx", "no_such_package"))
+    monkeypatch.setattr(ours, "NEEDED", {"onnx": ("onnx", "no_such_package")})
     text = command("export", checkpoint, *images, *out, status=2).err
     assert "no_such_package: pip install 'sievit[export]'" in text
 
 
-def test_a_file_that_disagrees_is_not_written(scenes, tmp_path, command, monkeypatch) -> None:
+@only_segmenter
+def test_a_file_that_disagrees_is_not_written(pair, scenes, tmp_path, command, monkeypatch) -> None:
     from sievit.export import command as ours
 
     def wrong(path: Path) -> Model:
@@ -170,13 +262,18 @@ def test_a_file_that_disagrees_is_not_written(scenes, tmp_path, command, monkeyp
         file.network.forward = forward
         return file
 
+    def copied(made: Any, path: Path, *_: Any, **__: Any) -> list[Path]:
+        return [Path(shutil.copy(pair[1], path))]
+
     monkeypatch.setattr(ours, "load_exported", wrong)
-    checkpoint = segmenter(KeepAllConfig(), tmp_path / "model.safetensors")
+    monkeypatch.setattr(ours, "write_program", copied)
+    monkeypatch.setattr(ours, "program", lambda model: type("Made", (), {"known": {}}))
     out = tmp_path / "a.onnx"
-    text = command("export", checkpoint, "--images", scenes / "images", "--number", 1, "--out", out, status=2).err
-    assert "of the pixels another label" in text and not out.exists() and not list(tmp_path.glob(".*"))
+    text = command("export", pair[0], "--images", scenes / "images", "--number", 1, "--out", out, status=2).err
+    assert "are not as the model finds them" in text and not out.exists() and not list(tmp_path.glob(".*"))
 
 
+@only_segmenter
 def test_a_file_keeps_its_policy(pair) -> None:
     refused("runs with the policy that is in it", load, pair[1], policy="keep_all")
     file = load(pair[1])

@@ -4,21 +4,28 @@ import statistics
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from sievit import __version__, terminal
 from sievit.config import ConfigError, Count, to_json
 from sievit.data.images import list_images, read_image, to_tensor
 from sievit.engine.evaluate import timed_in_turns
-from sievit.export.onnx import onnx_bytes, require_onnx
-from sievit.export.program import OUTPUTS, program
-from sievit.files import digest, write_atomically
+from sievit.export.agreement import agreeing
+from sievit.export.formats import SUFFIX, Format, write_program
+from sievit.export.onnx import require
+from sievit.export.program import Made, program
+from sievit.files import digest
 from sievit.hub.file import require_free
+from sievit.models.backbone import padded_size
 from sievit.models.base import Model
 from sievit.models.build import load, model_file
-from sievit.models.exported import METADATA, SUFFIX, load_exported
+from sievit.models.detector import Detector
+from sievit.models.exported import load_exported
+from sievit.models.inputs import Size
 from sievit.policies import PolicyOptions
 
-AGREE = 0.9999
-"""Share of the pixels that have to have the label that the model itself gives them; files in 8 bits are exempt."""
+AGREE = {"segmenter": (0.9999, "pixels"), "detector": (0.99, "detections")}
+"""Share of what has to be as the model itself finds it; files in 8 bits are exempt."""
 
 
 def export(
@@ -27,12 +34,15 @@ def export(
     images: Path,
     *,
     out: Path,
+    format: Format = "onnx",
+    mode: Literal["dynamic", "static"] = "dynamic",
+    canvas: tuple[Count, Count] | None = None,
     policy: PolicyOptions = PolicyOptions(),  # noqa: B008
     precision: Literal["float32", "int8"] = "float32",
     number: Count = 8,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Write a segmenter as an ONNX file in which tokens that are left out are not computed.
+    """Write a segmenter or detector as a file that runs elsewhere, in which tokens that are left out are not computed.
 
     Batch, height and width are free. The file holds everything: `sievit predict`, `eval` and others take it like a
     checkpoint, and its metadata say how images are prepared and what the classes are. It is written when it agreed
@@ -41,54 +51,92 @@ def export(
     Args:
         model: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
         images: an image or a folder; the file and the model are compared and timed on the first ones.
-        out: the .onnx file to write.
+        out: the file to write: .onnx, .pt2 (torch-export, aoti) or .xml (openvino, with a .bin beside it).
+        format: aoti is compiled for this kind of machine.
+        mode: static has fixed counts of tokens, those that the policy needs on the images, and one canvas that smaller
+            images are padded to; no shape depends on a value, but for the batch.
+        canvas: height and width of a static file; by default what the images need.
         policy: another policy than the model's.
-        precision: int8 stores the weights of matrix products in 8 bits per channel, and computes in 8 bits.
+        precision: int8 (onnx) stores the weights of matrix products in 8 bits per channel, and computes in 8 bits.
         number: of images to compare on.
         force: write over a file that is there.
     """
-    if out.suffix != SUFFIX:
-        raise ConfigError(f"--out {out}: an ONNX file ends with {SUFFIX}")
-    require_onnx()
+    if out.suffix != SUFFIX[format]:
+        raise ConfigError(f"--out {out}: a file of --format {format} ends with {SUFFIX[format]}")
+    if precision == "int8" and format != "onnx":
+        raise ConfigError(f"--precision int8 is of --format onnx, not {format}")
+    if canvas is not None and mode == "dynamic":
+        raise ConfigError("--canvas is of --mode static; a dynamic file takes images of any size")
+    require(format)
     require_free(out, force=force)
     console = terminal.console()
     path = model_file(model)
     eager = load(path, policy=policy, compile=False)
     paths = ([images] if images.is_file() else list_images(images))[:number]
     console.print("exporting", soft_wrap=True)
-    made, known = program(eager)
-    metadata = {"config": to_json(eager.config), "model": digest(path), "version": __version__, **known}
-    content = onnx_bytes(
-        made, [*OUTPUTS[: len(made.graph_signature.user_outputs)]], {METADATA: metadata}, int8=precision == "int8"
-    )
+    if mode == "static":
+        eager, size = _static(path, eager, paths)
+        made = program(eager, canvas=canvas or size)
+    else:
+        made = program(eager)
+    metadata = {"config": to_json(eager.config), "model": digest(path), "version": __version__, **made.known}
+    figures = _write(out, made, metadata, eager, paths, format=format, int8=precision == "int8")
+    how = {"out": str(out), "format": format, "mode": mode, "precision": precision}
+    return {**how, "images": len(paths), **figures}
+
+
+def _write(
+    out: Path, made: Made, metadata: dict[str, Any], eager: Model, paths: list[Path], *, format: Format, int8: bool
+) -> dict[str, Any]:
+    """Write the file if it agrees with the model; its size and what `_compared` found."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}")
+    part, console = out.with_name(f".{out.name}"), terminal.console()
+    least, what = AGREE[eager.kind]
+    written = [part]
     try:
-        write_atomically(part, content)
-        figures = _compared(eager, load_exported(part), paths, terminal.console())
-        if precision == "float32" and figures["agree"] < AGREE:
+        written = write_program(made, part, format, metadata, int8=int8)
+        figures = _compared(eager, load_exported(part), paths, console)
+        if not int8 and figures["agree"] < least:
             raise ConfigError(
-                f"the file gives {1 - figures['agree']:.3%} of the pixels another label than the model does; it was "
-                "not written"
+                f"{1 - figures['agree']:.3%} of the {what} of the file are not as the model finds them; it was not "
+                "written"
             )
-        part.replace(out)
+        megabytes = sum(each.stat().st_size for each in written) / 2**20
+        for each in reversed(written):
+            each.replace(out.with_suffix(each.suffix))
     finally:
-        part.unlink(missing_ok=True)
-    size = len(content) / 2**20
+        for each in written:
+            each.unlink(missing_ok=True)
     console.print(
-        f"{out}: {size:.1f} MB; {figures['agree']:.4%} of the pixels of {len(paths)} images as the model labels them; "
-        f"{figures['ms']:.0f} ms, the model {figures['model_ms']:.0f} ms",
+        f"{out}: {megabytes:.1f} MB; {figures['agree']:.4%} of the {what} of {len(paths)} images as the model finds "
+        f"them; {figures['ms']:.0f} ms, the model {figures['model_ms']:.0f} ms",
         soft_wrap=True,
     )
-    return {"out": str(out), "precision": precision, "megabytes": round(size, 2), "images": len(paths), **figures}
+    return {"megabytes": round(megabytes, 2), **figures}
+
+
+@torch.inference_mode()
+def _static(path: Path, eager: Model, paths: list[Path]) -> tuple[Model, Size]:
+    """The model with the static counts that its policy needs on the images, and the canvas that these need."""
+    answers = [eager([to_tensor(read_image(each))]) for each in paths]
+    unit = eager.network.size_divisor if isinstance(eager, Detector) else eager.vit.config.stride
+    edges = zip(*(answer.image_size for answer in answers), strict=True)
+    height, width = padded_size([max(edge) for edge in edges], unit)
+    if eager.policy.is_static:
+        return eager, (height, width)
+    kept = torch.cat([answer.shares() for answer in answers]).mean(0).tolist()
+    static = eager.policy.made_static(kept)
+    if static is None:
+        raise ConfigError(f"{type(eager.policy).__name__} has no static counts; export with --mode dynamic")
+    return load(path, policy=static, compile=False), (height, width)
 
 
 def _compared(eager: Model, file: Model, paths: list[Path], console: Any) -> dict[str, Any]:
-    """How many pixels of some images have the same label, and the times of both in turns."""
+    """How far the results of some images agree, and the times of both in turns."""
     images = [to_tensor(read_image(path)) for path in paths]
     options: dict[str, Any] = {"console": console, "title": "comparing", "kept": lambda answer: answer.results[0]}
     taken = timed_in_turns([file, eager], images, **options)
-    pairs = [(mine, own) for (_, mine), (_, own) in zip(*taken, strict=True)]
-    same, total = sum(int((a == b).sum()) for a, b in pairs), sum(a.numel() for a, _ in pairs)
+    pairs = [agreeing(own, mine) for (_, mine), (_, own) in zip(*taken, strict=True)]
+    same, total = (sum(column) for column in zip(*pairs, strict=True))
     medians = [round(statistics.median(elapsed for elapsed, _ in of_model), 2) for of_model in taken]
-    return {"agree": round(same / total, 6), "ms": medians[0], "model_ms": medians[1]}
+    return {"agree": round(same / total, 6) if total else 1.0, "ms": medians[0], "model_ms": medians[1]}

@@ -12,17 +12,18 @@ from typing import Any
 import torch
 
 from sievit.config import ConfigError
+from sievit.export.program import Made
 
-NEEDED = ("onnx", "onnxscript", "onnxruntime")
+NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
 
 
-def require_onnx() -> None:
-    """Raise a ConfigError if a package is missing."""
-    for name in NEEDED:
+def require(format: str) -> None:
+    """Raise a ConfigError if a package is missing that files of this format need."""
+    for name in NEEDED.get(format, ()):
         try:
             import_module(name)
         except ImportError as error:
-            raise ConfigError(f"ONNX files need {name}: pip install 'sievit[export]'") from error
+            raise ConfigError(f"--format {format} needs {name}: pip install 'sievit[export]'") from error
 
 
 @contextmanager
@@ -37,25 +38,18 @@ def _quiet(name: str) -> Generator[None]:
         logger.setLevel(level)
 
 
-def onnx_bytes(
-    made: torch.export.ExportedProgram, outputs: list[str], metadata: dict[str, Any], *, int8: bool
-) -> bytes:
+def onnx_bytes(made: Made, metadata: dict[str, Any], *, int8: bool) -> bytes:
     """The file, with `metadata` as JSON, a property for each name.
 
     Args:
         int8: weights of matrix products in 8 bits per channel; what goes in is rounded to 8 bits when they run.
     """
-    from onnxscript import opset18
-
-    def stable_sort(self: Any, stable: Any = None, dim: int = -1, descending: bool = False) -> Any:
-        """`sort`, which ONNX does not have: all of the largest or smallest, the first ones first among equals."""
-        size = opset18.Gather(opset18.Shape(self), opset18.Constant(value_ints=[dim]))  # ty: ignore
-        return opset18.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
-
-    table: Any = {torch.ops.aten.sort.stable: stable_sort}
-    names: dict[str, Any] = {"input_names": ["images"], "output_names": outputs}
-    with _quiet("torch.onnx"):
-        done = torch.onnx.export(made, (), dynamo=True, custom_translation_table=table, verbose=False, **names)
+    table: Any = {torch.ops.aten.sort.stable: _sort, torch.ops.sievit.nms.default: _nms}
+    options: dict[str, Any] = {"input_names": made.inputs, "output_names": made.outputs, "optimize": False}
+    with _quiet("torch.onnx"):  # runtimes optimise when they read a file
+        done = torch.onnx.export(
+            made.exported, (), dynamo=True, custom_translation_table=table, verbose=False, **options
+        )
     assert done is not None
     for name, value in metadata.items():
         done.model.metadata_props[name] = json.dumps(value)
@@ -63,6 +57,34 @@ def onnx_bytes(
         path = Path(folder) / "model.onnx"
         done.save(path)
         return (_in_8_bits(path) if int8 else path).read_bytes()
+
+
+def _sort(values: Any, stable: Any = None, dim: int = -1, descending: bool = False) -> Any:
+    """`sort`, which ONNX does not have: all of the largest or smallest, the first ones first among equals."""
+    from onnxscript import opset18
+
+    op: Any = opset18
+    size = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]))
+    return op.TopK(values, size, axis=dim, largest=int(descending), sorted=1)
+
+
+def _nms(boxes: Any, scores: Any, iou: float) -> Any:
+    """`heads.fixed.nms_mask`."""
+    from onnx import TensorProto
+    from onnx.helper import make_tensor
+    from onnxscript import opset18
+
+    op: Any = opset18
+    none, yes = (op.Constant(value=make_tensor(str(i), TensorProto.INT32, [1], [i])) for i in range(2))
+    shape, one = op.Shape(scores), op.Constant(value_ints=[1])
+    most, columns = op.Gather(shape, one), op.Unsqueeze(scores, one)
+    boxes = op.Reshape(boxes, op.Constant(value_ints=[0, -1, 4]))  # OpenVINO has to see that these are four
+    overlap, least = (op.Constant(value_float=value) for value in (iou, -0.5))
+    chosen = op.NonMaxSuppression(boxes, columns, most, overlap, least)  # rows of group, 0, box
+    places = op.Gather(chosen, op.Constant(value_ints=[0, 2]), axis=1)
+    rows = op.Gather(op.Shape(places), op.Constant(value_ints=[0]))
+    mask = op.ScatterND(op.Expand(none, shape), places, op.Expand(yes, rows))
+    return op.Cast(mask, to=TensorProto.BOOL)
 
 
 def _in_8_bits(path: Path) -> Path:

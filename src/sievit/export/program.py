@@ -1,63 +1,127 @@
-"""A segmenter's network as one program: batch, height and width are free, left-out tokens are not computed.
+"""A model's network as one program, in which tokens that are left out are not computed.
 
 How many tokens a block computes depends on what is in the images; in the program it is a number that is known when it
-runs. Of a batch each block computes as many tokens per image as the image with the most of them needs.
+runs. Of a batch each block computes as many tokens per image as the image with the most of them needs. A static program
+has the shapes of one canvas instead, and the counts of a policy that has static ones: no shape depends on a value.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sievit.config import ConfigError
+from sievit.heads.fixed import find
 from sievit.models.base import Model
+from sievit.models.detector import Detector
+from sievit.models.inputs import Size
 from sievit.models.segmenter import Segmenter
 from sievit.policies import KeepAllConfig
+from sievit.tokens import Trace
 from sievit.vit import Execution
 
-OUTPUTS = ("scores", "keep", "macs", "exited")
-"""Of a program: scores (b, k, H, W), logits or those of attention-to-mask heads; keep (b, depth, n), which grid tokens
-took part in each block; macs (b,), multiply-adds of the policy; exited (b, stages, n), tokens that left (DToP)."""
+FREE = 4096
+"""Upper bound of the batch, and of rows and columns of tokens."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A program.
+
+    Attributes:
+        exported: takes `inputs` and returns `outputs`, both named: normalised `images` (b, 3, H, W), and of detectors
+            and static programs `sizes` (b, 2) int64, height and width of each image on its padded canvas.
+        outputs: of a segmenter `scores` (b, k, H, W), logits or those of attention-to-mask heads; of a detector
+            `boxes` (b, d, 4) on the pixels of `images`, `labels` (b, d), `scores` (b, d), best first, both zero where
+            there is no detection, and `masks` (b, d, m, m), probabilities inside the box; of both `keep` (b, depth, n),
+            which grid tokens took part in each block, `macs` (b,), multiply-adds of the policy, and `exited`
+            (b, stages, n), tokens that left (DToP).
+        known: what traces of the program have beside that: `prefix`, per block the prefix tokens of attention and MLP;
+            `heads`, the blocks behind which heads were computed; `stages`, those behind which tokens leave; `canvas`,
+            the (height, width) of a static program.
+    """
+
+    exported: torch.export.ExportedProgram
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    known: dict[str, Any]
 
 
 class Program(nn.Module):
-    """Normalised images (b, 3, H, W), whose sides are multiples of the stride of the tokens, to `OUTPUTS`."""
+    """What is exported of a segmenter; `static` has no shape that depends on a value."""
 
-    def __init__(self, model: Segmenter) -> None:
+    def __init__(self, model: Segmenter, *, static: bool) -> None:
         super().__init__()
-        self.net = model.net
+        self.net, self.mode = model.net, Execution("packed" if static else "bucketed")
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        scores, trace = self.net(images, execution=Execution("bucketed"))
-        found = (scores, torch.stack(trace.keep, dim=1), self.net.policy.macs(trace).float())
-        return (*found, torch.stack(trace.exited, dim=1)) if trace.exited else found
+    def forward(self, images: Tensor, sizes: Tensor | None = None) -> dict[str, Tensor]:
+        scores, trace = self.net(images, sizes, execution=self.mode)
+        return {"scores": scores, **_of_trace(trace, self.net.policy.macs(trace))}
 
 
-def program(model: Model) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
-    """The exported program, and what its trace has beside the outputs: `prefix`, per block the prefix tokens of
-    attention and MLP; `heads`, the blocks behind which heads were computed; `stages`, those behind which tokens leave.
+class DetectorProgram(nn.Module):
+    """What is exported of a detector."""
+
+    def __init__(self, model: Detector, *, static: bool) -> None:
+        super().__init__()
+        self.backbone, self.head, self.static = model.backbone, model.head, static
+        self.mode = Execution("packed" if static else "bucketed")
+        self.hidden = model.config.padding == "hidden"
+
+    def forward(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+        features, trace = self.backbone(images, sizes if self.hidden else None, execution=self.mode)
+        found = find(self.head, features, (images.shape[2], images.shape[3]), sizes, fixed=self.static)
+        there = {name: value for name, value in found._asdict().items() if value is not None}
+        return {**there, **_of_trace(trace, self.backbone.policy.macs(trace))}
+
+
+def _of_trace(trace: Trace, macs: Tensor) -> dict[str, Tensor]:
+    found = {"keep": torch.stack(trace.keep, dim=1), "macs": macs.float()}
+    return {**found, "exited": torch.stack(trace.exited, dim=1)} if trace.exited else found
+
+
+def program(model: Model, *, canvas: Size | None = None) -> Made:
+    """The network of a model as a program.
+
+    Args:
+        canvas: (height, width) in pixels of a static program; None: batch, height and width are free.
 
     Raises:
-        ConfigError: another kind of model than a segmenter, a mode or policy that has no program.
+        ConfigError: another kind of model, or a policy, that has no program.
     """
-    if not isinstance(model, Segmenter):
-        raise ConfigError(f"a {model.kind} cannot be exported yet: its proposals are no program; segmenters can")
-    stride = model.vit.config.stride
-    images = torch.rand(2, 3, 8 * stride, 10 * stride, generator=torch.Generator().manual_seed(0))
+    net: Program | DetectorProgram
+    if isinstance(model, Detector):
+        net, least, unit = DetectorProgram(model, static=canvas is not None), 3, model.backbone.size_divisor
+    elif isinstance(model, Segmenter):
+        net, least, unit = Program(model, static=canvas is not None), 1, model.vit.config.stride
+    else:
+        raise ConfigError(f"a {model.kind} cannot be exported; segmenters and detectors can")
+    batch, height, width = (
+        torch.export.Dim(name, min=low, max=FREE) for name, low in (("batch", 1), ("rows", least), ("columns", least))
+    )
+    free = {0: batch} if canvas is not None else {0: batch, 2: unit * height, 3: unit * width}
+    size = canvas or (6 * unit, 8 * unit)
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        _, trace = model.net(images)
+        _, trace = model.network(images)
+    name = type(model.policy).__name__
     if any(not torch.equal(*pair) for pair in zip(trace.keep, trace.mlp, strict=True)):
-        raise ConfigError(f"{type(model.policy).__name__} decides inside blocks, and has no program yet")
+        raise ConfigError(f"{name} decides inside blocks, and has no program yet")
     if isinstance(model.config.policy, KeepAllConfig):
         model.policy.requires_grad_(False)
-    batch, height, width = (torch.export.Dim(name, min=1, max=4096) for name in ("batch", "rows", "columns"))
-    shapes = ({0: batch, 2: stride * height, 3: stride * width},)
+    args, shapes = {"images": images}, {"images": free}
+    if canvas is not None or isinstance(model, Detector):
+        args["sizes"], shapes["sizes"] = torch.tensor([size, (size[0] - 1, size[1] // 2)]), {0: batch}
     try:
         with torch.no_grad():
-            made = torch.export.export(Program(model), (images,), dynamic_shapes=shapes, strict=False)
+            outputs = tuple(net(**args))
+            made = torch.export.export(net, tuple(args.values()), dynamic_shapes=shapes, strict=False)
+    except ConfigError:
+        raise
     except Exception as error:  # of whatever kind, it says what the exporter cannot do
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"{type(model.policy).__name__} cannot be exported: {reason}") from error
+        raise ConfigError(f"{name} cannot be exported: {reason}") from error
     stages = [index - 1 for index, aux in enumerate(trace.aux) if "exited" in aux]
     known = {"prefix": [list(pair) for pair in trace.prefix], "heads": list(trace.head_blocks), "stages": stages}
-    return made, known
+    return Made(made, tuple(args), outputs, {**known, "outputs": outputs, "canvas": canvas})

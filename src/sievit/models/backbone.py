@@ -32,7 +32,7 @@ class PyramidBackbone(nn.Module):
     def forward(
         self,
         images: Tensor,
-        sizes: Sizes | None = None,
+        sizes: Sizes | Tensor | None = None,
         *,
         policy: Policy | None = None,
         execution: Execution = Execution(),

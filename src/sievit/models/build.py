@@ -10,8 +10,9 @@ from sievit.hub.fetch import model_file
 from sievit.hub.file import FORMAT, read, restored, write
 from sievit.models.base import Model, model_class
 from sievit.models.detector import Detector, DetectorConfig
-from sievit.models.exported import SUFFIX, load_exported
+from sievit.models.exported import load_exported
 from sievit.models.inputs import ModelConfig
+from sievit.models.runtimes import SUFFIXES
 from sievit.models.segmenter import Segmenter, SegmenterConfig
 from sievit.policies import PolicyConfig, PolicyOptions
 
@@ -66,7 +67,7 @@ def load(
         ConfigError: no such file, not a sievit model, damaged, weights that do not fit, an unknown policy, or one that
             has to be trained and was not; a policy for an exported file.
     """
-    if Path(path).suffix == SUFFIX:
+    if Path(path).suffix in SUFFIXES:
         if policy is not None and policy != PolicyOptions():
             raise ConfigError(f"{path}: runs with the policy that is in it; export the model with another one")
         return load_exported(Path(path))

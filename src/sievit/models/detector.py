@@ -118,20 +118,32 @@ class Detector(Model[dict[str, Tensor]]):
         sizes = given if targets is not None else [self.config.input.test_size(size) for size in given]
         batch = batched(images, sizes, self.config.input, self.device)
         image_size = (batch.shape[-2], batch.shape[-1])
-        own = sizes if self.config.padding == "hidden" else None
         if targets is not None:
             execution = execution or Execution()
             targets = [{name: x.to(self.device) for name, x in t.items() if isinstance(x, Tensor)} for t in targets]
         elif execution is None:
             execution = self.config.execution
-        with execution.autocast(self.device):
-            features, trace = execution.run(self.backbone, batch, own, policy=policy)
-            detections, losses = self.head(features, image_size, sizes, targets)
+        detections, losses, trace = self.run(batch, sizes, targets, policy=policy, execution=execution)
         if targets is not None:
             chosen = self.policy if policy is None else policy
             losses = {**losses, **chosen.loss(trace, teacher=teacher, targets=targets)}
         detections = [self._on_image(d, *pair) for d, *pair in zip(detections, sizes, given, strict=targets is None)]
         return Output.whole(trace, sizes, image_size, results=detections, losses=losses)
+
+    def run(
+        self,
+        batch: Tensor,
+        sizes: list[Size],
+        targets: list[dict[str, Tensor]] | None,
+        *,
+        policy: Policy | None,
+        execution: Execution,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor], Trace]:
+        """Backbone and head: detections and losses of `MaskRCNN.forward`, and the trace."""
+        own = sizes if self.config.padding == "hidden" else None
+        with execution.autocast(self.device):
+            features, trace = execution.run(self.backbone, batch, own, policy=policy)
+            return *self.head(features, (batch.shape[-2], batch.shape[-1]), sizes, targets), trace
 
     def _on_image(self, detection: dict[str, Tensor], size: Size, given: Size) -> Detections:
         """The detection on the pixels of the image that was given, instead of those that the network saw."""

@@ -125,7 +125,7 @@ class SegmentationNet(nn.Module):
     def forward(
         self,
         images: Tensor,
-        sizes: Sizes | None = None,
+        sizes: Sizes | Tensor | None = None,
         *,
         policy: Policy | None = None,
         execution: Execution = Execution(),
@@ -150,7 +150,7 @@ class SegmentationNet(nn.Module):
     def predictions(
         self,
         images: Tensor,
-        sizes: Sizes | None = None,
+        sizes: Sizes | Tensor | None = None,
         *,
         policy: Policy | None = None,
         execution: Execution = Execution(),

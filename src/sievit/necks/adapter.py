@@ -52,9 +52,12 @@ class AdapterConfig(NeckConfig):
 class Masks:
     """Which cells of a map stand on the images of a padded batch, by stride; nothing to do when all do."""
 
-    def __init__(self, sizes: Sizes | None, canvas: tuple[int, int], device: torch.device) -> None:
-        full = sizes is None or all(tuple(size) == tuple(canvas) for size in sizes)
+    def __init__(self, sizes: Sizes | Tensor | None, canvas: tuple[int, int], device: torch.device) -> None:
         self.canvas = canvas
+        if isinstance(sizes, Tensor):
+            self.sizes = sizes
+            return
+        full = sizes is None or all(tuple(size) == tuple(canvas) for size in sizes)
         self.sizes = None if full else torch.tensor(sizes, device=device)
 
     def at(self, stride: int) -> Tensor | None:
@@ -180,7 +183,7 @@ class ViTAdapter(nn.Module):
     def forward(
         self,
         images: Tensor,
-        sizes: Sizes | None = None,
+        sizes: Sizes | Tensor | None = None,
         *,
         policy: Policy | None = None,
         execution: Execution = Execution(),
@@ -189,7 +192,7 @@ class ViTAdapter(nn.Module):
 
         Args:
             images: (b, 3, H, W), normalised; H and W multiples of 32.
-            sizes: (height, width) of each image inside the padded batch; None when the images fill it.
+            sizes: (height, width) of each image inside the padded batch; None when the images fill it. See `ViT.embed`.
             policy: in place of the backbone's.
         """
         canvas = (images.shape[2], images.shape[3])

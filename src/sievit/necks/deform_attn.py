@@ -104,6 +104,9 @@ def deform_sample(values: Tensor, shapes: Shapes, positions: Tensor, weights: Te
         shares.append(torch.stack([above - above_right, above_right, below - below_right, below_right], -1))
         start += (rows + 3) * stride
     bag, share = (torch.stack(each, 3).flatten(0, 2).flatten(1) for each in (bags, shares))  # (b * q * h, l * p * 4)
+    if torch.compiler.is_exporting():  # runtimes have no such operation
+        rows = table.flatten(0, 1).unflatten(-1, (h, d)).flatten(0, 1)[bag.flatten().long()].unflatten(0, bag.shape)
+        return (share[:, None].to(table.dtype) @ rows).reshape(b, q, h * d)
     out = F.embedding_bag(bag, table.view(-1, d), per_sample_weights=share.to(table.dtype), mode="sum")
     return out.view(b, q, h * d)
 
@@ -113,7 +116,7 @@ def _bordered(values: Tensor, shapes: Shapes) -> Tensor:
     column before, which also stands behind the row before it; two more at the end, for the last corner's neighbours."""
     levels = values.split([rows * columns for rows, columns in shapes], dim=1)
     padded = [F.pad(x.unflatten(1, shape), (0, 0, 1, 0, 1, 2)) for x, shape in zip(levels, shapes, strict=True)]
-    return torch.cat([*(x.flatten(1, 2) for x in padded), values.new_zeros(len(values), 2, values.shape[2])], 1)
+    return torch.cat([*(x.flatten(1, 2) for x in padded), values.new_zeros(values.shape[0], 2, values.shape[2])], 1)
 
 
 def reference_points(shapes: Shapes, device: torch.device) -> Tensor:

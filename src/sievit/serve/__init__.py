@@ -12,7 +12,7 @@ from sievit import terminal
 from sievit.config import ConfigError, Natural, Positive
 from sievit.devices import device_name, pick_device
 from sievit.models.build import load
-from sievit.models.exported import SUFFIX
+from sievit.models.runtimes import SUFFIXES
 from sievit.policies import PolicyOptions
 
 __all__ = ["serve"]
@@ -70,7 +70,7 @@ def serve(
     local, console = _is_local(host), terminal.console()
     with _listening(host, port) as listening:  # before the model is loaded, which takes longer
         where = pick_device(device)
-        runner = Runner(load(model, policy=policy, device=where), fixed=model.suffix == SUFFIX)
+        runner = Runner(load(model, policy=policy, device=where), fixed=model.suffix in SUFFIXES)
         runner.warm_up()
         limits = {"max_bytes": int(max_megabytes * 1e6), "max_pixels": int(max_megapixels * 1e6)}
         service = Service(name=model.name, runner=runner, desk=Desk(waiting, timeout), **limits)

@@ -81,7 +81,8 @@ def execute_run(run: Run, tokens: Tokens, execution: Execution, *, inplace: bool
     if part is None and (tokens.gate is None or mode == "selected"):
         x, heads = run(tokens.x, Dense(rope=tokens.rope, bias=bias), b)
         return replace(tokens, x=x), heads and Half(heads, _as_it_is, _as_it_is)
-    if mode == "masked":
+    unplaced = tokens.order is None and mode == "packed" and torch.compiler.is_exporting()  # a program without counts
+    if mode == "masked" or unplaced:
         return _execute_masked(run, tokens, bias)
     assert part is not None, "a gate without a choice"
     if mode == "bucketed" and tokens.context is None and tokens.order is None:

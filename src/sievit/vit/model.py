@@ -22,6 +22,7 @@ from sievit.vit.projections import Projections
 from sievit.vit.rope import rope_table, unmoved
 
 Sizes = list[tuple[int, int]]
+"""Per image (height, width) in pixels, inside a padded batch."""
 
 
 class PatchEmbed(nn.Module):
@@ -69,13 +70,14 @@ class ViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def embed(self, images: Tensor, sizes: Sizes | None = None) -> Tokens:
+    def embed(self, images: Tensor, sizes: Sizes | Tensor | None = None) -> Tokens:
         """Images (b, 3, H, W), normalised, to a canvas.
 
         Args:
             sizes: (height, width) in pixels of each image inside the padded batch. Positions are resized to each
                 image's own grid, and tokens that stand on padding alone are marked as not valid, so that an image
-                gives the same features alone and in any batch. None: the images fill the batch.
+                gives the same features alone and in any batch. None: the images fill the batch. A tensor (b, 2) int64
+                says the same to a program that is exported.
 
         Raises:
             ConfigError: a side is not a multiple of the stride of the tokens.
@@ -90,12 +92,16 @@ class ViT(nn.Module):
                 "resize or pad them"
             )
         x = self.patch_embed(self._fitted(images))  # (b, n, c)
-        grids = None if sizes is None else [(-(-h // stride), -(-w // stride)) for h, w in sizes]
-        if grids is None or all(g == grid for g in grids):
-            valid, own = None, None
+        if isinstance(sizes, Tensor):
+            if self.config.rope is not None:
+                raise ConfigError("rotary positions of images that are padded have no program yet")
+            own, cells = None, (sizes + stride - 1) // stride
+            valid, positions = standing(cells, grid).flatten(1), self._positions_of(cells, grid)
         else:
-            valid, own = self._valid(grids, grid, x.device), grids
-        positions = self._on_canvas(own, grid, self._grid_positions)
+            own = None if sizes is None else [(-(-h // stride), -(-w // stride)) for h, w in sizes]
+            own = None if own is None or all(each == grid for each in own) else own
+            valid = None if own is None else self._valid(own, grid, x.device)
+            positions = self._on_canvas(own, grid, self._grid_positions)
         if positions is not None:
             x = x + positions.to(x.dtype)
         x = self.norm_pre(torch.cat([*self._prefix(x), x], dim=1))
@@ -135,7 +141,7 @@ class ViT(nn.Module):
         self,
         images: Tensor,
         policy: Policy,
-        sizes: Sizes | None = None,
+        sizes: Sizes | Tensor | None = None,
         *,
         execution: Execution = Execution(),
     ) -> tuple[Tokens, Trace]:
@@ -164,10 +170,25 @@ class ViT(nn.Module):
         """(n, c): position embeddings of the grid tokens, resized to `grid`; None in families without."""
         if self.pos_embed is None:
             return None
+        if torch.compiler.is_exporting():  # runtimes resize otherwise
+            own = torch.stack([torch.full((1,), edge) for edge in grid], dim=1)
+            positions = self._positions_of(own, grid)
+            return None if positions is None else positions[0]
         stored = self.pos_embed[:, self.num_stored_prefix :]
-        if not torch.compiler.is_exporting() and grid == self.config.grid:
+        if grid == self.config.grid:
             return stored[0]
         return resized_positions(stored, self.config.grid, grid, antialias=self.config.pos_antialias)[0]
+
+    def _positions_of(self, own: Tensor, grid: tuple[int, int]) -> Tensor | None:
+        """(b, n, c): position embeddings, resized to each image's `own` (b, 2) rows and columns, on a canvas."""
+        config = self.config
+        if self.pos_embed is None:
+            return None
+        stored = self.pos_embed[0, self.num_stored_prefix :].unflatten(0, config.grid).float()
+        lines = zip(own.unbind(1), config.grid, grid, strict=True)
+        rows, columns = (bicubic_weights(*line, antialias=config.pos_antialias) for line in lines)
+        across = torch.einsum("bxj,ijc->bixc", columns, stored)
+        return torch.einsum("byi,bixc->byxc", rows, across).flatten(1, 2)
 
     def _grid_rope(self, grid: tuple[int, int]) -> Tensor | None:
         """(n, 2d): rotary positions of the grid tokens; None in families without."""
@@ -217,3 +238,24 @@ def resized_positions(stored: Tensor, old: tuple[int, int], new: tuple[int, int]
     planes = stored.transpose(1, 2).unflatten(2, old).float()
     planes = F.interpolate(planes, new, mode="bicubic", align_corners=False, antialias=antialias)
     return planes.flatten(2).transpose(1, 2)
+
+
+def bicubic_weights(own: Tensor, old: int, length: int, *, antialias: bool) -> Tensor:
+    """(b, length, old): what each cell of a line of `old` counts in each of the first `length` cells of lines that are
+    resized from it to `own` (b,) cells, as `torch.nn.functional.interpolate` does."""
+    scale = (old / own.float())[:, None, None]
+    centres = (torch.arange(length, device=own.device)[:, None] + 0.5) * scale - 0.5  # (b, length, 1)
+    if antialias:
+        distance = (torch.arange(old, device=own.device) - centres) / scale.clamp(min=1)
+        weights = _cubic(distance.abs(), -0.5)
+        return weights / weights.sum(2, keepdim=True).clamp(min=0.1)  # zero beyond the line
+    weights = _cubic((torch.arange(-2, old + 2, device=own.device) - centres).abs(), -0.75)
+    first, inner, last = weights.split([3, old - 2, 3], dim=2)  # the edges are repeated
+    return torch.cat([first.sum(2, keepdim=True), inner, last.sum(2, keepdim=True)], dim=2)
+
+
+def _cubic(x: Tensor, a: float) -> Tensor:
+    """Keys' cubic convolution at distances x >= 0."""
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return torch.where(x <= 1, near, torch.where(x < 2, far, 0))
