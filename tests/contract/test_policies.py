@@ -292,9 +292,10 @@ def test_padding_changes_nothing_and_is_never_computed(name, options, vit) -> No
         assert not (mask & ~trace.valid).any()
 
 
-def test_gradients_reach_every_parameter_of_the_policy(vit, policy, images) -> None:
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bf16-mixed"])
+def test_gradients_reach_every_parameter_of_the_policy(mixed, vit, policy, images) -> None:
     policy.train()
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         tokens, trace = vit(images, policy)
         (tokens.x.square().mean() + sum(learnt(policy, trace).values())).backward()
     for name, parameter in policy.named_parameters():

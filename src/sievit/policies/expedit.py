@@ -158,7 +158,8 @@ def squared_distances(x: Float[Tensor, "b n c"], centres: Float[Tensor, "b k c"]
     """(b, n, k), in float32, from a common origin, for precision."""
     origin = centres.float().mean(1, keepdim=True)
     x, centres = x.float() - origin, centres.float() - origin
-    products = x @ centres.mT
+    with torch.autocast(x.device.type, enabled=False):  # small differences of large products
+        products = x @ centres.mT
     return (x.square().sum(2, keepdim=True) + centres.square().sum(2)[:, None] - 2 * products).clamp(min=0)
 
 

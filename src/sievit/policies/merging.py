@@ -37,7 +37,9 @@ def matched(
     if not second.shape[1]:
         return best, owner, macs
     a, b = (rows.gather(1, part[..., None].expand(-1, -1, rows.shape[2])) for part in (first, second))
-    alike = (a @ b.mT).masked_fill(~left.gather(1, second)[:, None], -torch.inf)
+    with torch.autocast(rows.device.type, enabled=False):  # close calls need all digits
+        alike = a @ b.mT
+    alike = alike.masked_fill(~left.gather(1, second)[:, None], -torch.inf)
     value, which = alike.max(2)
     value = value.masked_fill(~left.gather(1, first), -torch.inf)
     return best.scatter(1, first, value), owner.scatter(1, first, second.gather(1, which)), macs
