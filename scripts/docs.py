@@ -46,10 +46,10 @@ def main() -> int:
     for asset in ("site.css", "iframe-worker.js"):
         shutil.copy(ROOT / "scripts" / "site" / asset, PAGES)
     for page in PAGES.glob("*.md"):
-        _write(page.name, re.sub(r"\]\(\.\./((?:src|tests)/[^)#]+)", _to_source, page.read_text("utf-8")))
+        _write(page.name, re.sub(r"\]\(\.\./((?:src|tests|examples)/[^)#]+)", _to_source, page.read_text("utf-8")))
     for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
         text = (ROOT / name).read_text("utf-8").replace("](docs/", "](").replace("](CHANGELOG.md", "](changelog.md")
-        _write(name.lower(), re.sub(r"\]\(((?:src|tests)/[^)#]+)", _to_source, text))
+        _write(name.lower(), re.sub(r"\]\(((?:src|tests|examples)/[^)#]+)", _to_source, text))
     package: Any = griffe.load("sievit", search_paths=[ROOT / "src"])
     _write("api/index.md", _overview(package))
     pages = {name: [f"{name}.{module}".strip(".") for module in modules] for name, modules in API.items()}

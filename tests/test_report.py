@@ -95,9 +95,9 @@ def test_predict_uses_given_ids_and_another_policy(checkpoint: Path, folder: Pat
     assert {path.name for path in out.iterdir()} == {"pictures", "images.json", "results.json", "results.jsonl"}
 
 
-@pytest.mark.parametrize("name", ["nothing", "b.txt"])
+@pytest.mark.parametrize("name", ["nothing", "b.doc"])
 def test_predict_leaves_nothing_behind_when_no_image_is_there(checkpoint, tmp_path: Path, name: str, command: Command):
-    (tmp_path / "b.txt").write_text("no image")
+    (tmp_path / "b.doc").write_text("no image")
     out = tmp_path / "out"
     command("predict", checkpoint, tmp_path / name, "--out", out, status=2 if name == "nothing" else 1)
     assert not out.exists()

@@ -296,8 +296,10 @@ def test_padding_changes_nothing_and_is_never_computed(name, options, vit) -> No
 def test_gradients_reach_every_parameter_of_the_policy(mixed, vit, policy, images) -> None:
     policy.train()
     with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        tokens, trace = vit(images, policy)
+        images = images.clone().requires_grad_()
+        tokens, trace = vit(images, policy, [(20, 28), *[(12, 20)] * (len(images) - 1)])
         (tokens.x.square().mean() + sum(learnt(policy, trace).values())).backward()
+    assert images.grad is not None and images.grad.isfinite().all()
     for name, parameter in policy.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
 

@@ -128,9 +128,10 @@ class Expedit(Policy):
     def _weights(self, apart: Tensor, there: Tensor) -> Tensor:
         """(b, n, k): softmax over the centres that are `there`, by squared distance relative to the mean of all."""
         number = there.sum((1, 2), keepdim=True).clamp(min=1)
-        scale = (torch.where(there, apart, 0.0).sum((1, 2), keepdim=True) / number).clamp(min=1e-12)
-        logits = (-apart / (self.config.temperature * scale)).masked_fill(~there, -torch.inf)
-        return torch.where(there, logits.softmax(2), 0.0)
+        apart = torch.where(there, apart, 0.0)  # infinite ones have no gradient
+        scale = (apart.sum((1, 2), keepdim=True) / number).clamp(min=1e-12)
+        logits = (-apart / (self.config.temperature * scale)).masked_fill(~there, torch.finfo(apart.dtype).min)
+        return torch.where(there, logits.softmax(2), 0.0)  # where none is there too, and without a NaN
 
     def _macs(self, tokens: Tokens) -> Tensor:
         """Distances and means of each round, the distances that tokens are rebuilt by, and the rebuilt ones."""

@@ -167,7 +167,7 @@ def _written(answers: Iterator[Seen], sink: Sink, task: Task, min_score: float, 
     for seen in answers:
         picture = seen.frame.picture
         panels = [task.picture(picture, seen.result, min_score=min_score, box=BOX)]
-        panels.append(viz.heat_map(picture, seen.keep, box=BOX))
+        panels.append(viz.heat_map(picture, seen.keep.float().mean(0), box=BOX))
         sink.picture(_beside(panels), seen.frame.time)
         sink.line(seen.line)
         number += 1
