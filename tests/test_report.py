@@ -95,12 +95,13 @@ def test_predict_uses_given_ids_and_another_policy(checkpoint: Path, folder: Pat
     assert {path.name for path in out.iterdir()} == {"pictures", "images.json", "results.json", "results.jsonl"}
 
 
-@pytest.mark.parametrize("name", ["nothing", "b.doc"])
-def test_predict_leaves_nothing_behind_when_no_image_is_there(checkpoint, tmp_path: Path, name: str, command: Command):
+def test_predict_leaves_nothing_but_the_reason_when_no_image_is_there(checkpoint, tmp_path: Path, command: Command):
     (tmp_path / "b.doc").write_text("no image")
     out = tmp_path / "out"
-    command("predict", checkpoint, tmp_path / name, "--out", out, status=2 if name == "nothing" else 1)
+    command("predict", checkpoint, tmp_path / "nothing", "--out", out, status=2)
     assert not out.exists()
+    command("predict", checkpoint, tmp_path / "b.doc", "--out", out, status=1)
+    assert {path.name for path in out.iterdir()} == {"results.jsonl", "failures.jsonl"}
 
 
 def test_unknown_device_and_policy(checkpoint: Path, folder: Path, command: Command):
