@@ -155,9 +155,8 @@ def test_openvino_runs_it_too(pair, tmp_path: Path) -> None:
     for images in (torch.rand(1, 3, 64, 80), torch.rand(3, 3, 96, 64)):
         with torch.inference_mode():
             (expected, known), (scores, trace) = eager.network(images), file.network(images)
-        assert float((scores - expected).abs().median()) < 1e-3  # a token that just leaves there may stay here
-        for own, other in zip(known.keep, trace.keep, strict=True):
-            assert float((own == other).float().mean()) > 0.9
+        torch.testing.assert_close(scores, expected, atol=1e-3, rtol=1e-3)
+        assert all(torch.equal(own, other) for own, other in zip(known.keep, trace.keep, strict=True))
 
 
 @only_segmenter
@@ -181,7 +180,7 @@ def test_a_program_in_cpp_runs_the_file(pair, tmp_path: Path) -> None:
     assert isinstance(eager, Segmenter)
     with torch.inference_mode():
         scores = eager.scores([torch.from_numpy(pixels).permute(2, 0, 1)])[0]
-    assert (labels == scores.argmax(0).numpy()).mean() > 0.9
+    assert (labels == scores.argmax(0).numpy()).mean() > 0.999
     assert subprocess.run([*run[:2], str(source), run[3]], check=False, capture_output=True).returncode == 1
 
 

@@ -290,9 +290,10 @@ def _rank_in_class(
     """(b, n): how many candidates of the same image and class are graded higher, or as high and standing before."""
     group = torch.where(candidates, cls, num_classes)
     by_grade = grades.argsort(dim=1, descending=True, stable=True)
-    order = by_grade.gather(1, group.gather(1, by_grade).argsort(dim=1, stable=True))  # by class, then by grade
+    place = torch.arange(group.shape[1], device=group.device).expand_as(group)
+    by_class = (group.gather(1, by_grade) * group.shape[1] + place).argsort(dim=1)  # without equals, any sort is stable
+    order = by_grade.gather(1, by_class)  # by class, then by grade
     grouped = group.gather(1, order)
-    place = torch.arange(grouped.shape[1], device=grouped.device).expand_as(grouped)
     count = torch.zeros_like(group[:, :1]).expand(-1, num_classes + 1).scatter_add(1, group, torch.ones_like(group))
     first = (count.cumsum(1) - count).gather(1, grouped)  # where each class begins
     return torch.empty_like(place).scatter_(1, order, place - first)
