@@ -115,10 +115,10 @@ def _write(
     return {"megabytes": round(megabytes, 2), **figures}
 
 
-@torch.inference_mode()
 def _static(path: Path, eager: Model, paths: list[Path]) -> tuple[Model, Size]:
     """The model with the static counts that its policy needs on the images, and the canvas that these need."""
-    answers = [eager([to_tensor(read_image(each))]) for each in paths]
+    with torch.inference_mode():
+        answers = [eager([to_tensor(read_image(each))]) for each in paths]
     unit = eager.network.size_divisor if isinstance(eager, Detector) else eager.vit.config.stride
     edges = zip(*(answer.image_size for answer in answers), strict=True)
     height, width = padded_size([max(edge) for edge in edges], unit)

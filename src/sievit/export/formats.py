@@ -54,7 +54,8 @@ def _compiled(made: Made, path: Path, metadata: dict[str, Any]) -> None:
     """A package of AOTInductor for this kind of machine."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    options: dict[str, Any] = {"aot_inductor.metadata": {METADATA: json.dumps(metadata)}}
+    text = json.dumps(metadata).encode().hex()  # it is put into C++ as it is
+    options: dict[str, Any] = {"aot_inductor.metadata": {METADATA: text}}
     try:
         torch._inductor.aoti_compile_and_package(made.exported, package_path=str(path), inductor_configs=options)
     except Exception as error:  # of whatever kind, it says what the compiler cannot do

@@ -44,7 +44,11 @@ def onnx_bytes(made: Made, metadata: dict[str, Any], *, int8: bool) -> bytes:
     Args:
         int8: weights of matrix products in 8 bits per channel; what goes in is rounded to 8 bits when they run.
     """
-    table: Any = {torch.ops.aten.sort.stable: _sort, torch.ops.sievit.nms.default: _nms}
+    table: Any = {
+        torch.ops.aten.sort.stable: _sort,
+        torch.ops.sievit.nms.default: _nms,
+        torch.ops.torchvision.roi_align.default: _roi_align,
+    }
     options: dict[str, Any] = {"input_names": made.inputs, "output_names": made.outputs, "optimize": False}
     with _quiet("torch.onnx"):  # runtimes optimise when they read a file
         done = torch.onnx.export(
@@ -85,6 +89,27 @@ def _nms(boxes: Any, scores: Any, iou: float) -> Any:
     rows = op.Gather(op.Shape(places), op.Constant(value_ints=[0]))
     mask = op.ScatterND(op.Expand(none, shape), places, op.Expand(yes, rows))
     return op.Cast(mask, to=TensorProto.BOOL)
+
+
+def _roi_align(
+    maps: Any, rois: Any, scale: float, height: int, width: int, sampling_ratio: int = -1, aligned: bool = False
+) -> Any:
+    """torchvision's, with boxes of which OpenVINO sees that they are four numbers."""
+    from onnx import TensorProto
+    from onnxscript import opset18
+
+    op: Any = opset18
+    images, boxes = (op.Gather(rois, op.Constant(value_ints=part), axis=1) for part in ([0], [1, 2, 3, 4]))
+    return op.RoiAlign(
+        maps,
+        op.Reshape(boxes, op.Constant(value_ints=[-1, 4])),
+        op.Cast(op.Reshape(images, op.Constant(value_ints=[-1])), to=TensorProto.INT64),
+        coordinate_transformation_mode="half_pixel" if aligned else "output_half_pixel",
+        output_height=height,
+        output_width=width,
+        sampling_ratio=max(sampling_ratio, 0),
+        spatial_scale=scale,
+    )
 
 
 def _in_8_bits(path: Path) -> Path:

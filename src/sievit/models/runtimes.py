@@ -129,7 +129,7 @@ class Inductor(TorchProgram):
     def read(self, path: Path) -> str | None:
         import_module("sievit.heads.fixed")
         self.call = torch._inductor.aoti_load_package(str(path))
-        return self.call.get_metadata().get(METADATA)
+        return bytes.fromhex(self.call.get_metadata().get(METADATA, "")).decode()
 
 
 def runtime(path: Path) -> Runtime:
