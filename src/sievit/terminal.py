@@ -1,5 +1,7 @@
 """What is printed: no path, name or message is taken for markup, and long work shows where it is without a terminal."""
 
+import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, Self, TypeVar
@@ -13,8 +15,10 @@ EVERY = 30.0
 
 
 def console(*, stderr: bool = True) -> Console:
-    """Prints text as it is."""
-    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    """Prints text as it is; into a file, tables as wide as they need to be."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 160
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
 
 
 class Work:
