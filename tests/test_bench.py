@@ -177,7 +177,8 @@ def test_a_mode_that_cannot_be_compiled_says_so(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "modes", ["bucketed_compiled", pytest.param("dense_compiled static_compiled", marks=pytest.mark.slow)]
+    "modes",
+    [pytest.param(modes, marks=pytest.mark.slow) for modes in ("bucketed_compiled", "dense_compiled static_compiled")],
 )
 def test_compiled_modes_are_timed(modes: str) -> None:
     """On the CPU, where compiling takes a while."""

@@ -111,6 +111,7 @@ def test_commands_take_the_file_like_a_checkpoint(pair, scenes, command, tmp_pat
     assert found["model"] == found["file"]
 
 
+@pytest.mark.slow
 def test_a_program_of_torch_computes_the_tokens_that_take_part_alone(tmp_path: Path) -> None:
     from sievit.export.formats import write_program
 

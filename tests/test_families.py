@@ -117,7 +117,9 @@ def of_grid(vit: ViT, grid: tuple[int, int], count: int = 3) -> Tensor:
     return torch.randn(count, 3, grid[0] * patch, grid[1] * patch, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("name", REGISTERED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (i % 3 > 0)) for i, name in enumerate(REGISTERED)]
+)
 @torch.inference_mode()
 def test_every_registered_plain_vit(name: str) -> None:
     model = small(name)
@@ -148,7 +150,7 @@ def test_a_rectangle_without_biases_and_a_wide_mlp() -> None:
         assert_same_blocks(model, vit, of_grid(vit, grid, count=2))
 
 
-@pytest.mark.parametrize("name", TRUE)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * ("base" in name)) for name in TRUE])
 @torch.inference_mode()
 def test_true_configurations(name: str) -> None:
     model = randomised(timm.create_model(name, dynamic_img_size=True))

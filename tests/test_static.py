@@ -86,6 +86,7 @@ def test_those_with_the_highest_grades_leave_and_each_class_is_represented() -> 
         assert set(gone.nonzero().flatten().tolist()) == set(expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_backbone_with_static_counts_exports() -> None:
     torch.manual_seed(0)
