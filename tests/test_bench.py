@@ -323,7 +323,9 @@ def test_static_counts_of_a_trained_detector_and_its_compiled_backbone(tmp_path:
     assert "give --sizes" in row["skipped"]
 
 
-@pytest.mark.parametrize("bench", BENCHES)
+@pytest.mark.parametrize(
+    "bench", [pytest.param(bench, marks=[pytest.mark.slow] * (bench in ("backbone", "heads"))) for bench in BENCHES]
+)
 def test_benches_run_in_bfloat16(bench: str) -> None:
     rows = rows_of(bench, sizes=((96, 128),), precision="bfloat16")
     assert [row["mode"] for row in rows] == (["dynamic"] if bench == "heads" else ["dense", "dynamic", "static"])

@@ -118,7 +118,7 @@ def of_grid(vit: ViT, grid: tuple[int, int], count: int = 3) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (i % 3 > 0)) for i, name in enumerate(REGISTERED)]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (i % 6 > 0)) for i, name in enumerate(REGISTERED)]
 )
 @torch.inference_mode()
 def test_every_registered_plain_vit(name: str) -> None:

@@ -234,7 +234,7 @@ def vit_file(tmp_path: Path) -> Path:
     return tmp_path / "vit.pth"
 
 
-@pytest.mark.parametrize("what", ["vit", 2])
+@pytest.mark.parametrize("what", ["vit", pytest.param(2, marks=pytest.mark.slow)])
 def test_what_is_frozen_stays_and_a_killed_run_goes_on_exactly(
     what: Literal["vit"] | int, recipe: Recipe, vit_file: Path, tmp_path: Path
 ):
