@@ -122,6 +122,9 @@ class ViT(nn.Module):
         height, width = (side // config.stride * config.patch_size for side in images.shape[2:])
         images = F.pad(images, (0, config.stride, 0, config.stride))
         larger = (height + config.patch_size, width + config.patch_size)
+        if torch.compiler.is_exporting():  # OpenVINO's antialiasing is another one
+            down, across = (_linear_weights(*pair, images) for pair in zip(images.shape[2:], larger, strict=True))
+            return (down @ images @ across.mT)[..., :height, :width]
         resized = F.interpolate(images, larger, mode="bilinear", align_corners=False, antialias=True)
         return resized[..., :height, :width]
 
@@ -252,6 +255,15 @@ def bicubic_weights(own: Tensor, old: int, length: int, *, antialias: bool) -> T
     weights = _cubic((torch.arange(-2, old + 2, device=own.device) - centres).abs(), -0.75)
     first, inner, last = weights.split([3, old - 2, 3], dim=2)  # the edges are repeated
     return torch.cat([first.sum(2, keepdim=True), inner, last.sum(2, keepdim=True)], dim=2)
+
+
+def _linear_weights(old: int, new: int, like: Tensor) -> Tensor:
+    """(new, old): bilinear weights with antialiasing, as `torch.nn.functional.interpolate` has them."""
+    scale = old / new
+    centres = (torch.arange(new, device=like.device, dtype=torch.float32)[:, None] + 0.5) * scale - 0.5
+    distance = (torch.arange(old, device=like.device) - centres) / max(scale, 1)
+    weights = (1 - distance.abs()).clamp(min=0)
+    return (weights / weights.sum(1, keepdim=True)).to(like.dtype)
 
 
 def _cubic(x: Tensor, a: float) -> Tensor:
