@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import nms, roi_align
 
@@ -32,7 +32,7 @@ class Found(NamedTuple):
     masks: Tensor | None
 
 
-@torch.library.custom_op("sievit::nms", mutates_args=())
+@library.custom_op("sievit::nms", mutates_args=())
 def nms_mask(boxes: Tensor, scores: Tensor, iou: float) -> Tensor:
     """(g, n) bool: of the boxes (g, n, 4) of each group those that stay; scores (g, n) below zero are of none."""
     keep = torch.zeros_like(scores, dtype=torch.bool)
