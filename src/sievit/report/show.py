@@ -12,7 +12,7 @@ from sievit import terminal, viz
 from sievit.config import ConfigError, Share
 from sievit.data.images import read_image, to_tensor
 from sievit.devices import device_name, pick_device
-from sievit.engine.evaluate import timed, timed_in_turns
+from sievit.engine.evaluate import timed_in_turns
 from sievit.files import write_png
 from sievit.models.base import Answer, Model
 from sievit.models.build import load
@@ -54,8 +54,8 @@ def show(
     picture = read_image(image)
     sparse = load(model, policy=policy, device=pick_device(device)).eval()
     dense, pixels = sparse.with_config(policy=KeepAllConfig()), to_tensor(picture)
-    times = [ms for ((ms, _),) in timed_in_turns([dense, sparse], [pixels], console=None)]
-    answers = [timed(each, [pixels])[0] for each in (dense, sparse)]
+    turns = timed_in_turns([dense, sparse], [pixels], console=None, kept=lambda answer: answer)
+    times, answers = ([taken[i] for (taken,) in turns] for i in range(2))
     drawn, figures = _drawn(task_of(sparse.config), [dense, sparse], answers, times, picture, score_threshold)
     title = f"{model.stem if model.suffix else model.name} on {image.name}"
     write_png(out, drawn(title=title, columns=4))
