@@ -55,7 +55,7 @@ def show(
     sparse = load(model, policy=policy, device=pick_device(device)).eval()
     dense, pixels = sparse.with_config(policy=KeepAllConfig()), to_tensor(picture)
     turns = timed_in_turns([dense, sparse], [pixels], console=None, kept=lambda answer: answer)
-    times, answers = ([taken[i] for (taken,) in turns] for i in range(2))
+    times, answers = [ms for ((ms, _),) in turns], [answer for ((_, answer),) in turns]
     drawn, figures = _drawn(task_of(sparse.config), [dense, sparse], answers, times, picture, score_threshold)
     title = f"{model.stem if model.suffix else model.name} on {image.name}"
     write_png(out, drawn(title=title, columns=4))
