@@ -101,6 +101,10 @@ class Answer(Generic[R]):
                 there.copy_(there.maximum(pixels))
         return out
 
+    def computed(self, index: int) -> Tensor:
+        """(depth, h, w) bool on the pixels of image `index` as the network saw it: which blocks computed them."""
+        return self.on_image(index, torch.stack(self.trace.keep, dim=1))
+
     def found(self) -> dict[str, int]:
         """What else the cost of a pass depends on, such as detections: how many there are in all images, by name."""
         return {}

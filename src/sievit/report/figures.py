@@ -37,7 +37,7 @@ def answer_figure(
     legends = [task.legend([result for _, result in results.values()])]
     exits, below = exits_of(answer, index), []
     if exits is None:
-        keep = answer.on_image(index, torch.stack(answer.trace.keep, dim=1))
+        keep = answer.computed(index)
         panels.append(viz.heat_panel(image, keep))
         below = [lambda width: viz.keep_maps(image, keep, width=width)]
     else:

@@ -74,7 +74,7 @@ class Findings:
 
     def add(self, index: int, regions: list[Region], answer: Answer, gflops: float) -> None:
         """Add an image."""
-        keep = answer.on_image(0, torch.stack(answer.trace.keep, dim=1))
+        keep = answer.computed(0)
         stages = None
         if answer.trace.exited:
             exits, count = answer.exit_stages(0), len(answer.trace.exited)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageStat
 
 from sievit import viz
@@ -99,7 +98,7 @@ _SAID = {
 
 def _blocks(answer: Answer, *, tokens: bool) -> dict[str, Any]:
     """Which tokens each block computed: a bit for each token, row by row, and how much of the image they cover."""
-    keep = answer.on_image(0, torch.stack(answer.trace.keep, dim=1))
+    keep = answer.computed(0)
     patch, (height, width) = answer.image_size[0] // answer.trace.grid[0], answer.sizes[0]
     bits = keep[:, ::patch, ::patch]
     rows, columns = bits.shape[1:]

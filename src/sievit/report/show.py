@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from sievit import terminal, viz
@@ -82,7 +81,7 @@ def _drawn(
         alone = task.only_in(results[1], results[0], min_score=min_score)
         draw = partial(task.picture, image.convert("L"), alone, min_score=min_score)
         panels.append(viz.Panel("only in pruned", f"{differs:.1%} differ", draw))
-    keep = sparse.on_image(0, torch.stack(sparse.trace.keep, dim=1))
+    keep = sparse.computed(0)
     back, exits = came_back(keep).sum(0), exits_of(sparse)
     panels.append(viz.heat_panel(image, keep))
     if exits is not None:

@@ -8,7 +8,6 @@ from html import escape
 from typing import Any
 from urllib.parse import urlencode
 
-import torch
 from PIL import Image
 
 from sievit import viz
@@ -44,7 +43,7 @@ def result_page(outcome: Outcome, name: str, address: str, setting: Mapping[str,
     legend = task.legend([one.answer.results[0] for one in passes.values() if one is not None])
     exits = exits_of(pruned.answer)
     if exits is None:
-        keep = pruned.answer.on_image(0, torch.stack(pruned.answer.trace.keep, dim=1))
+        keep = pruned.answer.computed(0)
         tokens = _picture(
             "blocks per token",
             "dark: few blocks, bright: all",

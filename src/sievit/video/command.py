@@ -15,7 +15,7 @@ from sievit.config import Config, ConfigError, Count, NonNegative, Positive, to_
 from sievit.data.images import to_tensor
 from sievit.engine.signals import Interrupted, Stop, stopping
 from sievit.files import held
-from sievit.models.base import Answer, Model
+from sievit.models.base import Model
 from sievit.policies.reuse import ReuseConfig
 from sievit.tasks import Task, task_of
 from sievit.video.sink import Sink
@@ -136,7 +136,7 @@ class _Runner:
             gflops, shares = self.model.gflops(answer), answer.shares().mean(1)
             for i, (frame, result) in enumerate(zip(batch, answer.results, strict=True)):
                 line = self._line(frame, result, gflops[i].item(), ms, shares[i].item())
-                yield Seen(frame, result, _keep(answer, i), line)
+                yield Seen(frame, result, answer.computed(i), line)
 
     def _line(self, frame: Frame, result: Any, gflops: float, ms: float, share: float) -> dict[str, Any]:
         self.gflops, self.ms = self.gflops + gflops, self.ms + ms
@@ -155,10 +155,6 @@ class _Runner:
     def spent(self, number: int) -> str:
         """What a frame took."""
         return f"{self.gflops / number:.1f} GFLOPs and {self.ms / number:.0f} ms each"
-
-
-def _keep(answer: Answer, index: int) -> torch.Tensor:
-    return answer.on_image(index, torch.stack(answer.trace.keep, dim=1))
 
 
 def _written(answers: Iterator[Seen], sink: Sink, task: Task, min_score: float, stop: Stop) -> int:
