@@ -14,13 +14,13 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from sievit.config import ConfigError, to_json
-from sievit.export.agreement import agreeing
 from sievit.export.program import program
 from sievit.models.base import Model
 from sievit.models.build import build, load, save
 from sievit.models.inputs import InputConfig
 from sievit.models.segmenter import Segmenter
 from sievit.policies import DToPConfig, EViTConfig, KeepAllConfig, PolicyConfig, SViTConfig
+from sievit.tasks import task_of
 from tiny import refused, saved, scattered, tiny_detector, tiny_segmenter, tiny_vit
 
 pytest.importorskip("onnxruntime", reason="files of ONNX need the packages of sievit[export]")
@@ -80,7 +80,7 @@ def assert_same_answers(eager: Model, file: Model) -> None:
         with torch.inference_mode():
             expected, got = eager(images), file(images)
         for a, b in zip(expected.results, got.results, strict=True):
-            same, total = agreeing(a, b)
+            same, total = task_of(eager.config).agreement(a, b)
             assert same >= 0.999 * total
             found += total
         assert torch.equal(expected.trace.counts(), got.trace.counts())

@@ -10,22 +10,18 @@ from sievit import __version__, terminal
 from sievit.config import ConfigError, Count, to_json
 from sievit.data.images import list_images, read_image, to_tensor
 from sievit.engine.evaluate import timed_in_turns
-from sievit.export.agreement import agreeing
 from sievit.export.formats import SUFFIX, Format, write_program
 from sievit.export.onnx import require
-from sievit.export.program import Made, program
+from sievit.export.program import Made, program, program_of
 from sievit.files import digest
 from sievit.hub.file import require_free
 from sievit.models.backbone import padded_size
 from sievit.models.base import Model
 from sievit.models.build import load, model_file
-from sievit.models.detector import Detector
 from sievit.models.exported import load_exported
 from sievit.models.inputs import Size
 from sievit.policies import PolicyOptions
-
-AGREE = {"segmenter": (0.9999, "pixels"), "detector": (0.99, "detections")}
-"""Share of what has to be as the model itself finds it; files in 8 bits are exempt."""
+from sievit.tasks import task_of
 
 
 def export(
@@ -91,7 +87,7 @@ def _write(
     """Write the file if it agrees with the model; its size and what `_compared` found."""
     out.parent.mkdir(parents=True, exist_ok=True)
     part, console = out.with_name(f".{out.name}"), terminal.console()
-    least, what = AGREE[eager.kind]
+    least, what = task_of(eager.config).agreed
     written = [part]
     try:
         written = write_program(made, part, format, metadata, int8=int8)
@@ -119,7 +115,7 @@ def _static(path: Path, eager: Model, paths: list[Path]) -> tuple[Model, Size]:
     """The model with the static counts that its policy needs on the images, and the canvas that these need."""
     with torch.inference_mode():
         answers = [eager([to_tensor(read_image(each))]) for each in paths]
-    unit = eager.network.size_divisor if isinstance(eager, Detector) else eager.vit.config.stride
+    unit = program_of(eager, static=True).unit
     edges = zip(*(answer.image_size for answer in answers), strict=True)
     height, width = padded_size([max(edge) for edge in edges], unit)
     if eager.policy.is_static:
@@ -136,7 +132,8 @@ def _compared(eager: Model, file: Model, paths: list[Path], console: Any) -> dic
     images = [to_tensor(read_image(path)) for path in paths]
     options: dict[str, Any] = {"console": console, "title": "comparing", "kept": lambda answer: answer.results[0]}
     taken = timed_in_turns([file, eager], images, **options)
-    pairs = [agreeing(own, mine) for (_, mine), (_, own) in zip(*taken, strict=True)]
+    agreement = task_of(eager.config).agreement
+    pairs = [agreement(own, mine) for (_, mine), (_, own) in zip(*taken, strict=True)]
     same, total = (sum(column) for column in zip(*pairs, strict=True))
     medians = [round(statistics.median(elapsed for elapsed, _ in of_model), 2) for of_model in taken]
     return {"agree": round(same / total, 6) if total else 1.0, "ms": medians[0], "model_ms": medians[1]}

@@ -9,17 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from sievit.config import ConfigError
-from sievit.heads.fixed import find
 from sievit.models.base import Model
-from sievit.models.detector import Detector
 from sievit.models.inputs import Size
-from sievit.models.segmenter import Segmenter
-from sievit.policies import KeepAllConfig
-from sievit.tokens import Trace
-from sievit.vit import Execution
+from sievit.models.programs import Program
 
 FREE = 4096
 """Upper bound of the batch, and of rows and columns of tokens."""
@@ -48,37 +42,14 @@ class Made:
     known: dict[str, Any]
 
 
-class Program(nn.Module):
-    """What is exported of a segmenter; `static` has no shape that depends on a value."""
-
-    def __init__(self, model: Segmenter, *, static: bool) -> None:
-        super().__init__()
-        self.net, self.mode = model.net, Execution("packed" if static else "bucketed")
-
-    def forward(self, images: Tensor, sizes: Tensor | None = None) -> dict[str, Tensor]:
-        scores, trace = self.net(images, sizes, execution=self.mode)
-        return {"scores": scores, **_of_trace(trace, self.net.policy.macs(trace))}
-
-
-class DetectorProgram(nn.Module):
-    """What is exported of a detector."""
-
-    def __init__(self, model: Detector, *, static: bool) -> None:
-        super().__init__()
-        self.backbone, self.head, self.static = model.backbone, model.head, static
-        self.mode = Execution("packed" if static else "bucketed")
-        self.hidden = model.config.padding == "hidden"
-
-    def forward(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-        features, trace = self.backbone(images, sizes if self.hidden else None, execution=self.mode)
-        found = find(self.head, features, (images.shape[2], images.shape[3]), sizes, fixed=self.static)
-        there = {name: value for name, value in found._asdict().items() if value is not None}
-        return {**there, **_of_trace(trace, self.backbone.policy.macs(trace))}
-
-
-def _of_trace(trace: Trace, macs: Tensor) -> dict[str, Tensor]:
-    found = {"keep": torch.stack(trace.keep, dim=1), "macs": macs.float()}
-    return {**found, "exited": torch.stack(trace.exited, dim=1)} if trace.exited else found
+def program_of(model: Model, *, static: bool) -> Program:
+    """
+    Raises:
+        ConfigError: there is none of this kind of model.
+    """
+    if model.program is None:
+        raise ConfigError(f"a {model.kind} has no program, and cannot be exported")
+    return model.program(model, static=static)
 
 
 def program(model: Model, *, canvas: Size | None = None) -> Made:
@@ -90,13 +61,8 @@ def program(model: Model, *, canvas: Size | None = None) -> Made:
     Raises:
         ConfigError: another kind of model, or a policy, that has no program.
     """
-    net: Program | DetectorProgram
-    if isinstance(model, Detector):
-        net, least, unit = DetectorProgram(model, static=canvas is not None), 3, model.backbone.size_divisor
-    elif isinstance(model, Segmenter):
-        net, least, unit = Program(model, static=canvas is not None), 1, model.vit.config.stride
-    else:
-        raise ConfigError(f"a {model.kind} cannot be exported; segmenters and detectors can")
+    net = program_of(model, static=canvas is not None)
+    least, unit = net.least, net.unit
     batch, height, width = (
         torch.export.Dim(name, min=low, max=FREE) for name, low in (("batch", 1), ("rows", least), ("columns", least))
     )
@@ -108,10 +74,8 @@ def program(model: Model, *, canvas: Size | None = None) -> Made:
     name = type(model.policy).__name__
     if any(not torch.equal(*pair) for pair in zip(trace.keep, trace.mlp, strict=True)):
         raise ConfigError(f"{name} decides inside blocks, and has no program yet")
-    if isinstance(model.config.policy, KeepAllConfig):
-        model.policy.requires_grad_(False)
     args, shapes = {"images": images}, {"images": free}
-    if canvas is not None or isinstance(model, Detector):
+    if net.static or net.sized:
         args["sizes"], shapes["sizes"] = torch.tensor([size, (size[0] - 1, size[1] // 2)]), {0: batch}
     try:
         with torch.no_grad():

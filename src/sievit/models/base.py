@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sievit.config import ConfigError, Count, check_range, kind_of
 from sievit.hub import Pretrained
 from sievit.models.inputs import ModelConfig, Size, Window, in_batches
+from sievit.models.programs import Program
 from sievit.models.stream import Stream
 from sievit.policies import Policy, PolicyConfig
 from sievit.policies.reuse import ReuseConfig
@@ -123,6 +124,8 @@ class Model(Pretrained, ABC, Generic[R]):
 
     optional: ClassVar[tuple[str, ...]] = ()
     """How the names of weights begin that only some models of the kind have, such as those of a mask branch."""
+    program: ClassVar[type[Program] | None] = None
+    """What is exported of such models; None where that cannot be done."""
 
     @property
     @abstractmethod

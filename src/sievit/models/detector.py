@@ -19,6 +19,7 @@ from sievit.models.backbone import Backbone, backbone_gflops, build_backbone, pa
 from sievit.models.base import Answer, Model, TimedPart, dense_trace, register_model
 from sievit.models.found import Detections
 from sievit.models.inputs import ModelConfig, Size, batched
+from sievit.models.programs import DetectorProgram
 from sievit.necks import NeckConfig
 from sievit.policies import Policy
 from sievit.tokens import Trace
@@ -81,6 +82,7 @@ class Detector(Model[dict[str, Tensor]]):
     """A backbone and Mask R-CNN."""
 
     kind = "detector"
+    program = DetectorProgram
     optional = ("head.roi_heads.mask_",)
     config: DetectorConfig
 

@@ -20,6 +20,7 @@ from sievit.models.backbone import padded_size
 from sievit.models.base import Answer, Model, TimedPart, dense_trace, register_model
 from sievit.models.found import labels_to_supervision
 from sievit.models.inputs import ModelConfig, Size, batched, normalised, windows_over
+from sievit.models.programs import SegmenterProgram
 from sievit.policies import Policy, PolicyConfig
 from sievit.policies.base import Head
 from sievit.tokens import Prediction, Tokens, Trace
@@ -209,6 +210,7 @@ class Segmenter(Model[Tensor]):
     """A network, the windows over images before it, and labels of their pixels after it."""
 
     kind = "segmenter"
+    program = SegmenterProgram
     config: SegmenterConfig
 
     def __init__(self, config: SegmenterConfig, net: SegmentationNet) -> None:

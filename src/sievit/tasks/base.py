@@ -109,6 +109,8 @@ class Task(ABC, Generic[R]):
     shown: ClassVar[tuple[str, ...]]
     """The figures that are printed; the first that there is, is the one that models are compared by."""
     has_scores: ClassVar[bool] = False
+    agreed: ClassVar[tuple[float, str]] = (0.9999, "results")
+    """The share of an exported file's results (`agreement`) that have to be the model's, and what they are called."""
     """Whether a result holds things with scores, of which pictures show the best."""
 
     def __init__(self, config: Any) -> None:
@@ -186,6 +188,10 @@ class Task(ABC, Generic[R]):
         """How much two results of one image differ, 0..1: the share of the pixels, or of the objects that one of them
         alone has; None where that has no meaning."""
         return None
+
+    def agreement(self, result: R, other: R) -> tuple[int, int]:
+        """How many parts of two results of one image are the same but for rounding, and how many there are."""
+        return int(result == other), 1
 
     def summary(self, result: R, *, min_score: float) -> str:
         """A few words on a result; empty for none."""

@@ -59,6 +59,7 @@ class DetectionTask(Task[Detections]):
     config: DetectorConfig
     data_config = CocoData
     has_scores = True
+    agreed = 0.99, "detections"
     shown = ("mask_ap", "box_ap", "mask_ap50", "box_ap50")
 
     def open(self, images: Path, truth: Truth) -> CocoDetection:
@@ -143,6 +144,16 @@ class DetectionTask(Task[Detections]):
         pairs = (result, other), (other, result)
         alone = sum(len(self.only_in(a, b, min_score=min_score)["scores"]) for a, b in pairs)
         return alone / max(1, sum(int((found["scores"] >= min_score).sum()) for found in (result, other)))
+
+    def agreement(self, result: Detections, other: Detections) -> tuple[int, int]:
+        """Detections of both, the same in class, edges of the box (0.5 pixels), score (0.001) and mask (IoU 0.9)."""
+        same = (result["boxes"][:, None] - other["boxes"]).abs().amax(2) <= 0.5
+        same &= (result["scores"][:, None] - other["scores"]).abs() <= 1e-3
+        same &= result["labels"][:, None] == other["labels"]
+        for i, j in same.nonzero().tolist() if "masks" in result else ():
+            mine, its = result["masks"][i], other["masks"][j]
+            same[i, j] = int((mine & its).sum()) >= 0.9 * int((mine | its).sum())
+        return int(same.any(1).sum() + same.any(0).sum()), sum(same.shape)
 
     def summary(self, result: Detections, *, min_score: float) -> str:
         return f"{int((result['scores'] >= min_score).sum())} objects"

@@ -63,6 +63,7 @@ class SegmentationTask(Task[Tensor]):
 
     config: SegmenterConfig
     data_config = LabelsData
+    agreed = 0.9999, "pixels"
     shown = ("miou", "pixel_accuracy")
 
     def open(self, images: Path, truth: Truth) -> LabelDataset:
@@ -172,6 +173,10 @@ class SegmentationTask(Task[Tensor]):
 
     def disagreement(self, result: Tensor, other: Tensor, *, min_score: float) -> float:
         return (result != other).double().mean().item()
+
+    def agreement(self, result: Tensor, other: Tensor) -> tuple[int, int]:
+        """Pixels of one class."""
+        return int((result == other).sum()), result.numel()
 
     def columns(self, result: Tensor | None) -> dict[str, Any]:
         """label_map: a PNG of the image's size whose values are classes."""
