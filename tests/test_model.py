@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,6 +25,7 @@ from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import KeepAllConfig, RandomConfig, SViTConfig, build_policy
 from sievit.vit.execution import Execution
 from sievit.vit.executor import execute_run
+from sievit.vit.model import _cubic, _linear, resize_weights
 from tiny import (
     assert_same_weights,
     random_images,
@@ -309,3 +312,15 @@ def test_weights_that_do_not_fit(model, tmp_path) -> None:
     config["vit"]["embed_dims"] = config["vit"].pop("embed_dim")
     save_file(tensors, bad, {**metadata, "config": json.dumps(config)})
     refused(r"bad\.safetensors: .*unknown field 'embed_dims'; did you mean 'embed_dim'", load, bad)
+
+
+@pytest.mark.parametrize(("mode", "antialias"), [("bilinear", True), ("bicubic", True), ("bicubic", False)])
+@pytest.mark.parametrize("size", [(9, 14), (20, 31), (16, 24)])
+def test_resizing_by_products_is_torchs(mode: str, antialias: bool, size: tuple[int, int]):
+    """Smaller, larger, the same; in programs, for runtimes resize otherwise."""
+    x = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    kernel = _linear if mode == "bilinear" else partial(_cubic, a=-0.5 if antialias else -0.75)
+    lines = zip(size, x.shape[2:], size, strict=True)
+    down, across = (resize_weights(torch.tensor([own]), *line, kernel, antialias=antialias) for own, *line in lines)
+    expected = F.interpolate(x, size, mode=mode, align_corners=False, antialias=antialias)
+    torch.testing.assert_close(down @ x @ across.mT, expected, atol=1e-5, rtol=1e-5)

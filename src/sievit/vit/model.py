@@ -5,6 +5,7 @@ Letters: b images, n = h*w grid tokens, p prefix tokens, c channels, d channels 
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,8 +124,9 @@ class ViT(nn.Module):
         images = F.pad(images, (0, config.stride, 0, config.stride))
         larger = (height + config.patch_size, width + config.patch_size)
         if torch.compiler.is_exporting():  # OpenVINO's antialiasing is another one
-            down, across = (_linear_weights(*pair, images) for pair in zip(images.shape[2:], larger, strict=True))
-            return (down @ images @ across.mT)[..., :height, :width]
+            lines = zip(images.shape[2:], larger, (height, width), strict=True)
+            down, across = (resize_weights(images.new_full((1,), own), old, new, _linear) for old, own, new in lines)
+            return down @ images @ across.mT
         resized = F.interpolate(images, larger, mode="bilinear", align_corners=False, antialias=True)
         return resized[..., :height, :width]
 
@@ -189,7 +191,8 @@ class ViT(nn.Module):
             return None
         stored = self.pos_embed[0, self.num_stored_prefix :].unflatten(0, config.grid).float()
         lines = zip(own.unbind(1), config.grid, grid, strict=True)
-        rows, columns = (bicubic_weights(*line, antialias=config.pos_antialias) for line in lines)
+        kernel, antialias = partial(_cubic, a=-0.5 if config.pos_antialias else -0.75), config.pos_antialias
+        rows, columns = (resize_weights(*line, kernel, antialias=antialias) for line in lines)
         across = torch.einsum("bxj,ijc->bixc", columns, stored)
         return torch.einsum("byi,bixc->byxc", rows, across).flatten(1, 2)
 
@@ -243,27 +246,23 @@ def resized_positions(stored: Tensor, old: tuple[int, int], new: tuple[int, int]
     return planes.flatten(2).transpose(1, 2)
 
 
-def bicubic_weights(own: Tensor, old: int, length: int, *, antialias: bool) -> Tensor:
+def resize_weights(
+    own: Tensor, old: int, length: int, kernel: Callable[[Tensor], Tensor], *, antialias: bool = True
+) -> Tensor:
     """(b, length, old): what each cell of a line of `old` counts in each of the first `length` cells of lines that are
-    resized from it to `own` (b,) cells, as `torch.nn.functional.interpolate` does."""
+    resized from it to `own` (b,) cells, as `torch.nn.functional.interpolate` does by a kernel of distances x >= 0."""
     scale = (old / own.float())[:, None, None]
     centres = (torch.arange(length, device=own.device)[:, None] + 0.5) * scale - 0.5  # (b, length, 1)
     if antialias:
-        distance = (torch.arange(old, device=own.device) - centres) / scale.clamp(min=1)
-        weights = _cubic(distance.abs(), -0.5)
+        weights = kernel(((torch.arange(old, device=own.device) - centres) / scale.clamp(min=1)).abs())
         return weights / weights.sum(2, keepdim=True).clamp(min=0.1)  # zero beyond the line
-    weights = _cubic((torch.arange(-2, old + 2, device=own.device) - centres).abs(), -0.75)
+    weights = kernel((torch.arange(-2, old + 2, device=own.device) - centres).abs())
     first, inner, last = weights.split([3, old - 2, 3], dim=2)  # the edges are repeated
     return torch.cat([first.sum(2, keepdim=True), inner, last.sum(2, keepdim=True)], dim=2)
 
 
-def _linear_weights(old: int, new: int, like: Tensor) -> Tensor:
-    """(new, old): bilinear weights with antialiasing, as `torch.nn.functional.interpolate` has them."""
-    scale = old / new
-    centres = (torch.arange(new, device=like.device, dtype=torch.float32)[:, None] + 0.5) * scale - 0.5
-    distance = (torch.arange(old, device=like.device) - centres) / max(scale, 1)
-    weights = (1 - distance.abs()).clamp(min=0)
-    return (weights / weights.sum(1, keepdim=True)).to(like.dtype)
+def _linear(x: Tensor) -> Tensor:
+    return (1 - x).clamp(min=0)
 
 
 def _cubic(x: Tensor, a: float) -> Tensor:
