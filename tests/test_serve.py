@@ -129,7 +129,7 @@ def test_a_segmenter_answers_as_predict_does(segmenter: tuple["Service", int]):
     body, kind = form(image)
     for status, answer in (ask(port, "/predict?dense=true", image), ask(port, "/predict", body, Content_Type=kind)):
         found = json.loads(answer)
-        labels = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["labels"]))))
+        labels = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["label_map"]))))
         assert status == 200 and torch.equal(torch.from_numpy(labels.copy()).long(), expected.long())
         assert found["classes"] == ["ground", *CLASSES] and sum(found["shares"]) == pytest.approx(1, abs=1e-3)
         assert (found["width"], found["height"], found["budget"]) == (96, 64, None) and found["policy"][

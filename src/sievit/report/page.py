@@ -110,10 +110,10 @@ def legend(title: str, entries: Iterable[tuple[str, Colour]]) -> Part | None:
     return {"kind": "legend", "title": title, "items": items} if items else None
 
 
-def data_uri(picture: Image.Image) -> str:
+def data_uri(picture: Image.Image, *, quality: int = 75) -> str:
     """A picture as a JPEG that stands in the file itself."""
     buffer = BytesIO()
-    picture.save(buffer, format="jpeg", quality=75, optimize=True)
+    picture.save(buffer, format="jpeg", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -1,7 +1,6 @@
 """What the page shows of an outcome: HTML that holds its pictures."""
 
 import base64
-import io
 import json
 from collections.abc import Iterable, Mapping
 from html import escape
@@ -12,6 +11,7 @@ from PIL import Image
 
 from sievit import viz
 from sievit.report.figures import exits_of
+from sievit.report.page import data_uri
 from sievit.serve.runner import Outcome, Pass
 
 BOX = (900, 900)
@@ -85,11 +85,9 @@ def _drawn(outcome: Outcome, one: Pass) -> Image.Image:
 
 
 def _picture(title: str, note: str, picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=88)
-    source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    source, alt = data_uri(picture, quality=88), escape(title, quote=True)
     return (
-        f"<figure><img src='{source}' alt='{escape(title, quote=True)}' width={picture.width} height={picture.height}>"
+        f"<figure><img src='{source}' alt='{alt}' width={picture.width} height={picture.height}>"
         f"<figcaption><b>{escape(title)}</b> {escape(note)}</figcaption></figure>"
     )
 

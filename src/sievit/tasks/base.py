@@ -3,6 +3,7 @@
 A new task is one file: the configuration of its training data, and a `Task` that is registered for a kind of model.
 """
 
+import base64
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -198,8 +199,12 @@ class Task(ABC, Generic[R]):
         return ""
 
     def to_json(self, result: R) -> dict[str, Any]:
-        """A result as values that `json.dumps` takes, for a program that asked for one image."""
-        return {"summary": self.summary(result, min_score=0.5)}
+        """`columns` as values that `json.dumps` takes: arrays as lists, bytes in base64."""
+        found = dict[str, Any]()
+        for name, value in self.columns(result).items():
+            value = value.tolist() if isinstance(value, np.ndarray) else value
+            found[name] = base64.b64encode(value).decode() if isinstance(value, bytes) else value
+        return found
 
     def categories(self) -> list[dict[str, Any]]:
         """The classes of `annotations`, as COCO's files have them."""

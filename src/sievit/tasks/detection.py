@@ -159,13 +159,10 @@ class DetectionTask(Task[Detections]):
         return f"{int((result['scores'] >= min_score).sum())} objects"
 
     def to_json(self, result: Detections) -> dict[str, Any]:
-        """`boxes` (xyxy pixels), `labels` (from 1), `scores`, `names` of the labels, and `masks` in COCO's compressed
-        RLE where there are some; the best first."""
-        found = {name: result[name].tolist() for name in ("boxes", "labels", "scores")}
-        found["names"] = [self.config.classes[label - 1] for label in found["labels"]]
-        if "masks" in result:  # one by one: all of a large image at once would take gigabytes
-            found["masks"] = [encode_masks(mask[None])[0] for mask in result["masks"]]
-        return found
+        """`columns`, the masks as values, and `names` of the labels; the best first."""
+        found = super().to_json(result)
+        masks = {"masks": json.loads(found["masks"])} if "masks" in found else {}
+        return {**found, **masks, "names": [self.config.classes[label - 1] for label in found["labels"]]}
 
     def columns(self, result: Detections | None) -> dict[str, Any]:
         """boxes (d, 4) float32, xyxy pixels; labels (d,) int64, from 1; scores (d,) float32; and where the model has

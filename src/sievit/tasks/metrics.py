@@ -211,7 +211,7 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
     """Masks (k, h, w) or (k, 1, h, w), bool or probabilities (over 0.5 is the object), as compressed RLE."""
     height, width = masks.shape[-2:]
     dense = masks.detach().reshape(-1, height, width)
-    dense = (dense > 0.5 if dense.is_floating_point() else dense != 0).cpu().numpy()
+    dense = (dense > 0.5 if dense.is_floating_point() else dense.bool()).cpu().numpy()  # bool ones are not copied
     return [encode(tight_patch(mask), (height, width)) for mask in dense]
 
 

@@ -1,6 +1,5 @@
 """Semantic segmentation: a class for every pixel, in folders of label images or COCO's panoptic files."""
 
-import base64
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -157,12 +156,11 @@ class SegmentationTask(Task[Tensor]):
         return [Region(k, labels == k) for k in labels.unique().tolist() if k != self.config.ignore_index]
 
     def to_json(self, result: Tensor) -> dict[str, Any]:
-        """`labels`: a PNG in base64 of the image's size whose values are classes; `classes`: their names; `shares`: of
-        the pixels, by class."""
+        """`columns`; `classes`, the names of the values, and `shares`, of the pixels, by class."""
         count = len(self.config.classes)
         pixels = torch.bincount(result.cpu().flatten(), minlength=count)[:count]
         return {
-            "labels": base64.b64encode(self.columns(result)["label_map"]).decode(),
+            **super().to_json(result),
             "classes": list(self.config.classes),
             "shares": [round(share, 5) for share in (pixels / result.numel()).tolist()],
         }
