@@ -35,6 +35,8 @@ class Tokens:
         memory: (b, p+n, 2c), keys (not rotated) and values in the next block: those of `context` are taken from here,
             those of the tokens that take part come back in it; None: all are computed, and none kept.
         owner: (b, n) int64: the position of the token that stands for each token (`merge`); None: each for itself.
+        source: (b, n) int64: the position of the token whose update each one gets that is left out
+            (`vit.propagation`); None: they stay as they are.
         rope: (b or 1, t, r = 2d), sines and cosines of each token's rotary position, which goes where the token goes;
             None in families without.
     """
@@ -51,12 +53,13 @@ class Tokens:
     real: Bool[Tensor, "b k"] | None = None
     memory: Float[Tensor, "b t kv"] | None = None
     owner: Int[Tensor, "b n"] | None = None
+    source: Int[Tensor, "b n"] | None = None
     rope: Float[Tensor, "#b t r"] | None = None
 
     def __post_init__(self) -> None:
         n = self.grid[0] * self.grid[1]
         assert self.x.ndim == 3 and self.x.shape[1] == self.num_prefix + n, (self.x.shape, self.grid, self.num_prefix)
-        for mask in (self.valid, self.keep, self.gate, self.context, self.owner):
+        for mask in (self.valid, self.keep, self.gate, self.context, self.owner, self.source):
             assert mask is None or mask.shape == (self.x.shape[0], n), (mask.shape, self.grid)
         assert self.rope is None or (
             self.rope.shape[0] in (1, self.x.shape[0]) and self.rope.shape[1] == self.x.shape[1] and self.rope.ndim == 3
@@ -106,7 +109,7 @@ class Tokens:
         """The canvas with another choice for the next block: (b, n) bool, None for all; padding never takes part."""
         if keep is not None and self.valid is not None:
             keep = keep & self.valid
-        return replace(self, keep=keep, gate=gate, context=context, order=None, real=None)
+        return replace(self, keep=keep, gate=gate, context=context, order=None, real=None, source=None)
 
     def select_order(self, order: Int[Tensor, "b k"], keep: Bool[Tensor, "b n"] | None = None) -> "Tokens":
         """The canvas with another choice: equally many positions in every image, (b, k).

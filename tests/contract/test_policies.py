@@ -62,7 +62,17 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "algm": {"local_block": (0, 2), "threshold": (-1.0, 0.2)},
     "cropr": {"preserve": (True,), "rejoin": (False, True)},
     "expedit": {"side": (0.5, 1.0), "rejoin": (False, True)},
-    "random": {"rejoin": (False, True)},
+    "random": {"rejoin": (False, True), "propagate": (False, True)},
+    "attention": {"propagate": (True,)},
+    "svit  ": {
+        "propagate": (True,),
+        "reactivate": (True, False),
+        "dither": (False, True),
+        "static_shares": (None, (0.6, 0.3, 1.0, 0.5)),
+        "dense_blocks": ((), (3, 5)),
+    },
+    "dtop ": {"propagate": (True,), "static_left": (None, (0.4, 0.6)), "preserve": (False, True), "rejoin": (True,)},
+    "evit ": {"propagate": (True,), "preserve": (True,)},
 }
 """Values of the options that change which tokens take part, their values, or what they see."""
 EDITED = {"evo_vit", "expedit"}
@@ -337,7 +347,7 @@ def cost(vit: ViT, policy: Policy, trace: Trace) -> float:
     behind: dict[int, Any] = getattr(policy, "heads", {})
     computed = [(block, behind[block]) for block in trace.head_blocks]
     of_heads = sum(head.macs(trace.keep[block].sum(1), trace.grid).sum().item() for block, head in computed)
-    return traced_macs(vit.config, trace).sum().item() + policy.macs(trace).sum().item() + of_heads
+    return traced_macs(vit.config, trace).sum().item() + policy.cost(trace).sum().item() + of_heads
 
 
 def check_cost(vit: ViT, policy: Policy, images: Tensor) -> None:

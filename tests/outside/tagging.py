@@ -100,7 +100,7 @@ class Tagger(Model[Tensor]):
         parts = {
             "patch_embed": trace.valid.sum(1).double() * 3 * vit.patch_size**2 * vit.embed_dim,
             "blocks": traced_macs(vit, trace),
-            "policy": self.policy.macs(trace).double(),
+            "policy": self.policy.cost(trace),
             "head": torch.full((len(trace.valid),), float(self.net.head.weight.numel())).double(),
         }
         return {name: macs / 1e9 for name, macs in parts.items()}

@@ -248,7 +248,7 @@ def timed_blocks(vit: ViT, policy: Policy, batches: Sequence[Tensor], **options:
     canvases = [vit.embed(images) for images in batches]
 
     def gflops(policy: Policy, result: tuple[Tensor, Trace]) -> Tensor:
-        return (traced_macs(vit.config, result[1]).double() + policy.macs(result[1]).double()) / 1e9
+        return (traced_macs(vit.config, result[1]).double() + policy.cost(result[1])) / 1e9
 
     network, inputs = _Blocks(vit, policy, canvases[0]), [tokens.x for tokens in canvases]
     return Timed(network=network, inputs=inputs, gflops=gflops, **options)

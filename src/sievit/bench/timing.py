@@ -126,7 +126,7 @@ class Timed:
             images=len(gflops),
             tokens=trace.valid.sum().item(),
             gflops=gflops.sum().item(),
-            policy=policy.macs(trace).double().sum().item() / 1e9,
+            policy=policy.cost(trace).sum().item() / 1e9,
             keep=tuple(trace.shares().double().mean(1).tolist()),
             extra=self.extra(result),
         )

@@ -157,6 +157,7 @@ class _Run:
         self.train_set, self.val_set = train_set, val_set
         torch.manual_seed(config.seed)
         self.model = build(recipe.model)
+        self.model.policy.begin()
         if state is None and config.vit_from is not None:
             start_vit_from(self.model.vit, config.vit_from)
         if state is None and config.init_from is not None:

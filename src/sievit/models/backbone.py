@@ -78,7 +78,7 @@ def backbone_gflops(backbone: Backbone, trace: Trace, sizes: Sizes) -> dict[str,
     parts = {
         "patch_embed": torch.tensor(patches, dtype=torch.float64, device=blocks.device),
         "blocks": blocks,
-        "policy": backbone.policy.macs(trace).double(),
+        "policy": backbone.policy.cost(trace),
         "neck": torch.tensor(rest, dtype=torch.float64, device=blocks.device),
     }
     return {name: macs / 1e9 for name, macs in parts.items()}

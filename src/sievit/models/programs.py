@@ -67,7 +67,7 @@ class SegmenterProgram(Program):
 
     def forward(self, images: Tensor, sizes: Tensor | None = None) -> dict[str, Tensor]:
         scores, trace = self.net(images, sizes, execution=self.mode)
-        return {"scores": scores, **_of_trace(trace, self.net.policy.macs(trace))}
+        return {"scores": scores, **_of_trace(trace, self.net.policy.cost(trace))}
 
 
 class DetectorProgram(Program):
@@ -88,7 +88,7 @@ class DetectorProgram(Program):
         features, trace = self.backbone(images, sizes if self.hidden else None, execution=self.mode)
         found = find(self.head, features, (images.shape[2], images.shape[3]), sizes, fixed=self.static)
         there = {name: value for name, value in found._asdict().items() if value is not None}
-        return {**there, **_of_trace(trace, self.backbone.policy.macs(trace))}
+        return {**there, **_of_trace(trace, self.backbone.policy.cost(trace))}
 
 
 def _of_trace(trace: Trace, macs: Tensor) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ class Fixed(Policy):
 
     def macs(self, trace: Trace) -> Tensor:
         of_file = [aux["exported"] for aux in trace.aux if "exported" in aux]
-        return of_file[0] if of_file else self._inner[0].macs(trace)
+        return of_file[0] if of_file else self._inner[0].cost(trace)
 
 
 class SegmenterFile:

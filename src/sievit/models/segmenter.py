@@ -340,7 +340,7 @@ class Segmenter(Model[Tensor]):
         parts = {
             "patch_embed": trace.valid.sum(1).double() * 3 * vit.patch_size**2 * vit.embed_dim,
             "blocks": traced_macs(vit, trace),
-            "policy": self.policy.macs(trace).double(),
+            "policy": self.policy.cost(trace),
             **{f"heads.{i}": macs for i, macs in enumerate(self._heads_macs(trace))},
             "upsampling": (resized * rows * columns).double(),
         }

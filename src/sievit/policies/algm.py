@@ -38,6 +38,8 @@ class ALGM(Policy):
     """Adaptive local-then-global merging (arXiv 2406.09936, section 3). The number of tokens follows the image; before
     a head each token has the value of its owner."""
 
+    can_propagate = False
+
     def __init__(self, config: ALGMConfig, *, embed_dim: int, depth: int) -> None:
         super().__init__()
         self.config, self.depth, self.embed_dim = config, depth, embed_dim

@@ -67,12 +67,16 @@ class PolicyConfig(Config):
     Attributes:
         rejoin: all tokens take part in the last block again, with the values that they have by then, and tokens without
             a place on the grid are gone (last-layer fusion of Token Cropr, arXiv 2412.00965). Goes with any policy.
+        propagate: a token that is left out gets the update of the most similar token that is computed, instead of none
+            (`sievit.vit.propagation`; no paper's, akin to the slow update of Evo-ViT and the unmerging of ToMe). Goes
+            with policies that keep the features of such tokens.
     """
 
     swept: ClassVar[tuple[str, tuple[Any, ...]] | None] = None
     """The field that a sweep varies where none is named, and its values."""
 
     rejoin: bool = field(default=False, kw_only=True)
+    propagate: bool = field(default=False, kw_only=True)
 
 
 class Policy(nn.Module):
@@ -89,6 +93,8 @@ class Policy(nn.Module):
     """Whether `loss` compares with the trace of the dense model that the training started from."""
     gates_in_training: ClassVar[bool] = False
     """Whether its choices in training are gates (`Tokens.gate`), which can be computed masked or selected."""
+    can_propagate: ClassVar[bool] = True
+    """Whether tokens that are left out keep their own features on the canvas, to which updates can be added."""
     cascades: ClassVar[bool] = False
     """Whether a token that is left out at one place is left out to the end."""
 
@@ -124,6 +130,11 @@ class Policy(nn.Module):
         """Whether all tokens come back before block `index`, whatever it decides there."""
         return getattr(getattr(self, "config", None), "rejoin", False) and index == self.depth - 1
 
+    @property
+    def propagates(self) -> bool:
+        """Whether tokens that are left out get the update of the most similar one that is computed."""
+        return getattr(getattr(self, "config", None), "propagate", False)
+
     def after_piece(self, tokens: Tokens, trace: Trace) -> Tokens:
         """The canvas with its grid tokens whole, after a piece of the loop, for whatever reads it: adapters, heads."""
         return tokens
@@ -137,6 +148,9 @@ class Policy(nn.Module):
         return tokens, {}
 
     # Learn
+
+    def begin(self) -> None:
+        """Prepare new, random weights for a training."""
 
     def loss(
         self, trace: Trace, *, teacher: Trace | None = None, targets: Sequence[Mapping[str, Tensor]] | None = None
@@ -157,6 +171,11 @@ class Policy(nn.Module):
         called `macs`."""
         none = torch.zeros(trace.valid.shape[0], dtype=torch.float64, device=trace.valid.device)
         return sum((aux["macs"] for aux in trace.aux if "macs" in aux), none)
+
+    def cost(self, trace: Trace) -> Float[Tensor, " b"]:
+        """(b,) multiply-adds per image of everything that is not a block: `macs`, and the search of `propagate`."""
+        macs = self.macs(trace).double()
+        return sum((aux["propagation"] for aux in trace.aux if "propagation" in aux), macs)
 
     def dense_notes(self, index: int, tokens: Tokens) -> Notes:
         """What `macs` needs of block `index` in a trace (of `depth`: after the last block) if no token is left out.
@@ -253,6 +272,10 @@ def build_policy(config: PolicyConfig, *, embed_dim: int, depth: int, **parts: A
         hints = {"heads": "tokens leave with the prediction of a head; it goes with a segmenter"}
         hint = hints.get(missing[0], f"this model has no {missing[0]!r}")
         raise ConfigError(f"the policy {kind_of(config)!r} does not go with this model: {hint}")
+    if config.propagate and not policy.can_propagate:
+        raise ConfigError(
+            f"the policy {kind_of(config)!r} does not go with propagate: it merges tokens, or changes them by itself"
+        )
     builder: Callable[..., Policy] = policy
     return builder(config, embed_dim=embed_dim, depth=depth, **{name: parts[name] for name in policy.needs})
 

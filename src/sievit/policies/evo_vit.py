@@ -35,6 +35,8 @@ class EvoViT(SharesPolicy):
     mean, weighted by the score, and get what the block adds to it. No token is dropped.
     """
 
+    can_propagate = False
+
     config: EvoViTConfig
 
     def decides_inside(self, index: int) -> bool:

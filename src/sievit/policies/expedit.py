@@ -47,6 +47,8 @@ class Expedit(Policy):
     the centres wait as extra tokens, and move by the mean change of the tokens nearest to them.
     """
 
+    can_propagate = False
+
     is_static = True
 
     def __init__(self, config: ExpeditConfig, *, embed_dim: int, depth: int) -> None:

@@ -17,6 +17,7 @@ from sievit.distributed import from_first, global_sum
 from sievit.policies.base import FEWEST, BlockRange, Dial, Notes, Policy, PolicyConfig, register
 from sievit.policies.selection import (
     PAPER_SCHEDULE,
+    dither,
     gumbel_gate,
     gumbel_noise,
     quantile,
@@ -44,6 +45,9 @@ class SViTConfig(PolicyConfig):
         reactivate: a token that was left out may come back in a later block.
         preserve: a token that is left out keeps its features on the canvas; otherwise they become zero.
         sample: draw Gumbel noise at inference too, as the released test scripts do, instead of taking the arg-max.
+        dither: at inference a token takes part where the probability that training would draw it is above a fixed
+            pattern over grid and blocks, instead of above one half. A gate sees a token by itself: of a plain area the
+            arg-max takes all tokens or none, noise and pattern a share of them. Like `sample`, but without chance.
         hidden_ratio: hidden width of a gate, relative to the embedding.
         gate_layers: linear layers of a gate, 1 to 3.
         gate_kernel: of a convolution over the grid at the beginning of a gate; 1 for none.
@@ -68,6 +72,7 @@ class SViTConfig(PolicyConfig):
     reactivate: bool = True
     preserve: bool = True
     sample: bool = False
+    dither: bool = False
     hidden_ratio: Positive = 0.25
     gate_layers: Annotated[int, Interval(ge=1, le=3)] = 2
     gate_kernel: Count = 1
@@ -181,18 +186,37 @@ class SViT(Policy):
             keep, aux["gate"] = gate.detach() > 0.5, gate
         else:
             gate = None
+            margin = self._margin(index, logits, tokens.grid)
             if config.static_shares is not None:
                 share = config.static_shares[index - config.first_block]
-                margin = logits[..., 0] - logits[..., 1]
                 return select_top(tokens, margin, share, multiple=config.multiple, static=True), aux
-            noisy = logits.log_softmax(-1) + config.noise * gumbel_noise(logits) if config.sample else logits
-            keep = noisy[..., 0] - noisy[..., 1] > config.threshold
+            keep = margin > config.threshold
             if earlier is not None:
                 keep = keep & trace.keep[-1]
         if not config.preserve:
             left = keep if gate is None else gate
             tokens = tokens.replace_patches(tokens.patches * left[..., None].to(tokens.x.dtype))
         return tokens.select(keep, gate), aux
+
+    def _margin(self, index: int, logits: Float[Tensor, "b n 2"], grid: tuple[int, int]) -> Float[Tensor, "b n"]:
+        """By how much the logit of taking part is above the other one's, with noise or pattern at inference."""
+        if self.config.sample:
+            logits = logits.log_softmax(-1) + self.config.noise * gumbel_noise(logits)
+        margin = logits[..., 0] - logits[..., 1]
+        if self.config.dither:
+            pattern = dither(grid, index, device=logits.device)
+            margin = margin + self.config.noise * (pattern.log() - (-pattern).log1p())  # logistic, as two Gumbels' is
+        return margin
+
+    def begin(self) -> None:
+        """Gates that draw: at first they take every token with the probability of its target, whatever it is."""
+        if not (self.config.dither or self.config.sample):
+            return
+        for gate, target in zip(self.gates, self.targets, strict=True):
+            assert isinstance(gate, Gate)
+            odds = math.log(max(target, FEWEST) / max(1 - target, FEWEST)) * max(self.config.noise, FEWEST)
+            nn.init.zeros_(gate.fc2.weight)
+            gate.fc2.bias.data.copy_(torch.tensor([odds / 2, -odds / 2]))
 
     def loss(
         self, trace: Trace, *, teacher: Trace | None = None, targets: Sequence[Mapping[str, Tensor]] | None = None
@@ -251,14 +275,14 @@ class SViT(Policy):
         """The threshold of the logits; of gates with budgets the budget, and the threshold beyond its range."""
         config, budgets = self.config, self.config.budgets
         if budgets is None:
-            return [_threshold_dial(config, passes)]
+            return [self._threshold_dial(config, passes)]
         least, most = budgets
 
         def budget(position: float) -> PolicyConfig:
             return replace(config, budget=round(most + position * (least - most), 4))
 
-        below = _threshold_dial(replace(config, budget=most), passes, part="below")
-        return [budget, below, _threshold_dial(replace(config, budget=least), passes, part="above")]
+        below = self._threshold_dial(replace(config, budget=most), passes, part="below")
+        return [budget, below, self._threshold_dial(replace(config, budget=least), passes, part="above")]
 
     def made_static(
         self, kept: Sequence[float], *, multiple: int = 1, position: float | None = None
@@ -269,34 +293,34 @@ class SViT(Policy):
         shares = tuple(map(tidy, shares)) if position is None else scaled(shares, position)
         return replace(self.config, static_shares=shares, multiple=multiple, dense_blocks=())
 
+    def _threshold_dial(
+        self,
+        config: SViTConfig,
+        passes: Callable[[PolicyConfig], Iterable[Trace]],
+        part: Literal["all", "below", "above"] = "all",
+    ) -> Dial:
+        """The threshold by the share of all margins that it is above; of a part, from or to its value in `config`."""
 
-def _threshold_dial(
-    config: SViTConfig,
-    passes: Callable[[PolicyConfig], Iterable[Trace]],
-    part: Literal["all", "below", "above"] = "all",
-) -> Dial:
-    """The threshold by the share of all margins that it is above; of a part, from or to its value in `config`."""
+        @cache
+        def margins() -> Tensor:
+            of_passes = [
+                self._margin(index, aux["logits"].float(), trace.grid)[trace.valid].cpu()
+                for trace in passes(replace(config, threshold=-math.inf, sample=False))
+                for index, aux in enumerate(trace.aux)
+                if "logits" in aux
+            ]
+            return torch.cat(of_passes)
 
-    @cache
-    def margins() -> Tensor:
-        of_passes = [
-            (aux["logits"][..., 0] - aux["logits"][..., 1])[trace.valid].float().cpu()
-            for trace in passes(replace(config, threshold=-math.inf, sample=False))
-            for aux in trace.aux
-            if "logits" in aux
-        ]
-        return torch.cat(of_passes)
+        def turn(position: float) -> PolicyConfig:
+            here = (margins() < config.threshold).double().mean().item()
+            low, high = (here if part == "above" else 0.0), (here if part == "below" else 1 - FEWEST)
+            if position <= 0 and part != "above":
+                return replace(config, threshold=margins().min().item() - 1.0)
+            if position == (0 if part == "above" else 1) and part != "all":
+                return config
+            return replace(config, threshold=quantile(margins(), low + position * max(0.0, high - low)))
 
-    def turn(position: float) -> PolicyConfig:
-        here = (margins() < config.threshold).double().mean().item()
-        low, high = (here if part == "above" else 0.0), (here if part == "below" else 1 - FEWEST)
-        if position <= 0 and part != "above":
-            return replace(config, threshold=margins().min().item() - 1.0)
-        if position == (0 if part == "above" else 1) and part != "all":
-            return config
-        return replace(config, threshold=quantile(margins(), low + position * max(0.0, high - low)))
-
-    return turn
+        return turn
 
 
 def _check(config: SViTConfig, *, gated: int) -> None:
@@ -306,6 +330,10 @@ def _check(config: SViTConfig, *, gated: int) -> None:
         gated: number of gated blocks.
     """
     shares = config.static_shares
+    if config.dither and (config.sample or config.noise == 0):
+        raise ConfigError("svit: dither takes the place of sample, and needs noise above 0, which it stands for")
+    if config.propagate and not config.preserve:
+        raise ConfigError("svit: preserve=False leaves nothing to add an update to; set propagate=False with it")
     if config.reactivate and not config.preserve:
         raise ConfigError("svit: preserve=False leaves nothing to come back; set reactivate=False with it")
     if config.dense_blocks and not config.reactivate:

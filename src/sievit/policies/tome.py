@@ -39,6 +39,8 @@ class ToMe(Policy):
     key. After each piece of the loop every token has the value of its owner.
     """
 
+    can_propagate = False
+
     needs = ("num_heads",)
 
     def __init__(self, config: ToMeConfig, *, embed_dim: int, depth: int, num_heads: int) -> None:

@@ -18,6 +18,7 @@ from sievit.vit.config import ViTConfig
 from sievit.vit.execution import Execution
 from sievit.vit.executor import Run, execute_run
 from sievit.vit.projections import Projections
+from sievit.vit.propagation import propagated, with_source
 
 
 class Backbone(Protocol):
@@ -59,10 +60,15 @@ def run_blocks(
             tokens, notes = policy.before_block(index, tokens, trace)
             if policy.rejoins_at(index):
                 tokens = policy.after_piece(tokens, trace).with_extra(None).select(None)
+        if policy.propagates and tokens.source is None:
+            tokens, notes = with_source(tokens, notes)
         until = next((i for i in range(step + 1, end) if _is_decided(policy, i)), end)
         run = Run(blocks[index : (until + 1) // 2], from_mlp=bool(inside), to_attention=bool(until % 2))
-        owned = (inplace or tokens.x is not given) and not torch.is_grad_enabled()
+        before = None if tokens.source is None else tokens
+        owned = (inplace or tokens.x is not given) and before is None and not torch.is_grad_enabled()
         tokens, half = execute_run(run, tokens, execution, inplace=owned)
+        if before is not None:
+            tokens = propagated(before, tokens)
         trace = trace.record(tokens, notes, [bool(i % 2) for i in range(step, until)])
         step = until
     tokens = policy.after_piece(tokens, trace)

@@ -1,0 +1,75 @@
+"""Propagation: a token that is left out gets the update of the most similar token that is computed.
+
+A block adds an update to each token that it computes; of similar tokens the updates are similar. So a token that is
+left out keeps its own features, and is moved as the computed token that is nearest to it, instead of staying behind.
+
+Letters: b images, n grid tokens, c channels.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sievit.tokens import Tokens, chosen_first
+
+Notes = dict[str, Tensor]
+
+
+def with_source(tokens: Tokens, notes: Notes) -> tuple[Tokens, Notes]:
+    """The canvas with the `source` of each token for the choice that it carries, and notes with the multiply-adds.
+
+    The source is the token with the largest cosine among those that take part, other than the token itself. With gates
+    every token has one: it says what a token that takes part would get otherwise, so gates learn by the difference.
+    """
+    if tokens.keep is None or tokens.owner is not None:
+        return tokens, notes
+    keep, valid, n = tokens.keep, tokens.valid_or_all(), tokens.keep.shape[1]
+    rows = F.normalize(tokens.patches.float(), dim=-1)
+    order, most, fewest = _counts(tokens)
+    if most == 0:
+        return tokens, notes
+    chosen = order[:, :most]
+    asking = order if tokens.gate is not None else order[:, fewest:]
+    with torch.autocast(rows.device.type, enabled=False):  # close calls need all digits
+        alike = _taken(rows, asking) @ _taken(rows, chosen).mT
+    unusable = ~keep.gather(1, chosen)[:, None]
+    if tokens.gate is not None:
+        unusable = unusable | (asking[:, :, None] == chosen[:, None])
+    best = chosen.gather(1, alike.masked_fill(unusable, -torch.inf).argmax(2))
+    source = torch.arange(n, device=keep.device).expand(keep.shape).scatter(1, asking, best)
+    kept = keep.sum(1).double()
+    macs = kept * (valid.sum(1) - kept) * rows.shape[2]
+    return replace(tokens, source=source), {**notes, "propagation": macs}
+
+
+def propagated(before: Tokens, after: Tokens) -> Tokens:
+    """The canvas `after` some blocks, with the update of its source added to each token that was left out of them."""
+    assert before.source is not None and before.keep is not None
+    update = after.patches - before.patches
+    weight = (before.keep if before.gate is None else before.gate).to(update.dtype)
+    left = (1 - weight) * before.valid_or_all()
+    return after.replace_patches(after.patches + left[..., None] * _taken(update, before.source))
+
+
+def _taken(rows: Float[Tensor, "b n c"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k c"]:
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
+
+
+def _counts(tokens: Tokens) -> tuple[Int[Tensor, "b n"], Any, Any]:
+    """The positions with the chosen ones first, and how many of them the images have at most and at least."""
+    assert tokens.keep is not None
+    order = chosen_first(tokens.keep)
+    if tokens.order is not None:
+        most = tokens.order.shape[1]
+        return order, most, most if tokens.real is None else 0
+    kept = tokens.keep.sum(1)
+    if torch.compiler.is_exporting():
+        most = kept.max().clamp(min=2).item()  # programs are made for no shape of 0 or 1
+        torch._check(most >= 2)
+        torch._check(most <= order.shape[1])
+        return order, most, 0
+    return order, int(kept.max()), int(kept.min())
