@@ -90,6 +90,27 @@ def test_sampling_at_inference_draws_by_the_gates_probability() -> None:
     assert vit(torch.randn(1, 3, 64, 96), quiet)[1].shares()[1:].eq(1).all(), "arg-max takes the likelier side"
 
 
+def test_dither_keeps_the_same_share_in_a_fixed_pattern_that_moves() -> None:
+    vit, policy = ViT(VIT), built(dataclasses.replace(CONFIG, dither=True)).eval()
+    policy.begin()
+    images = torch.randn(2, 3, 256, 384)
+    keep = torch.stack(vit(images, policy)[1].keep[1:])  # (4, 2, 384)
+    for share, target in zip(keep.double().mean((1, 2)).tolist(), policy.targets, strict=True):
+        assert share == pytest.approx(target, abs=0.02)
+    assert torch.equal(keep[:, 0], keep[:, 1]), "these gates know nothing of an image"
+    assert torch.equal(keep, torch.stack(vit(images, policy)[1].keep[1:])), "no chance in it"
+    assert keep.any(0).all(), "in some block each token takes part"
+    rows = keep[0, 0].view(16, 24)
+    assert rows[:8].double().mean().item() == pytest.approx(rows[8:].double().mean().item(), abs=0.03)
+    for noisy in (True, False):
+        fixed = built(dataclasses.replace(CONFIG, dither=noisy, static_shares=(0.5,) * 4)).eval()
+        fixed.begin()
+        chosen = vit(images[:1], fixed)[1].keep[1]
+        assert chosen.double().mean() == 0.5
+        if noisy:
+            assert 0.4 < chosen[0, :192].double().mean() < 0.6, "static counts are spread over the image too"
+
+
 def test_gumbel_gate_is_hard_with_a_soft_gradient() -> None:
     logits = torch.randn(2, 50, 2, requires_grad=True)
     gate = gumbel_gate(logits, temperature=1.0)
@@ -164,6 +185,8 @@ def test_gates_learn_to_keep_as_many_tokens_as_the_budget_says() -> None:
         ({"budgets": (0.5, 1.2), "budget": 1.3}, "not in the range"),
         ({"budget": 0.7}, "needs gates that were trained for a range"),
         ({"preserve": False}, "reactivate=False"),
+        ({"dither": True, "sample": True}, "takes the place of sample"),
+        ({"dither": True, "noise": 0.0}, "needs noise above 0"),
         ({"targets": (1.2,)}, r"targets is 1\.2"),
         ({"first_block": 5}, "blocks 0 to 4"),
     ],

@@ -80,7 +80,7 @@ class Reuse(Policy):
         self.needs = inner.needs  # ty: ignore[invalid-attribute-access]
         self._inner = (inner,)  # its weights are the model's
         restores = type(inner).after_piece is not Policy.after_piece
-        if restores or any(inner.decides_inside(index) for index in range(inner.depth)):
+        if restores or inner.propagates or any(inner.decides_inside(index) for index in range(inner.depth)):
             _refuse(inner)
 
     @property
@@ -195,5 +195,5 @@ def _as_asked(trace: Trace) -> Trace:
 def _refuse(policy: Policy) -> None:
     raise ConfigError(
         f"{type(policy).__name__}: reuse over frames goes with policies that only select tokens before blocks; this "
-        "one merges or adds tokens, shows some that it does not compute, or decides inside of blocks"
+        "one merges, adds or updates tokens, shows some that it does not compute, or decides inside of blocks"
     )

@@ -28,7 +28,7 @@ def with_source(tokens: Tokens, notes: Notes) -> tuple[Tokens, Notes]:
     if tokens.keep is None or tokens.owner is not None:
         return tokens, notes
     keep, valid, n = tokens.keep, tokens.valid_or_all(), tokens.keep.shape[1]
-    rows = F.normalize(tokens.patches.float(), dim=-1)
+    rows = F.normalize(tokens.patches.to(torch.promote_types(tokens.x.dtype, torch.float32)), dim=-1)
     order, most, fewest = _counts(tokens)
     if most == 0:
         return tokens, notes
