@@ -97,6 +97,15 @@ def test_selected_and_masked_gates_give_the_same() -> None:
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
+def test_gates_of_tokens_that_were_not_computed_learn_nothing() -> None:
+    """What such a token would get by itself is not known; its own update must not count as none."""
+    gate = torch.tensor([[1.0, 0.0, 1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    before, _ = with_source(canvas().select(torch.tensor([[True, False, True, False]]), gate), {})
+    after = propagated(before, moved(before, [[1, 0], [0, 0], [0, 1], [0, 0]]), selected=True)
+    (gradient,) = torch.autograd.grad(after.patches.sum(), gate)
+    assert gradient[0].tolist() == [-1, 0, -1, 0], "each of the others has the update of its most similar one instead"
+
+
 def test_policies_that_it_does_not_go_with() -> None:
     for config in (ToMeConfig(propagate=True), EvoViTConfig(propagate=True)):
         refused("does not go with propagate", ViT(VIT).build_policy, config)

@@ -66,7 +66,7 @@ def sieve(
 
     Args:
         vit: of ours, of timm, of transformers, or the name of one of timm's, with its weights. It is copied.
-        policy: a name or a configuration. `attention`, `top_norm` and `random` need no training.
+        policy: a name or a configuration. `spread` (best), `attention`, `top_norm` and `random` need no training.
         freeze: the weights take no gradients.
         options: fields of the policy's configuration.
 

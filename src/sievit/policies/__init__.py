@@ -23,6 +23,7 @@ from sievit.policies.keep_all import KeepAllConfig
 from sievit.policies.options import PolicyOptions, chosen_policy
 from sievit.policies.random import RandomConfig
 from sievit.policies.selection import SharesConfig, SharesPolicy
+from sievit.policies.spread import SpreadConfig
 from sievit.policies.svit import SViT, SViTConfig
 from sievit.policies.tome import ToMeConfig
 from sievit.policies.top_norm import TopNormConfig

@@ -137,7 +137,7 @@ SHORT: dict[str, Any] = {
     "freeze": 3,
     "distill": 2.0,  # blocks that leave tokens out have to learn, and their features are held
 }
-SVIT: dict[str, Any] = {"policy": SViTConfig(dither=True, propagate=True), "policy_lr": 20.0, **SHORT}
+SVIT: dict[str, Any] = {"policy": SViTConfig(dither=True, propagate=True, loss_weight=20.0), "policy_lr": 20.0, **SHORT}
 """Gates that draw; and tokens that are left out follow the most similar one, which costs far less accuracy."""
 DTOP: dict[str, Any] = {"policy": DToPConfig(thresholds=(0.9,)), **SHORT}
 ON_PHOTOGRAPHS = "of photographs on DINOv2-S"

@@ -68,7 +68,7 @@ def run_blocks(
         owned = (inplace or tokens.x is not given) and before is None and not torch.is_grad_enabled()
         tokens, half = execute_run(run, tokens, execution, inplace=owned)
         if before is not None:
-            tokens = propagated(before, tokens)
+            tokens = propagated(before, tokens, selected=execution.mode == "selected")
         trace = trace.record(tokens, notes, [bool(i % 2) for i in range(step, until)])
         step = until
     tokens = policy.after_piece(tokens, trace)

@@ -36,27 +36,37 @@ def with_source(tokens: Tokens, notes: Notes) -> tuple[Tokens, Notes]:
     asking = order if tokens.gate is not None else order[:, fewest:]
     with torch.autocast(rows.device.type, enabled=False):  # close calls need all digits
         alike = _taken(rows, asking) @ _taken(rows, chosen).mT
-    unusable = ~keep.gather(1, chosen)[:, None]
+    if most != fewest:
+        alike = alike.masked_fill(~keep.gather(1, chosen)[:, None], -torch.inf)
     if tokens.gate is not None:
-        unusable = unusable | (asking[:, :, None] == chosen[:, None])
-    best = chosen.gather(1, alike.masked_fill(unusable, -torch.inf).argmax(2))
+        alike = alike.masked_fill(asking[:, :, None] == chosen[:, None], -torch.inf)
+    best = chosen.gather(1, alike.argmax(2))
     source = torch.arange(n, device=keep.device).expand(keep.shape).scatter(1, asking, best)
     kept = keep.sum(1).double()
     macs = kept * (valid.sum(1) - kept) * rows.shape[2]
     return replace(tokens, source=source), {**notes, "propagation": macs}
 
 
-def propagated(before: Tokens, after: Tokens) -> Tokens:
-    """The canvas `after` some blocks, with the update of its source added to each token that was left out of them."""
+def propagated(before: Tokens, after: Tokens, *, selected: bool = False) -> Tokens:
+    """The canvas `after` some blocks, with the update of its source added to each token that was left out of them.
+
+    Args:
+        selected: the blocks computed the chosen tokens alone, so that of the others it is not known what they would get
+            by themselves, and their gates learn nothing.
+    """
     assert before.source is not None and before.keep is not None
     update = after.patches - before.patches
-    weight = (before.keep if before.gate is None else before.gate).to(update.dtype)
+    weight = before.keep.to(update.dtype)
+    if before.gate is not None:
+        gate = before.gate.to(update.dtype)
+        weight = torch.where(before.keep, gate, gate.detach()) if selected else gate
     left = (1 - weight) * before.valid_or_all()
     return after.replace_patches(after.patches + left[..., None] * _taken(update, before.source))
 
 
 def _taken(rows: Float[Tensor, "b n c"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k c"]:
-    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
+    first = rows.shape[1] * torch.arange(rows.shape[0], device=rows.device)[:, None]
+    return rows.flatten(0, 1).index_select(0, (index + first).flatten()).unflatten(0, index.shape)
 
 
 def _counts(tokens: Tokens) -> tuple[Int[Tensor, "b n"], Any, Any]:
