@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sievit.models.base import Model
 from sievit.models.build import build, load, save
 from sievit.models.inputs import InputConfig
 from sievit.models.segmenter import Segmenter
-from sievit.policies import DToPConfig, EViTConfig, KeepAllConfig, PolicyConfig, SViTConfig
+from sievit.policies import DToPConfig, EViTConfig, KeepAllConfig, PolicyConfig, SpreadConfig, SViTConfig
 from sievit.tasks import task_of
 from tiny import refused, saved, scattered, tiny_detector, tiny_segmenter, tiny_vit
 
@@ -96,6 +97,17 @@ def test_the_file_answers_as_the_model_does_at_every_size_and_batch(pair) -> Non
     eager, file = load(pair[0]), load(pair[1])
     assert file.config.classes == eager.config.classes and pair[2]["agree"] == 1
     assert_same_answers(eager, file)
+
+
+@pytest.mark.parametrize(
+    "policy", [replace(GATES, dither=True, propagate=True), SpreadConfig(first_block=1, shares=(0.6, 0.3))]
+)
+def test_tokens_that_follow_others_do_so_in_the_file(policy, scenes, tmp_path) -> None:
+    from sievit.export import export
+
+    path = segmenter(policy, tmp_path / "model.safetensors")
+    assert export(path, images=scenes / "images", out=tmp_path / "model.onnx", number=2)["agree"] == 1
+    assert_same_answers(load(path), load(tmp_path / "model.onnx"))
 
 
 def test_commands_take_the_file_like_a_checkpoint(pair, scenes, command, tmp_path) -> None:
