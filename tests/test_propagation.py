@@ -35,6 +35,8 @@ def moved(tokens: Tokens, update: list[list[float]]) -> Tokens:
 
 def test_a_token_that_is_left_out_gets_the_update_of_the_most_similar_one() -> None:
     before, notes = with_source(canvas().select(torch.tensor([[True, False, True, False]])), {})
+    sizes = before.sizes()
+    assert sizes is not None and sizes.tolist() == [[2, 0, 2, 0]], "in the attention it counts for the two"
     after = propagated(before, moved(before, [[0.5, 0.25], [0, 0], [0, -2], [0, 0]]))
     expected = [[10, 10], [2.5, 0.25], [1.5, 0.35], [0, 1], [0.2, -1]]
     torch.testing.assert_close(after.x[0], torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)

@@ -152,11 +152,16 @@ class Tokens:
         return replace(self.replace_patches(patches), owner=None)
 
     def sizes(self) -> Float[Tensor, "b n"] | None:
-        """(b, n) float: how many tokens each one stands for, itself included; None where each is for itself."""
-        if self.owner is None:
+        """(b, n) float: how many tokens each one stands for: itself, and those that are merged with it or follow it; None
+        where each is for itself."""
+        owner = self.owner
+        if owner is None and self.source is not None and self.keep is not None:
+            first = torch.arange(self.source.shape[1], device=self.source.device)
+            owner = torch.where(self.keep, first, self.source)
+        if owner is None:
             return None
         weight = self.valid_or_all().to(torch.float32)
-        return torch.zeros_like(weight).scatter_add(1, self.owner, weight)
+        return torch.zeros_like(weight).scatter_add(1, owner, weight)
 
     def taking_part(self) -> Bool[Tensor, "b t"] | None:
         """(b, p+n) bool: what the next block computes, prefix included; None when it is everything."""

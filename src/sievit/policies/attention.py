@@ -36,8 +36,7 @@ class Attention(SharesPolicy):
         self.project = project
 
     def decides_at(self, index: int) -> bool:
-        stage = index - self.config.first_block
-        return index == 0 or stage == 0 or (stage > 0 and self.shares[stage] != self.shares[stage - 1])
+        return index == 0 or self.changes_at(index)
 
     def scores(self, index: int, tokens: Tokens) -> Float[Tensor, "b n"]:
         return self.project(index, tokens.select(None)).attention().detach().float()

@@ -98,6 +98,11 @@ class SharesPolicy(Policy):
     def decides_at(self, index: int) -> bool:
         return index == 0 or index >= self.config.first_block
 
+    def changes_at(self, index: int) -> bool:
+        """Whether another share begins at block `index`."""
+        i = index - self.config.first_block
+        return i == 0 or (i > 0 and self.shares[i] != self.shares[i - 1])
+
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         if not self.decides_at(index):
             return tokens, {}  # the choice stands

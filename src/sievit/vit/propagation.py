@@ -1,7 +1,8 @@
 """Propagation: a token that is left out gets the update of the most similar token that is computed.
 
 A block adds an update to each token that it computes; of similar tokens the updates are similar. So a token that is
-left out keeps its own features, and is moved as the computed token that is nearest to it, instead of staying behind.
+left out keeps its own features, and is moved as the computed token that is nearest to it, instead of staying behind. In
+the attention a token counts for those that follow it (proportional attention, ToMe, arXiv 2210.09461).
 
 Letters: b images, n grid tokens, c channels.
 """
