@@ -34,7 +34,7 @@ def model_of(name: str, **options: Any) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("policy", ["attention", "top_norm", "random"])
+@pytest.mark.parametrize("policy", ["spread", "attention", "top_norm", "random"])
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_three_lines(family: str, policy: str) -> None:
     model = model_of(ARCHITECTURES[family])

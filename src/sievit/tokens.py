@@ -152,8 +152,10 @@ class Tokens:
         return replace(self.replace_patches(patches), owner=None)
 
     def sizes(self) -> Float[Tensor, "b n"] | None:
-        """(b, n) float: how many tokens each one stands for: itself, and those that are merged with it or follow it; None
-        where each is for itself."""
+        """(b, n) float: how many tokens each one stands for, itself and those that are merged with it or follow it.
+
+        None where each is for itself.
+        """
         owner = self.owner
         if owner is None and self.source is not None and self.keep is not None:
             first = torch.arange(self.source.shape[1], device=self.source.device)

@@ -19,6 +19,7 @@ from sievit.policies import (
     ExpeditConfig,
     PolicyConfig,
     RandomConfig,
+    SpreadConfig,
     SViTConfig,
     ToMeConfig,
     TopNormConfig,
@@ -89,6 +90,7 @@ def methods(recipe: Recipe) -> list[Variant]:
         trained(recipe, "top_norm", TopNormConfig()),
         trained(recipe, "random", RandomConfig()),
         trained(recipe, "random_propagate", RandomConfig(propagate=True)),
+        trained(recipe, "spread", SpreadConfig()),
     ]
     if recipe.model.has_exits:
         exits = trained(recipe, "dtop", DToPConfig(thresholds=(0.9,)))
@@ -131,6 +133,7 @@ def propagate(recipe: Recipe) -> list[Variant]:
     for shares in ((0.7, 0.49, 0.343), (0.5, 0.25, 0.125)):
         each = {
             "random": RandomConfig(shares=shares),
+            "spread": SpreadConfig(shares=shares),
             "top_norm": TopNormConfig(shares=shares),
             "attention": AttentionConfig(shares=shares),
         }

@@ -57,12 +57,12 @@ class SievedViT(nn.Module):
 
 
 def sieve(
-    vit: ViT | nn.Module | str, policy: str | PolicyConfig = "attention", *, freeze: bool = True, **options: Any
+    vit: ViT | nn.Module | str, policy: str | PolicyConfig = "spread", *, freeze: bool = True, **options: Any
 ) -> SievedViT:
     """A backbone that computes only the tokens that a policy chooses.
 
     >>> vit = timm.create_model("vit_small_patch14_reg4_dinov2", pretrained=True)
-    >>> features = sievit.sieve(vit, "attention", shares=(0.7, 0.5, 0.35))(images)
+    >>> features = sievit.sieve(vit, "spread", shares=(0.7, 0.5, 0.35))(images)
 
     Args:
         vit: of ours, of timm, of transformers, or the name of one of timm's, with its weights. It is copied.
