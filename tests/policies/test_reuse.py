@@ -58,7 +58,7 @@ def changed(image: Tensor, rows: slice, columns: slice) -> Tensor:
 def test_a_first_frame_is_an_image_and_a_frame_that_stands_costs_no_token(name: str):
     model = segmenter(name)
     first = torch.rand(3, 40, 56)
-    if name in MERGE:
+    if name in MERGE or model.policy.propagates:
         refused("only select tokens", model.stream)
         return
     alone, stream = model([first]), model.stream()
