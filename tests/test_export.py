@@ -48,9 +48,9 @@ def scenes(scenes_of: Callable[..., Path]) -> Path:
 
 
 def detector(path: Path) -> Path:
-    model = build(tiny_detector(vit=tiny_vit(depth=2), policy=GATES, input=InputConfig(min_size=96, max_size=192)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
+        model = build(tiny_detector(vit=tiny_vit(depth=2), policy=GATES, input=InputConfig(min_size=96, max_size=192)))
         scattered(model.head, 0.1)  # scores that differ
     save(model, path)
     return path
@@ -143,10 +143,11 @@ def test_a_program_of_torch_computes_the_tokens_that_take_part_alone(tmp_path: P
         assert len(images) > 1 or own.get_total_flops() <= counter.get_total_flops() < 1.02 * own.get_total_flops()
 
 
-def test_a_static_program_has_no_shape_that_depends_on_a_value(tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", [DToPConfig(static_left=(0.3, 0.5)), SpreadConfig(first_block=1, shares=(0.6, 0.3))])
+def test_a_static_program_has_no_shape_that_depends_on_a_value(policy: PolicyConfig, tmp_path: Path) -> None:
     from sievit.export.formats import write_program
 
-    model = load(segmenter(DToPConfig(static_left=(0.3, 0.5)), tmp_path / "model.safetensors"))
+    model = load(segmenter(policy, tmp_path / "model.safetensors"))
     made = program(model, canvas=(128, 128))
     asked = [str(node.target) for node in made.exported.graph.nodes]
     assert not [name for name in asked if "nonzero" in name or "_local_scalar_dense" in name]

@@ -75,6 +75,10 @@ class Tokens:
         """(b, e, c): the tokens without a place on the grid that a policy added."""
         return self.x[:, self.num_prefix - self.num_extra : self.num_prefix]
 
+    def directions(self) -> Float[Tensor, "b n c"]:
+        """(b, n, c): the grid tokens as unit vectors, in float32 or better."""
+        return F.normalize(self.patches.to(torch.promote_types(self.x.dtype, torch.float32)), dim=-1)
+
     def map(self) -> Float[Tensor, "b c h w"]:
         """(b, c, h, w): the grid tokens as a feature map, channels last."""
         return self.patches.unflatten(1, self.grid).permute(0, 3, 1, 2)
@@ -179,6 +183,12 @@ class Tokens:
         if self.valid is not None:
             return self.valid
         return self.x.new_ones(self.x.shape[0], self.grid[0] * self.grid[1], dtype=torch.bool)
+
+
+def similarities(a: Float[Tensor, "b m d"], b: Float[Tensor, "b k d"]) -> Float[Tensor, "b m k"]:
+    """(b, m, k): the products of all rows, with all their digits under autocast too, since close calls need them."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b.mT
 
 
 def chosen_first(keep: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:

@@ -10,8 +10,8 @@ from sievit.convert.pth import read_checkpoint
 from sievit.convert.timm import from_timm, timm_state
 from sievit.engine.recipe import TrainConfig
 from sievit.hub.file import load_weights, of_policy
-from sievit.models.base import Model
-from sievit.models.build import load, model_file, read
+from sievit.models.base import Model, ModelConfig
+from sievit.models.build import build, load, model_file, read
 from sievit.policies import Policy
 from sievit.vit import ViT, ViTConfig
 
@@ -22,6 +22,13 @@ FREE = {
     *("final_norm", "init_values", "drop_path_rate"),
 }
 """In which a recipe's ViT may differ from the one that its weights come from."""
+
+
+def new_model(config: ModelConfig) -> Model:
+    """The model that `config` describes, with random weights that a training can begin with."""
+    model = build(config)
+    model.policy.begin()
+    return model
 
 
 def start_from(model: Model, path: Path) -> tuple[str, ...]:

@@ -24,13 +24,13 @@ from sievit.distributed import gathered, world_size
 from sievit.engine.batches import Batch, EpochBatches, Losses, Samples, grouped, loading, training_loader
 from sievit.engine.checkpoint import CsvLog, RunFolder, reading, write_json
 from sievit.engine.evaluate import evaluate
-from sievit.engine.initial import dense_teacher, start_from, start_vit_from, timm_name
+from sievit.engine.initial import dense_teacher, new_model, start_from, start_vit_from, timm_name
 from sievit.engine.optim import Average, build_optimizer, freeze, learning_rate, set_learning_rate, total_steps
 from sievit.engine.recipe import Recipe, TrainConfig, default_data_root, open_data, with_own_classes
 from sievit.engine.signals import Interrupted, Stop, stopping
 from sievit.files import held
 from sievit.hub.fetch import HUB, model_file
-from sievit.models.build import build, read, save
+from sievit.models.build import read, save
 from sievit.tasks import task_of
 
 
@@ -156,8 +156,7 @@ class _Run:
         self.recipe, self.folder, self.fabric, self.console = recipe, folder, fabric, console
         self.train_set, self.val_set = train_set, val_set
         torch.manual_seed(config.seed)
-        self.model = build(recipe.model)
-        self.model.policy.begin()
+        self.model = new_model(recipe.model)
         if state is None and config.vit_from is not None:
             start_vit_from(self.model.vit, config.vit_from)
         if state is None and config.init_from is not None:

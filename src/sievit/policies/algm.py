@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
@@ -54,7 +53,7 @@ class ALGM(Policy):
         return again(index, tokens, trace), {}
 
     def inside_block(self, index: int, tokens: Tokens, trace: Trace, projections: Projections) -> tuple[Tokens, Notes]:
-        rows = F.normalize(tokens.patches.detach().float(), dim=2)
+        rows = tokens.directions().detach()
         notes: Notes = {}
         if index == self.config.local_block:
             owner = self._windows(tokens, rows)

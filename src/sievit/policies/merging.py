@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sievit.tokens import Tokens, Trace, chosen_first
+from sievit.tokens import Tokens, Trace, chosen_first, similarities
 
 
 def again(index: int, tokens: Tokens, trace: Trace) -> Tokens:
@@ -37,9 +37,7 @@ def matched(
     if not second.shape[1]:
         return best, owner, macs
     a, b = (rows.gather(1, part[..., None].expand(-1, -1, rows.shape[2])) for part in (first, second))
-    with torch.autocast(rows.device.type, enabled=False):  # close calls need all digits
-        alike = a @ b.mT
-    alike = alike.masked_fill(~left.gather(1, second)[:, None], -torch.inf)
+    alike = similarities(a, b).masked_fill(~left.gather(1, second)[:, None], -torch.inf)
     value, which = alike.max(2)
     value = value.masked_fill(~left.gather(1, first), -torch.inf)
     return best.scatter(1, first, value), owner.scatter(1, first, second.gather(1, which)), macs

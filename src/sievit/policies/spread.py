@@ -6,7 +6,6 @@ from typing import Annotated
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from annotated_types import Interval
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 from sievit.config import variant
 from sievit.policies.base import Notes, register
 from sievit.policies.selection import SharesConfig, SharesPolicy, dither
-from sievit.tokens import Tokens, Trace
+from sievit.tokens import Tokens, Trace, similarities
 
 ANCHOR = 2.0
 """Score of a token of the pattern; the others have at most 1."""
@@ -37,10 +36,8 @@ class SpreadConfig(SharesConfig):
 
 @register(SpreadConfig)
 class Spread(SharesPolicy):
-    """Control for what learns its choice, and the best here without training: other tokens wherever the share changes.
-
-    Attention needs to see an even sample of an image, and a token that is left out needs a similar one to follow. What
-    chooses by importance takes no token of a plain area, and there is none to follow.
+    """Control for what learns its choice: other tokens wherever the share changes, so that every token that is left out
+    has a similar one to follow.
     """
 
     config: SpreadConfig
@@ -50,9 +47,8 @@ class Spread(SharesPolicy):
         if config.even == 1:
             return -dither(tokens.grid, index, device=tokens.x.device).expand(b, -1)
         anchors = self._anchors(index, tokens)
-        rows = F.normalize(tokens.patches.to(torch.promote_types(tokens.x.dtype, torch.float32)), dim=-1)
-        with torch.autocast(rows.device.type, enabled=False):  # close calls need all digits
-            alike = rows @ rows.index_select(1, anchors).mT
+        rows = tokens.directions()
+        alike = similarities(rows, rows.index_select(1, anchors))
         if tokens.valid is not None:
             alike = alike.masked_fill(~tokens.valid.index_select(1, anchors)[:, None], -1.0)
         return (-alike.amax(2)).index_fill(1, anchors, ANCHOR)

@@ -210,11 +210,12 @@ class SViT(Policy):
 
     def begin(self) -> None:
         """Gates that draw: at first they take every token with the probability of its target, whatever it is."""
-        if not (self.config.dither or self.config.sample):
+        noise = self.config.noise
+        if not noise or not (self.config.dither or self.config.sample):
             return
         for gate, target in zip(self.gates, self.targets, strict=True):
             assert isinstance(gate, Gate)
-            odds = math.log(max(target, FEWEST) / max(1 - target, FEWEST)) * max(self.config.noise, FEWEST)
+            odds = math.log(max(target, FEWEST) / max(1 - target, FEWEST)) * noise
             nn.init.zeros_(gate.fc2.weight)
             gate.fc2.bias.data.copy_(torch.tensor([odds / 2, -odds / 2]))
 

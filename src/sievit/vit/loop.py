@@ -2,7 +2,7 @@
 
 Every pruning method is a policy (`sievit.policies.base`), and every pass of every model goes through this loop. A block
 has two halves, attention and MLP; a policy may decide before each of them. Between two decisions the chosen tokens stay
-packed. The tokens that are left out stay on the canvas with the value that they have.
+packed. The tokens that are left out stay on the canvas with the value that they have, or follow a similar one.
 """
 
 from dataclasses import replace

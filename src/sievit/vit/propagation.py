@@ -11,13 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sievit.tokens import Tokens, chosen_first
-
-Notes = dict[str, Tensor]
+from sievit.policies.base import Notes
+from sievit.tokens import Tokens, chosen_first, similarities
 
 
 def with_source(tokens: Tokens, notes: Notes) -> tuple[Tokens, Notes]:
@@ -29,14 +27,13 @@ def with_source(tokens: Tokens, notes: Notes) -> tuple[Tokens, Notes]:
     if tokens.keep is None or tokens.owner is not None:
         return tokens, notes
     keep, valid, n = tokens.keep, tokens.valid_or_all(), tokens.keep.shape[1]
-    rows = F.normalize(tokens.patches.to(torch.promote_types(tokens.x.dtype, torch.float32)), dim=-1)
+    rows = tokens.directions()
     order, most, fewest = _counts(tokens)
     if most == 0:
         return tokens, notes
     chosen = order[:, :most]
     asking = order if tokens.gate is not None else order[:, fewest:]
-    with torch.autocast(rows.device.type, enabled=False):  # close calls need all digits
-        alike = _taken(rows, asking) @ _taken(rows, chosen).mT
+    alike = similarities(_taken(rows, asking), _taken(rows, chosen))
     if most != fewest:
         alike = alike.masked_fill(~keep.gather(1, chosen)[:, None], -torch.inf)
     if tokens.gate is not None:
