@@ -37,10 +37,20 @@ def test_a_token_that_is_left_out_gets_the_update_of_the_most_similar_one() -> N
     before, notes = with_source(canvas().select(torch.tensor([[True, False, True, False]])), {})
     sizes = before.sizes()
     assert sizes is not None and sizes.tolist() == [[2, 0, 2, 0]], "in the attention it counts for the two"
-    after = propagated(before, moved(before, [[0.5, 0.25], [0, 0], [0, -2], [0, 0]]))
+    after = propagated(before, before, moved(before, [[0.5, 0.25], [0, 0], [0, -2], [0, 0]]))
     expected = [[10, 10], [2.5, 0.25], [1.5, 0.35], [0, 1], [0.2, -1]]
     torch.testing.assert_close(after.x[0], torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
     assert notes["propagation"].tolist() == [2 * 2 * 2], "two left out, two computed, two channels"
+
+
+def test_a_token_is_computed_as_the_mean_of_those_that_follow_it_and_each_keeps_its_own_features() -> None:
+    whole, _ = with_source(canvas().select(torch.tensor([[True, False, True, False]])), {})
+    before = whole.averaged()
+    expected = [[9, 9], [1.5, 0.05], [1, 0.1], [0.1, 2], [0.2, 1]]
+    torch.testing.assert_close(before.x[0], torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
+    after = propagated(whole, before, moved(before, [[0.5, 0.25], [0, 0], [0, -2], [0, 0]]))
+    expected = [[10, 10], [2.5, 0.25], [1.5, 0.35], [0, 1], [0.2, -1]]
+    torch.testing.assert_close(after.x[0], torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
 def test_without_a_choice_without_a_token_and_for_merged_tokens_there_is_no_source() -> None:
@@ -53,7 +63,7 @@ def test_without_a_choice_without_a_token_and_for_merged_tokens_there_is_no_sour
 def test_padding_neither_gives_nor_gets_an_update() -> None:
     tokens = replace(canvas(), valid=torch.tensor([[True, True, True, False]]))
     before, notes = with_source(tokens.select(torch.tensor([[True, False, False, True]])), {})
-    after = propagated(before, moved(before, [[1, 1], [0, 0], [0, 0], [0, 0]]))
+    after = propagated(before, before, moved(before, [[1, 1], [0, 0], [0, 0], [0, 0]]))
     assert after.patches[0].tolist() == [[3, 1], [2, 1.1], [1, 4], [0.2, 1]]
     assert notes["propagation"].tolist() == [1 * 2 * 2]
 
@@ -64,7 +74,7 @@ def test_gates_learn_by_the_difference_to_what_a_token_would_get_otherwise() -> 
     before, _ = with_source(canvas().select(torch.ones(1, 4, dtype=torch.bool), gate), {})
     update = torch.tensor([[[0.0, 0.0], [1, 0], [1, 0], [0, 1], [0, 3]]], dtype=torch.float64)
     m = before.with_prefix(gate, value=1.0)[..., None]
-    after = propagated(before, replace(before, x=before.x + m * update))
+    after = propagated(before, before, replace(before, x=before.x + m * update))
     torch.testing.assert_close(after.x, before.x + update)
     (gradient,) = torch.autograd.grad(after.patches[0, [1, 3]].sum(), gate)
     assert gradient[0].tolist() == [0, 0, 0, 2], "1 - 1 for the second token, 3 - 1 for the fourth"
@@ -103,7 +113,7 @@ def test_gates_of_tokens_that_were_not_computed_learn_nothing() -> None:
     """What such a token would get by itself is not known; its own update must not count as none."""
     gate = torch.tensor([[1.0, 0.0, 1.0, 0.0]], dtype=torch.float64, requires_grad=True)
     before, _ = with_source(canvas().select(torch.tensor([[True, False, True, False]]), gate), {})
-    after = propagated(before, moved(before, [[1, 0], [0, 0], [0, 1], [0, 0]]), selected=True)
+    after = propagated(before, before, moved(before, [[1, 0], [0, 0], [0, 1], [0, 0]]), selected=True)
     (gradient,) = torch.autograd.grad(after.patches.sum(), gate)
     assert gradient[0].tolist() == [-1, 0, -1, 0], "each of the others has the update of its most similar one instead"
 

@@ -135,18 +135,33 @@ class Tokens:
             owner: (b, n) int64, the position of the token that stands for each token; such a token owns itself. Where
                 tokens are merged already, whole groups go on to their new owner's.
         """
-        first = torch.arange(owner.shape[1], device=owner.device)
         if self.owner is not None:
             owner = owner.gather(1, self.owner)
+        whole, mean = self.unmerge(), self._means(owner)
+        stands = owner == torch.arange(owner.shape[1], device=owner.device)
+        keep = stands if self.keep is None else stands & self.keep
+        mean = torch.where(stands[..., None], mean, whole.patches)
+        return replace(self.replace_patches(mean).select(keep), owner=owner)
+
+    def averaged(self) -> "Tokens":
+        """The canvas with each token at the mean of itself and those that follow it, where some do (`source`)."""
+        owner = self._leaders()
+        return self if owner is None or self.source is None else self.replace_patches(self._means(owner))
+
+    def _means(self, owner: Int[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
+        """(b, n, c): of each token that stands for others the mean of its group; of the rest what they are."""
         whole = self.unmerge().patches
         weight = self.valid_or_all()[..., None].to(whole.dtype)
-        rows = owner[..., None].expand_as(whole)
-        sums = torch.zeros_like(whole).scatter_add(1, rows, whole * weight)
+        sums = torch.zeros_like(whole).scatter_add(1, owner[..., None].expand_as(whole), whole * weight)
         total = torch.zeros_like(weight).scatter_add(1, owner[..., None], weight)
-        stands = owner == first
-        mean = torch.where(stands[..., None], sums / total.clamp(min=1), whole)
-        keep = stands if self.keep is None else stands & self.keep
-        return replace(self.replace_patches(mean).select(keep), owner=owner)
+        return torch.where(total > 0, sums / total.clamp(min=1), whole)
+
+    def _leaders(self) -> Int[Tensor, "b n"] | None:
+        """(b, n): the position of the token that each one is merged with or follows; None: each is for itself."""
+        if self.owner is not None or self.source is None or self.keep is None:
+            return self.owner
+        first = torch.arange(self.source.shape[1], device=self.source.device)
+        return torch.where(self.keep, first, self.source)
 
     def unmerge(self) -> "Tokens":
         """The canvas with each merged token at the value of its owner, and each for itself again."""
@@ -160,10 +175,7 @@ class Tokens:
 
         None where each is for itself.
         """
-        owner = self.owner
-        if owner is None and self.source is not None and self.keep is not None:
-            first = torch.arange(self.source.shape[1], device=self.source.device)
-            owner = torch.where(self.keep, first, self.source)
+        owner = self._leaders()
         if owner is None:
             return None
         weight = self.valid_or_all().to(torch.float32)
@@ -189,6 +201,12 @@ def similarities(a: Float[Tensor, "b m d"], b: Float[Tensor, "b k d"]) -> Float[
     """(b, m, k): the products of all rows, with all their digits under autocast too, since close calls need them."""
     with torch.autocast(a.device.type, enabled=False):
         return a @ b.mT
+
+
+def taken(rows: Float[Tensor, "b n c"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k c"]:
+    """(b, k, c): of each image the rows at these positions."""
+    first = rows.shape[1] * torch.arange(rows.shape[0], device=rows.device)[:, None]
+    return rows.flatten(0, 1).index_select(0, (index + first).flatten()).unflatten(0, index.shape)
 
 
 def chosen_first(keep: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:

@@ -64,7 +64,7 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "expedit": {"side": (0.5, 1.0), "rejoin": (False, True)},
     "random": {"rejoin": (False, True), "propagate": (False, True)},
     "attention": {"propagate": (True,)},
-    "spread": {"even": (0.5, 1.0), "propagate": (False, True), "shares": ((0.6, 0.4), (1.0, 0.4))},
+    "spread": {"propagate": (False, True), "shares": ((0.6, 0.4), (1.0, 0.4))},
     "svit  ": {
         "propagate": (True,),
         "reactivate": (True, False),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sievit.config import Share, variant
 from sievit.policies.base import Notes, Projections, register
-from sievit.policies.selection import PAPER_SCHEDULE, ROUNDING, StagesConfig, StagesPolicy, attention_macs
+from sievit.policies.selection import PAPER_SCHEDULE, StagesConfig, StagesPolicy, attention_macs, counted
 from sievit.tokens import Tokens, Trace
 
 
@@ -43,7 +43,7 @@ class ATS(StagesPolicy):
     def inside_block(self, index: int, tokens: Tokens, trace: Trace, projections: Projections) -> tuple[Tokens, Notes]:
         left = tokens.valid_or_all() if tokens.keep is None else tokens.keep
         scores = (projections.attention() * projections.value_norms()).detach() * left
-        samples = (tokens.valid_or_all().sum(1) * self.shares[index - self.config.first_block] - ROUNDING).ceil()
+        samples = counted(tokens.valid_or_all().sum(1), self.shares[index - self.config.first_block])
         keep = sampled(scores, samples.long()) & left
         return self.dropped(tokens.select(keep)), {"scores": scores, **self.dense_notes(index, tokens)}
 

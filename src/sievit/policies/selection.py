@@ -42,6 +42,16 @@ def spread(shares: tuple[float, ...], *, first_block: int, depth: int) -> tuple[
     return tuple(shares[i * len(shares) // blocks] for i in range(blocks))
 
 
+def counted(total: Any, share: float, multiple: int = 1) -> Any:
+    """The `share` of `total`, rounded up, and up to a multiple; in whole numbers, of ints, SymInts and tensors.
+
+    Exported programs hold numbers like 0.6 in fewer digits, so that they would find another count.
+    """
+    unit = round(1 / ROUNDING) ** 2
+    count = (total * round(share * unit) + unit - 1 - round(ROUNDING * unit)) // unit
+    return -(-count // multiple) * multiple
+
+
 def select_top(
     tokens: Tokens, scores: Num[Tensor, "b n"], share: float, *, multiple: int = 1, static: bool = False
 ) -> Tokens:
@@ -58,10 +68,10 @@ def select_top(
         scores = scores.masked_fill(~valid, -math.inf)
     order = scores.argsort(dim=1, descending=True, stable=True)
     n = order.shape[1]
-    most = min(n, -(-math.ceil(share * n - ROUNDING) // multiple) * multiple)
+    most = min(n, counted(n, share, multiple))
     if valid is None:
         return tokens.select_order(order[:, :most].sort(dim=1).values)
-    count = ((valid.sum(1, keepdim=True).double() * share - ROUNDING).ceil() / multiple).ceil() * multiple
+    count = counted(valid.sum(1, keepdim=True), share, multiple)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(n, device=order.device).expand_as(order))
     keep = valid & (rank < count)
     return tokens.select_order(order[:, :most].sort(dim=1).values, keep) if static else tokens.select(keep)

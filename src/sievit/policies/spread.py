@@ -1,36 +1,33 @@
-"""Tokens that are spread over the grid and over what is on it, for all others to follow. No paper's method."""
+"""Tokens that stand for all others: each one that is left out has a similar one to follow. No paper's method."""
 
+import math
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Annotated
 
-import numpy as np
 import torch
-from annotated_types import Interval
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from sievit.config import variant
 from sievit.policies.base import Notes, register
-from sievit.policies.selection import SharesConfig, SharesPolicy, dither
-from sievit.tokens import Tokens, Trace, similarities
+from sievit.policies.selection import SharesConfig, SharesPolicy, counted
+from sievit.tokens import Tokens, Trace, chosen_first, similarities, taken
 
-ANCHOR = 2.0
-"""Score of a token of the pattern; the others have at most 1."""
+SLOWEST = 0.75
+"""At least this part of the tokens is left after a round."""
+
+CLOSE = 1e-4
+"""Of cosines: of a plain area, where all are 1 but for their last digits, the first tokens are left out."""
 
 
 @variant("spread")
 @dataclass(frozen=True)
 class SpreadConfig(SharesConfig):
-    """A fixed share of the tokens; the others get the updates of the most similar ones. Needs no training.
+    """A fixed share of the tokens, most similar ones left out; those get the updates of the others. Needs no training.
 
     Attributes:
-        even: this part of the share stands in a fixed, even pattern; the rest are the tokens that are least similar to
-            any of those. At 1 no image changes the choice.
         propagate: as of every policy.
     """
 
-    even: Annotated[float, Interval(gt=0, le=1)] = 0.5
     propagate: bool = field(default=True, kw_only=True)
 
 
@@ -42,25 +39,11 @@ class Spread(SharesPolicy):
 
     config: SpreadConfig
 
-    def scores(self, index: int, tokens: Tokens) -> Float[Tensor, "b n"]:
-        b, config = tokens.x.shape[0], self.config
-        if config.even == 1:
-            return -dither(tokens.grid, index, device=tokens.x.device).expand(b, -1)
-        anchors = self._anchors(index, tokens)
-        rows = tokens.directions()
-        alike = similarities(rows, rows.index_select(1, anchors))
-        if tokens.valid is not None:
-            alike = alike.masked_fill(~tokens.valid.index_select(1, anchors)[:, None], -1.0)
-        return (-alike.amax(2)).index_fill(1, anchors, ANCHOR)
+    def scores(self, index: int, tokens: Tokens) -> Int[Tensor, "b n"]:
+        return covering(tokens, self._share(index))
 
-    def _anchors(self, index: int, tokens: Tokens) -> Int[Tensor, " a"]:
-        """The positions of the pattern, which are those of every image and of larger grids too."""
-        part = self.config.even * self.shares[index - self.config.first_block]
-        if all(isinstance(edge, int) for edge in tokens.grid):
-            return torch.tensor(_pattern(tokens.grid, index, part), device=tokens.x.device)
-        found = (dither(tokens.grid, index, device=tokens.x.device) < part).nonzero().squeeze(1)
-        torch._check(found.shape[0] >= 2)  # programs are made for no shape of 0 or 1
-        return found
+    def _share(self, index: int) -> float:
+        return self.shares[index - self.config.first_block]
 
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         tokens, notes = super().before_block(index, tokens, trace)
@@ -70,14 +53,46 @@ class Spread(SharesPolicy):
         return index == 0 or self.changes_at(index)
 
     def dense_notes(self, index: int, tokens: Tokens) -> Notes:
-        decides = index < self.depth and self.changes_at(index)
-        if not decides or self.shares[index - self.config.first_block] == 1 or self.config.even == 1:
+        if index == self.depth or not self.changes_at(index) or self._share(index) == 1:
             return {}
-        valid, anchors = tokens.valid_or_all(), self._anchors(index, tokens)
-        return {"macs": valid.sum(1).double() * valid.index_select(1, anchors).sum(1) * self.embed_dim}
+        total = left = tokens.valid_or_all().sum(1)
+        macs = torch.zeros_like(total, dtype=torch.float64)
+        for part in _rounds(self._share(index)):
+            macs = macs + (left - left // 2).double() * (left // 2) * self.embed_dim
+            left = counted(total, part)
+        return {"macs": macs}
 
 
-@cache
-def _pattern(grid: tuple[int, int], index: int, part: float) -> tuple[int, ...]:
-    pattern = dither(grid, index, device=torch.device("cpu")).numpy()
-    return tuple(np.flatnonzero((pattern < part) | (pattern == pattern.min())).tolist())
+def covering(tokens: Tokens, share: float) -> Int[Tensor, "b n"]:
+    """(b, n): the round in which a token is left out; the `share` that stays is in none, and has the highest number.
+
+    In each round the tokens that are left go, in turns, into two sets, and those of the first are left out that are
+    most similar to one of the second (the bipartite matching of ToMe, arXiv 2210.09461, on the features themselves).
+    """
+    rows, valid, parts = tokens.directions(), tokens.valid, _rounds(share)
+    b, n = rows.shape[:2]
+    order = torch.arange(n, device=rows.device).expand(b, n) if valid is None else chosen_first(valid)
+    total = torch.full_like(order[:, :1], n) if valid is None else valid.sum(1, keepdim=True)
+    rounds = torch.full_like(order, len(parts))
+    left = total
+    for number, part in enumerate(parts):
+        if not torch.compiler.is_exporting() and order.shape[1] < 2:
+            break
+        first, second = order[:, ::2], order[:, 1::2]
+        alike = similarities(taken(rows, first), taken(rows, second))
+        place = torch.arange(order.shape[1], device=order.device)
+        if valid is not None:
+            alike = alike.masked_fill(place[1::2] >= left[:, :, None], -torch.inf)
+        value = (alike.amax(2) / CLOSE).round().masked_fill(place[::2] >= left, -torch.inf)
+        after = counted(total, part)
+        out = value.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < left - after
+        rounds = rounds.scatter(1, first, torch.where(out, number, rounds.gather(1, first)))
+        chosen = rounds == len(parts) if valid is None else valid & (rounds == len(parts))
+        order, left = chosen_first(chosen)[:, : counted(n, part)], after
+    return rounds
+
+
+def _rounds(share: float) -> list[float]:
+    """The parts of all tokens that are left after each round."""
+    number = math.ceil(math.log(share) / math.log(SLOWEST))
+    return [share ** (i / number) for i in range(1, number)] + [share]

@@ -64,11 +64,11 @@ def run_blocks(
             tokens, notes = with_source(tokens, notes)
         until = next((i for i in range(step + 1, end) if _is_decided(policy, i)), end)
         run = Run(blocks[index : (until + 1) // 2], from_mlp=bool(inside), to_attention=bool(until % 2))
-        before = None if tokens.source is None else tokens
-        owned = (inplace or tokens.x is not given) and before is None and not torch.is_grad_enabled()
-        tokens, half = execute_run(run, tokens, execution, inplace=owned)
-        if before is not None:
-            tokens = propagated(before, tokens, selected=execution.mode == "selected")
+        whole, before = tokens, tokens.averaged()
+        owned = (inplace or whole.x is not given) and whole.source is None and not torch.is_grad_enabled()
+        tokens, half = execute_run(run, before, execution, inplace=owned)
+        if whole.source is not None:
+            tokens = propagated(whole, before, tokens, selected=execution.mode == "selected")
         trace = trace.record(tokens, notes, [bool(i % 2) for i in range(step, until)])
         step = until
     tokens = policy.after_piece(tokens, trace)

@@ -1,8 +1,9 @@
 """Propagation: a token that is left out gets the update of the most similar token that is computed.
 
 A block adds an update to each token that it computes; of similar tokens the updates are similar. So a token that is
-left out keeps its own features, and is moved as the computed token that is nearest to it, instead of staying behind. In
-the attention a token counts for those that follow it (proportional attention, ToMe, arXiv 2210.09461).
+left out keeps its own features, and is moved as the computed token that is nearest to it, instead of staying behind.
+That one is computed as the mean of itself and of those that follow it, and counts for all of them in the attention, as
+a token does in ToMe (arXiv 2210.09461) that others are merged with.
 
 Letters: b images, n grid tokens, c channels.
 """
@@ -11,11 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from sievit.policies.base import Notes
-from sievit.tokens import Tokens, chosen_first, similarities
+from sievit.tokens import Tokens, chosen_first, similarities, taken
 
 
 def with_source(tokens: Tokens, notes: Notes) -> tuple[Tokens, Notes]:
@@ -33,7 +34,7 @@ def with_source(tokens: Tokens, notes: Notes) -> tuple[Tokens, Notes]:
         return tokens, notes
     chosen = order[:, :most]
     asking = order if tokens.gate is not None else order[:, fewest:]
-    alike = similarities(_taken(rows, asking), _taken(rows, chosen))
+    alike = similarities(taken(rows, asking), taken(rows, chosen))
     if most != fewest:
         alike = alike.masked_fill(~keep.gather(1, chosen)[:, None], -torch.inf)
     if tokens.gate is not None:
@@ -45,26 +46,24 @@ def with_source(tokens: Tokens, notes: Notes) -> tuple[Tokens, Notes]:
     return replace(tokens, source=source), {**notes, "propagation": macs}
 
 
-def propagated(before: Tokens, after: Tokens, *, selected: bool = False) -> Tokens:
-    """The canvas `after` some blocks, with the update of its source added to each token that was left out of them.
+def propagated(whole: Tokens, before: Tokens, after: Tokens, *, selected: bool = False) -> Tokens:
+    """The canvas `whole`, with the update that its token got added to each, and to a token that was left out that of
+    its source.
 
     Args:
+        before: the canvas with which the blocks began, whose tokens stand for those that follow them (`averaged`).
+        after: what they made of it.
         selected: the blocks computed the chosen tokens alone, so that of the others it is not known what they would get
             by themselves, and their gates learn nothing.
     """
-    assert before.source is not None and before.keep is not None
+    assert whole.source is not None and whole.keep is not None
     update = after.patches - before.patches
-    weight = before.keep.to(update.dtype)
-    if before.gate is not None:
-        gate = before.gate.to(update.dtype)
-        weight = torch.where(before.keep, gate, gate.detach()) if selected else gate
-    left = (1 - weight) * before.valid_or_all()
-    return after.replace_patches(after.patches + left[..., None] * _taken(update, before.source))
-
-
-def _taken(rows: Float[Tensor, "b n c"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k c"]:
-    first = rows.shape[1] * torch.arange(rows.shape[0], device=rows.device)[:, None]
-    return rows.flatten(0, 1).index_select(0, (index + first).flatten()).unflatten(0, index.shape)
+    weight = whole.keep.to(update.dtype)
+    if whole.gate is not None:
+        gate = whole.gate.to(update.dtype)
+        weight = torch.where(whole.keep, gate, gate.detach()) if selected else gate
+    left = (1 - weight) * whole.valid_or_all()
+    return after.replace_patches(whole.patches + update + left[..., None] * taken(update, whole.source))
 
 
 def _counts(tokens: Tokens) -> tuple[Int[Tensor, "b n"], Any, Any]:
