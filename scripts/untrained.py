@@ -33,9 +33,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "random, propagate": {"policy": "random", "propagate": True},
     "largest norm, propagate": {"policy": "top_norm", "propagate": True},
     "attention, propagate": {"policy": "attention", "propagate": True},
-    "spread, one even pattern": {"policy": "spread", "even": 1.0},
     "spread": {"policy": "spread"},
-    "ToMe": {"policy": "tome", "share": 0.055},
+    "ToMe": {"policy": "tome", "share": 0.06},
 }
 
 

@@ -5,16 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sievit.config import from_json
 from sievit.policies import (
     DynamicViTConfig,
     EvoViTConfig,
     KeepAllConfig,
     PolicyConfig,
     RandomConfig,
+    SpreadConfig,
     SViTConfig,
     ToMeConfig,
 )
 from sievit.policies.reuse import Reuse, ReuseConfig
+from sievit.policies.selection import counted
+from sievit.policies.spread import covering
 from sievit.tokens import Tokens
 from sievit.vit import Execution, ViT, ViTConfig
 from sievit.vit.propagation import propagated, with_source
@@ -51,6 +55,25 @@ def test_a_token_is_computed_as_the_mean_of_those_that_follow_it_and_each_keeps_
     after = propagated(whole, before, moved(before, [[0.5, 0.25], [0, 0], [0, -2], [0, 0]]))
     expected = [[10, 10], [2.5, 0.25], [1.5, 0.35], [0, 1], [0.2, -1]]
     torch.testing.assert_close(after.x[0], torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_spread_keeps_one_token_of_each_pair() -> None:
+    """Round by round 1, 1 and 2 tokens leave: of equal ones the first of a set."""
+    directions = torch.eye(4, dtype=torch.float64).repeat_interleave(2, 0)
+    scale = torch.arange(1.0, 9.0, dtype=torch.float64)[:, None]  # cosines do not see it
+    rounds = covering(Tokens((scale * directions)[None], (2, 4)), 0.5)
+    assert rounds.tolist() == [[0, 3, 3, 1, 2, 3, 2, 3]]
+
+
+def test_spread_of_the_version_with_a_pattern_loads() -> None:
+    assert from_json(PolicyConfig, {"kind": "spread", "even": 0.5, "shares": [0.6]}) == SpreadConfig(shares=(0.6,))
+
+
+def test_a_count_is_a_whole_number_of_what_the_share_is_of() -> None:
+    assert [counted(10, 0.7), counted(3, 2 / 3), counted(80, 0.6), counted(10, 0.71), counted(10, 0.71, 4)] == [
+        *[7, 2, 48, 8, 8]
+    ]
+    assert counted(torch.tensor([1024, 7]), 0.343).tolist() == [352, 3]
 
 
 def test_without_a_choice_without_a_token_and_for_merged_tokens_there_is_no_source() -> None:

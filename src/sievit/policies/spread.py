@@ -1,7 +1,9 @@
-"""Tokens that stand for all others: each one that is left out has a similar one to follow. No paper's method."""
+"""Tokens that stand for all others: each one that is left out has a similar one to follow. No paper's method: the
+matching of ToMe (arXiv 2210.09461), once for several blocks, and nothing is merged for good."""
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -30,12 +32,15 @@ class SpreadConfig(SharesConfig):
 
     propagate: bool = field(default=True, kw_only=True)
 
+    @classmethod
+    def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """The JSON of versions in which a part of the tokens stood in an even pattern."""
+        return {name: value for name, value in data.items() if name != "even"}
+
 
 @register(SpreadConfig)
 class Spread(SharesPolicy):
-    """Control for what learns its choice: other tokens wherever the share changes, so that every token that is left out
-    has a similar one to follow.
-    """
+    """Chooses wherever the share changes (`covering`): similar tokens leave, and those that stay stand for them."""
 
     config: SpreadConfig
 

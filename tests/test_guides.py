@@ -1,0 +1,116 @@
+"""The guides, followed to the letter: their commands run one after the other, on small models and few photographs."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sievit.config import to_json
+from sievit.engine.recipe import Recipe
+from sievit.models.build import build, save
+from sievit.models.detector import DetectorConfig
+from sievit.models.segmenter import SegmenterConfig
+from sievit.policies import KeepAllConfig
+from sievit.recipes import recipe
+from sievit.tasks.segmentation import LabelsData
+from test_docs import commands
+from tiny import scattered, tiny_head
+
+ROOT = Path(__file__).parents[1]
+PHOTOGRAPHS = ROOT / "examples" / "facade"
+
+
+METHODS = ("ablate", "methods", "--dense", "runs/facade_setr", "--recipe", "facade_setr.json", "--out", "runs/methods")
+
+SHORTER = {"400": "1", "facade_setr": "facade_setr.json"}
+"""Words of commands whose trainings would take long."""
+
+
+def small(config: Any) -> Any:
+    """The model with a narrow transformer and head, on images of 64 px."""
+    vit = replace(config.vit, embed_dim=16, num_heads=2)
+    inputs = replace(config.input, min_size=64, max_size=128)
+    if isinstance(config, DetectorConfig):
+        head = replace(tiny_head(), num_classes=config.head.num_classes, anchors=config.head.anchors)
+        return replace(config, vit=vit, head=head, neck=replace(config.neck, out_channels=8), input=inputs)
+    assert isinstance(config, SegmenterConfig)
+    return replace(config, vit=vit, head=replace(config.head, channels=8), input=inputs)
+
+
+def filled(model: Any) -> Any:
+    """With a detector's scores that differ."""
+    if isinstance(model.config, DetectorConfig):
+        scattered(model.head, 0.1)
+    return model
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder like a checkout: the shipped models, runs and photographs of the guides, and data of the reader's."""
+    (tmp_path / "models").mkdir()
+    for name, dense in (("facade_svit", "facade_vit"), ("facade_setr_dtop", "facade_setr")):
+        model = small(recipe(name).model)
+        save(filled(build(model)), tmp_path / "models" / f"{name}.safetensors")
+        (tmp_path / "runs" / dense).mkdir(parents=True)
+        save(filled(build(replace(model, policy=KeepAllConfig()))), tmp_path / "runs" / dense / "best.safetensors")
+    content = json.loads((PHOTOGRAPHS / "annotations" / "instances_val.json").read_text(encoding="utf-8"))
+    shown = sorted(content["images"], key=lambda image: image["file_name"] != "IMG_0808_scaled_0.jpg")
+    for part, images in (("train", shown[:3]), ("val", shown[:2])):
+        copies = [tmp_path / "my" / "images" / part]
+        copies += [tmp_path / "examples" / "facade" / "images" / "val", tmp_path / "photos"] if part == "val" else []
+        for folder in copies:
+            folder.mkdir(parents=True)
+            for image in images:
+                shutil.copy(PHOTOGRAPHS / "images" / "val" / image["file_name"], folder)
+        ids = {image["id"] for image in images}
+        objects = [each for each in content["annotations"] if each["image_id"] in ids]
+        written = json.dumps({**content, "images": images, "annotations": objects})
+        files = [tmp_path / "my" / "annotations" / f"{part}.json"]
+        files += [tmp_path / "examples" / "facade" / "annotations" / "instances_val.json"] if part == "val" else []
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(written, encoding="utf-8")
+        labels = [tmp_path / "my" / "labels" / part]
+        labels += [tmp_path / "examples" / "facade" / "labels" / "val", tmp_path / "labels"] if part == "val" else []
+        for folder in labels:
+            folder.mkdir(parents=True)
+            for image in images:
+                name = Path(image["file_name"]).with_suffix(".png").name
+                shutil.copy(PHOTOGRAPHS / "labels" / "val" / name, folder)
+    with Image.open(tmp_path / "photos" / "IMG_0808_scaled_0.jpg") as photo:
+        photo.save(tmp_path / "photo.jpg")
+    monkeypatch.setenv("SIEVIT_MODELS", str(tmp_path / "models"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def brief(name: str) -> Recipe:
+    """A recipe of segmentation with the small model, on the reader's labels, for one step."""
+    found = recipe(name)
+    assert isinstance(found.data, LabelsData)
+    folders = {f"{part}_{kind}": Path(kind) / part for part in ("train", "val") for kind in ("images", "labels")}
+    data = replace(found.data, root=Path("my"), augment=replace(found.data.augment, crop=64), **folders)
+    changes: dict[str, Any] = {"steps": 1, "batch_size": 2, "precision": "32-true", "val_images": 2, "vit_from": None}
+    return replace(found, model=small(found.model), data=data, train=replace(found.train, **changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["use", "tune", "export", "report", "compare-methods"])
+def test_a_guide_can_be_followed(page: str, workplace: Path, command: Callable[..., Any]) -> None:
+    steps = commands((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"))
+    lines = [args for program, args, _ in steps if program == "sievit" and args[0] != "serve"]
+    if page in ("report", "compare-methods"):
+        Path("facade_setr.json").write_text(json.dumps(to_json(brief("facade_setr"))), encoding="utf-8")
+        shutil.rmtree("runs/facade_setr")
+        command("train", "facade_setr.json", "--out", "runs/facade_setr")
+    if page == "report":
+        command(*METHODS, "--steps", 1, "--only", "tome")
+    for args in lines:
+        every_method = args[:2] == ["ablate", "methods"] and not {"--dry-run", "--only"} & {*args}
+        command(*(SHORTER.get(word, word) for word in args), *(["--only", "tome"] if every_method else ()))
+    assert lines
