@@ -1,5 +1,4 @@
-"""Tokens that stand for all others: each one that is left out has a similar one to follow. No paper's method: the
-matching of ToMe (arXiv 2210.09461), once for several blocks, and nothing is merged for good."""
+"""Tokens that stand for all others: each one that is left out has a similar one to follow."""
 
 import math
 from dataclasses import dataclass, field
@@ -40,7 +39,10 @@ class SpreadConfig(SharesConfig):
 
 @register(SpreadConfig)
 class Spread(SharesPolicy):
-    """Chooses wherever the share changes (`covering`): similar tokens leave, and those that stay stand for them."""
+    """Wherever the share changes similar tokens are left out, and those that stay stand for them (`covering`).
+
+    No paper's: the matching of ToMe (arXiv 2210.09461), once for several blocks, without merging.
+    """
 
     config: SpreadConfig
 

@@ -22,7 +22,7 @@ from sievit.models.inputs import InputConfig
 from sievit.models.segmenter import SegmenterConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.necks.pyramid import PyramidConfig
-from sievit.policies import DToPConfig, KeepAllConfig, SViTConfig
+from sievit.policies import DToPConfig, KeepAllConfig, SpreadConfig, SViTConfig
 from sievit.recipes.common import DINOV2_S, Listed, pair, weights, with_policy
 from sievit.tasks.detection import CocoData
 from sievit.tasks.segmentation import LabelsData
@@ -140,12 +140,14 @@ SHORT: dict[str, Any] = {
 SVIT: dict[str, Any] = {"policy": SViTConfig(dither=True, propagate=True, loss_weight=20.0), "policy_lr": 20.0, **SHORT}
 """Gates that draw; and tokens that are left out follow the most similar one, which costs far less accuracy."""
 DTOP: dict[str, Any] = {"policy": DToPConfig(thresholds=(0.9,)), **SHORT}
+SPREAD: dict[str, Any] = {"policy": SpreadConfig(), **SHORT, "lr": 2e-4}
 ON_PHOTOGRAPHS = "of photographs on DINOv2-S"
 
 RECIPES = {
     **pair("facade_vit", f"detector {ON_PHOTOGRAPHS}, simple pyramid", DENSE, **SVIT, sparse_name="facade_svit"),
     **pair("facade_adapter", f"detector {ON_PHOTOGRAPHS}, ViT-Adapter", ADAPTER, **SVIT),
     **pair("facade_setr", f"segmenter {ON_PHOTOGRAPHS}, SETR", DENSE_LABELS, **SVIT),
+    **pair("facade_setr", f"segmenter {ON_PHOTOGRAPHS}, SETR", DENSE_LABELS, **SPREAD),
     **pair("facade_setr", f"segmenter {ON_PHOTOGRAPHS}, SETR", DENSE_LABELS, **DTOP),
     "facade_setr_dtop_retrain": Listed(f"DToP {ON_PHOTOGRAPHS}, SETR", with_policy(DENSE_LABELS, DTOP["policy"])),
     **pair("facade_segvit", f"segmenter {ON_PHOTOGRAPHS}, SegViT", DENSE_SEGVIT, **DTOP),
