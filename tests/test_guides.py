@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from sievit.config import to_json
 from sievit.engine.recipe import Recipe
@@ -23,8 +22,8 @@ from tiny import scattered, tiny_head
 
 ROOT = Path(__file__).parents[1]
 PHOTOGRAPHS = ROOT / "examples" / "facade"
-
-
+ANNOTATIONS = Path("annotations", "instances_val.json")
+NAMES = ("IMG_0808_scaled_0", "IMG_0756_scaled_0")
 METHODS = ("ablate", "methods", "--dense", "runs/facade_setr", "--recipe", "facade_setr.json", "--out", "runs/methods")
 
 SHORTER = {"400": "1", "facade_setr": "facade_setr.json"}
@@ -51,50 +50,36 @@ def filled(model: Any) -> Any:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder like a checkout: the shipped models, runs and photographs of the guides, and data of the reader's."""
+    """A folder like a checkout: the shipped models, the runs, and two of the photographs."""
     (tmp_path / "models").mkdir()
     for name, dense in (("facade_svit", "facade_vit"), ("facade_setr_dtop", "facade_setr")):
         model = small(recipe(name).model)
         save(filled(build(model)), tmp_path / "models" / f"{name}.safetensors")
         (tmp_path / "runs" / dense).mkdir(parents=True)
         save(filled(build(replace(model, policy=KeepAllConfig()))), tmp_path / "runs" / dense / "best.safetensors")
-    content = json.loads((PHOTOGRAPHS / "annotations" / "instances_val.json").read_text(encoding="utf-8"))
-    shown = sorted(content["images"], key=lambda image: image["file_name"] != "IMG_0808_scaled_0.jpg")
-    for part, images in (("train", shown[:3]), ("val", shown[:2])):
-        copies = [tmp_path / "my" / "images" / part]
-        copies += [tmp_path / "examples" / "facade" / "images" / "val", tmp_path / "photos"] if part == "val" else []
-        for folder in copies:
-            folder.mkdir(parents=True)
-            for image in images:
-                shutil.copy(PHOTOGRAPHS / "images" / "val" / image["file_name"], folder)
-        ids = {image["id"] for image in images}
-        objects = [each for each in content["annotations"] if each["image_id"] in ids]
-        written = json.dumps({**content, "images": images, "annotations": objects})
-        files = [tmp_path / "my" / "annotations" / f"{part}.json"]
-        files += [tmp_path / "examples" / "facade" / "annotations" / "instances_val.json"] if part == "val" else []
-        for file in files:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(written, encoding="utf-8")
-        labels = [tmp_path / "my" / "labels" / part]
-        labels += [tmp_path / "examples" / "facade" / "labels" / "val", tmp_path / "labels"] if part == "val" else []
-        for folder in labels:
-            folder.mkdir(parents=True)
-            for image in images:
-                name = Path(image["file_name"]).with_suffix(".png").name
-                shutil.copy(PHOTOGRAPHS / "labels" / "val" / name, folder)
-    with Image.open(tmp_path / "photos" / "IMG_0808_scaled_0.jpg") as photo:
-        photo.save(tmp_path / "photo.jpg")
+    facade = tmp_path / "examples" / "facade"
+    for part, ending in (("images", "jpg"), ("labels", "png")):
+        (facade / part / "val").mkdir(parents=True)
+        for name in NAMES:
+            shutil.copy(PHOTOGRAPHS / part / "val" / f"{name}.{ending}", facade / part / "val")
+    content = json.loads((PHOTOGRAPHS / ANNOTATIONS).read_text(encoding="utf-8"))
+    images = [image for image in content["images"] if Path(image["file_name"]).stem in NAMES]
+    ids = {image["id"] for image in images}
+    objects = [each for each in content["annotations"] if each["image_id"] in ids]
+    (facade / ANNOTATIONS).parent.mkdir()
+    (facade / ANNOTATIONS).write_text(json.dumps({**content, "images": images, "annotations": objects}))
     monkeypatch.setenv("SIEVIT_MODELS", str(tmp_path / "models"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def brief(name: str) -> Recipe:
-    """A recipe of segmentation with the small model, on the reader's labels, for one step."""
+    """A recipe of segmentation with the small model, for one step."""
     found = recipe(name)
     assert isinstance(found.data, LabelsData)
-    folders = {f"{part}_{kind}": Path(kind) / part for part in ("train", "val") for kind in ("images", "labels")}
-    data = replace(found.data, root=Path("my"), augment=replace(found.data.augment, crop=(64, 64)), **folders)
+    folders = {f"{part}_{kind}": Path(kind) / "val" for part in ("train", "val") for kind in ("images", "labels")}
+    root = Path("examples", "facade")
+    data = replace(found.data, root=root, augment=replace(found.data.augment, crop=(64, 64)), **folders)
     changes: dict[str, Any] = {
         "steps": 1,
         "batch_size": 2,

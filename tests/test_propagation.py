@@ -70,9 +70,8 @@ def test_spread_of_the_version_with_a_pattern_loads() -> None:
 
 
 def test_a_count_is_a_whole_number_of_what_the_share_is_of() -> None:
-    assert [counted(10, 0.7), counted(3, 2 / 3), counted(80, 0.6), counted(10, 0.71), counted(10, 0.71, 4)] == [
-        *[7, 2, 48, 8, 8]
-    ]
+    for total, share, multiple, count in ((10, 0.7, 1, 7), (3, 2 / 3, 1, 2), (80, 0.6, 1, 48), (10, 0.71, 4, 8)):
+        assert counted(total, share, multiple) == count
     assert counted(torch.tensor([1024, 7]), 0.343).tolist() == [352, 3]
 
 

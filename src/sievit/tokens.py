@@ -137,11 +137,9 @@ class Tokens:
         """
         if self.owner is not None:
             owner = owner.gather(1, self.owner)
-        whole, mean = self.unmerge(), self._means(owner)
         stands = owner == torch.arange(owner.shape[1], device=owner.device)
         keep = stands if self.keep is None else stands & self.keep
-        mean = torch.where(stands[..., None], mean, whole.patches)
-        return replace(self.replace_patches(mean).select(keep), owner=owner)
+        return replace(self.replace_patches(self._means(owner)).select(keep), owner=owner)
 
     def averaged(self) -> "Tokens":
         """The canvas with each token at the mean of itself and those that follow it, where some do (`source`)."""

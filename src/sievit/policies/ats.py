@@ -44,7 +44,7 @@ class ATS(StagesPolicy):
         left = tokens.valid_or_all() if tokens.keep is None else tokens.keep
         scores = (projections.attention() * projections.value_norms()).detach() * left
         samples = counted(tokens.valid_or_all().sum(1), self.shares[index - self.config.first_block])
-        keep = sampled(scores, samples.long()) & left
+        keep = sampled(scores, samples) & left
         return self.dropped(tokens.select(keep)), {"scores": scores, **self.dense_notes(index, tokens)}
 
     def dense_notes(self, index: int, tokens: Tokens) -> Notes:

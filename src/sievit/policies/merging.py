@@ -1,10 +1,12 @@
 """What policies that merge tokens have in common."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sievit.tokens import Tokens, Trace, chosen_first, similarities
+from sievit.tokens import Tokens, Trace, chosen_first, similarities, taken
 
 
 def again(index: int, tokens: Tokens, trace: Trace) -> Tokens:
@@ -16,28 +18,29 @@ def again(index: int, tokens: Tokens, trace: Trace) -> Tokens:
 
 
 def matched(
-    tokens: Tokens, rows: Float[Tensor, "b n d"]
+    tokens: Tokens, rows: Float[Tensor, "b n d"], *, most: Any = None
 ) -> tuple[Float[Tensor, "b n"], Int[Tensor, "b n"], Float[Tensor, " b"]]:
     """Bipartite matching: the tokens that take part go, in turns, into two sets, and each of the first is given the
     most similar of the second.
 
     Args:
         rows: unit vectors; tokens are as similar as their product.
+        most: at most so many tokens of an image take part; None: it is counted, so that a shape depends on it.
 
     Returns:
         The similarity (minus infinity for all that are not of the first set), the position of the other, and the
         multiply-adds.
     """
     left: Bool[Tensor, "b n"] = tokens.valid_or_all() if tokens.keep is None else tokens.keep
-    order = chosen_first(left)[:, : int(left.sum(1).max())]
+    order = chosen_first(left)[:, : int(left.sum(1).max()) if most is None else most]
     first, second = order[:, ::2], order[:, 1::2]
     best = rows.new_full(left.shape, -torch.inf)
     owner = torch.arange(left.shape[1], device=left.device).repeat(left.shape[0], 1)
     macs = float(first.shape[1] * second.shape[1] * rows.shape[2]) * torch.ones_like(best[:, 0], dtype=torch.float64)
-    if not second.shape[1]:
+    if not torch.compiler.is_exporting() and not second.shape[1]:
         return best, owner, macs
-    a, b = (rows.gather(1, part[..., None].expand(-1, -1, rows.shape[2])) for part in (first, second))
-    alike = similarities(a, b).masked_fill(~left.gather(1, second)[:, None], -torch.inf)
+    alike = similarities(taken(rows, first), taken(rows, second))
+    alike = alike.masked_fill(~left.gather(1, second)[:, None], -torch.inf)
     value, which = alike.max(2)
     value = value.masked_fill(~left.gather(1, first), -torch.inf)
     return best.scatter(1, first, value), owner.scatter(1, first, second.gather(1, which)), macs

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from sievit.config import variant
 from sievit.policies.base import Notes, register
+from sievit.policies.merging import matched
 from sievit.policies.selection import SharesConfig, SharesPolicy, counted
-from sievit.tokens import Tokens, Trace, chosen_first, similarities, taken
+from sievit.tokens import Tokens, Trace
 
 SLOWEST = 0.75
 """At least this part of the tokens is left after a round."""
@@ -73,29 +74,19 @@ class Spread(SharesPolicy):
 def covering(tokens: Tokens, share: float) -> Int[Tensor, "b n"]:
     """(b, n): the round in which a token is left out; the `share` that stays is in none, and has the highest number.
 
-    In each round the tokens that are left go, in turns, into two sets, and those of the first are left out that are
-    most similar to one of the second (the bipartite matching of ToMe, arXiv 2210.09461, on the features themselves).
+    In each round the tokens that are left are `matched` by their features, and the most similar ones of the first set
+    are left out.
     """
-    rows, valid, parts = tokens.directions(), tokens.valid, _rounds(share)
-    b, n = rows.shape[:2]
-    order = torch.arange(n, device=rows.device).expand(b, n) if valid is None else chosen_first(valid)
-    total = torch.full_like(order[:, :1], n) if valid is None else valid.sum(1, keepdim=True)
-    rounds = torch.full_like(order, len(parts))
-    left = total
+    rows, parts, keep = tokens.directions(), _rounds(share), tokens.valid_or_all()
+    total = left = keep.sum(1, keepdim=True)
+    rounds = torch.full_like(keep, len(parts), dtype=torch.int64)
+    n = most = keep.shape[1]
     for number, part in enumerate(parts):
-        if not torch.compiler.is_exporting() and order.shape[1] < 2:
-            break
-        first, second = order[:, ::2], order[:, 1::2]
-        alike = similarities(taken(rows, first), taken(rows, second))
-        place = torch.arange(order.shape[1], device=order.device)
-        if valid is not None:
-            alike = alike.masked_fill(place[1::2] >= left[:, :, None], -torch.inf)
-        value = (alike.amax(2) / CLOSE).round().masked_fill(place[::2] >= left, -torch.inf)
-        after = counted(total, part)
-        out = value.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < left - after
-        rounds = rounds.scatter(1, first, torch.where(out, number, rounds.gather(1, first)))
-        chosen = rounds == len(parts) if valid is None else valid & (rounds == len(parts))
-        order, left = chosen_first(chosen)[:, : counted(n, part)], after
+        alike, _, _ = matched(tokens.select(keep), rows, most=most)
+        rank = (alike / CLOSE).round().argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        after, most = counted(total, part), counted(n, part)
+        out = rank < left - after
+        rounds, keep, left = rounds.masked_fill(out, number), keep & ~out, after
     return rounds
 
 

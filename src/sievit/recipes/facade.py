@@ -141,6 +141,7 @@ SVIT: dict[str, Any] = {"policy": SViTConfig(dither=True, propagate=True, loss_w
 """Gates that draw; and tokens that are left out follow the most similar one, which costs far less accuracy."""
 DTOP: dict[str, Any] = {"policy": DToPConfig(thresholds=(0.9,)), **SHORT}
 SPREAD: dict[str, Any] = {"policy": SpreadConfig(), **SHORT, "lr": 2e-4}
+"""The rate of the run in docs/results.md."""
 ON_PHOTOGRAPHS = "of photographs on DINOv2-S"
 
 RECIPES = {
