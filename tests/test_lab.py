@@ -23,7 +23,7 @@ from sievit.engine.recipe import Recipe, TrainConfig, open_data
 from sievit.engine.train import train
 from sievit.lab import PLANS, Variant, corruptions, find_plan, run, trained, with_weights
 from sievit.lab.corruptions import CORRUPTIONS, SEVERITIES, corrupting
-from sievit.lab.plan import checked
+from sievit.lab.plan import checked, joined
 from sievit.models.build import load
 from sievit.models.inputs import InputConfig
 from sievit.policies import DToPConfig, KeepAllConfig, TopNormConfig
@@ -231,6 +231,19 @@ def test_every_plan_that_ships_can_be_built(kind: str) -> None:
         assert variants[0].name == "dense" and len(variants) > 2 and (plan.__doc__ or "").endswith(".")
 
 
+def test_joined_plans_have_what_they_share_once() -> None:
+    where = Path("nowhere")
+    data = LabelsData(train_images=where, train_labels=where, val_images=where, val_labels=where)
+    model = tiny_segmenter(vit=tiny_vit(depth=12), out_indices=(5, 7, 11))
+    recipe = Recipe(model=model, data=data, train=TrainConfig(steps=12))
+    alone = [[variant.name for variant in find_plan(name)(recipe)] for name in ("reactivate", "rate", "gate")]
+    together = [variant.name for variant in checked(find_plan("reactivate+rate+gate")(recipe))]
+    assert sorted(together) == sorted({name for names in alone for name in names})
+    assert sum(map(len, alone)) > len(together)
+    other = [Variant(name="svit", recipe=recipe)]
+    refused("two variants called 'svit'", checked, joined([find_plan("rate")(recipe), other]))
+
+
 def test_plans_of_ones_own_and_mistakes(start: Path, command: Command) -> None:
     from outside import contrast
 
@@ -239,11 +252,12 @@ def test_plans_of_ones_own_and_mistakes(start: Path, command: Command) -> None:
     given = ("--dense", start / "dense.safetensors", "--recipe", start / "recipe.json")
     for args, text in (
         (("method",), "methods"),
+        (("rate+method",), "methods"),
         (("no.such:plan",), "PYTHONPATH"),
         (("outside.contrast:plans",), "no function 'plans'"),
         (("outside.contrast:plan", "--only", "x"), "--only x: the plan has dense"),
         (("rate", "--index", "2"), "--index 2 is one of 0 to 0"),
-        (("rate",), "the variant 'by_batch' of the plan: 9 shares for 1 blocks"),
+        (("rate",), "the variant 'svit' of the plan: 9 shares for 1 blocks"),
     ):
         assert text in command("ablate", *args, *given, status=2).err
     assert "--dense CHECKPOINT" in command("ablate", "rate", status=2).err

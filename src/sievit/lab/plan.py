@@ -63,6 +63,15 @@ def with_weights(
     return replace(variant, name=name, curve=curve, recipe=recipe, weights=weights, corruption=corruption)
 
 
+def joined(plans: list[list[Variant]]) -> list[Variant]:
+    """The variants of several plans; those that have the same name and recipe once."""
+    found: list[Variant] = []
+    for variant in (variant for variants in plans for variant in variants):
+        if all(replace(variant, curve=other.curve) != other for other in found):
+            found.append(variant)
+    return found
+
+
 def checked(variants: list[Variant]) -> list[Variant]:
     """The variants of a plan, the control first.
 

@@ -6,7 +6,7 @@ from typing import Any
 from sievit.config import ConfigError, named_elsewhere, nearest
 from sievit.engine.recipe import Recipe
 from sievit.lab.corruptions import CORRUPTIONS, SEVERITIES
-from sievit.lab.plan import DENSE, START, Plan, Variant, trained, with_weights
+from sievit.lab.plan import DENSE, START, Plan, Variant, joined, trained, with_weights
 from sievit.policies import (
     ALGMConfig,
     ATSConfig,
@@ -117,7 +117,7 @@ def preserve(recipe: Recipe) -> list[Variant]:
         found.append(trained(recipe, f"{name}_preserve", replace(policy, preserve=True), **train))
         found.append(trained(recipe, f"{name}_rejoin", replace(policy, preserve=True, rejoin=True), **train))
     found.append(trained(recipe, "svit_drop", replace(SVIT, reactivate=False, preserve=False), **DRAWING))
-    return [*found, trained(recipe, "svit_preserve", replace(SVIT, reactivate=False), **DRAWING)]
+    return [*found, trained(recipe, "svit_cascade", replace(SVIT, reactivate=False), **DRAWING)]
 
 
 def propagate(recipe: Recipe) -> list[Variant]:
@@ -152,18 +152,18 @@ def reactivate(recipe: Recipe) -> list[Variant]:
 
 def rate(recipe: Recipe) -> list[Variant]:
     """Insight 3: the share of tokens is held over the batch, so that it follows the image, or in every image."""
-    policies = {"by_batch": SVIT, "by_image": replace(SVIT, per_sample=True)}
+    policies = {"svit": SVIT, "svit_by_image": replace(SVIT, per_sample=True)}
     return [_dense(recipe), *(trained(recipe, name, policy, **DRAWING) for name, policy in policies.items())]
 
 
 def gate(recipe: Recipe) -> list[Variant]:
     """Insight 4: gates of one, two and three layers, narrow and wide, with a convolution, and attention instead."""
     policies: dict[str, PolicyConfig] = {
-        "layers_1": replace(SVIT, gate_layers=1),
-        "layers_2": SVIT,
-        "layers_2_wide": replace(SVIT, hidden_ratio=1.0),
-        "layers_3": replace(SVIT, gate_layers=3),
-        "convolution": replace(SVIT, gate_kernel=3),
+        "svit": SVIT,
+        "svit_layers_1": replace(SVIT, gate_layers=1),
+        "svit_wide": replace(SVIT, hidden_ratio=1.0),
+        "svit_layers_3": replace(SVIT, gate_layers=3),
+        "svit_convolution": replace(SVIT, gate_kernel=3),
     }
     found = [trained(recipe, name, policy, **DRAWING) for name, policy in policies.items()]
     return [_dense(recipe), *found, trained(recipe, "attention", AttentionConfig())]
@@ -191,12 +191,12 @@ def exits(recipe: Recipe) -> list[Variant]:
     for threshold in (0.98, 0.95, 0.9, 0.8):
         policy = DToPConfig(thresholds=(threshold,))
         found.append(with_weights(direct, f"direct_{threshold:g}", curve="direct", policy=policy))
-    tuned = trained(recipe, "finetune", DToPConfig(thresholds=(0.9,)))
+    tuned = trained(recipe, "dtop", DToPConfig(thresholds=(0.9,)))
     found += [tuned, *_exits(tuned, 0.98, 0.95, 0.8)]
     for kept in (0, 20):
-        found.append(trained(recipe, f"kept_{kept}", DToPConfig(thresholds=(0.9,), keep_per_class=kept)))
-    found.append(trained(recipe, "preserve", DToPConfig(thresholds=(0.9,), preserve=True)))
-    return [*found, trained(recipe, "rejoin", DToPConfig(thresholds=(0.9,), rejoin=True))]
+        found.append(trained(recipe, f"dtop_kept_{kept}", DToPConfig(thresholds=(0.9,), keep_per_class=kept)))
+    found.append(trained(recipe, "dtop_preserve", DToPConfig(thresholds=(0.9,), preserve=True)))
+    return [*found, trained(recipe, "dtop_rejoin", DToPConfig(thresholds=(0.9,), rejoin=True))]
 
 
 def robustness(recipe: Recipe) -> list[Variant]:
@@ -218,11 +218,16 @@ PLANS: dict[str, Plan] = {
 
 
 def find_plan(name: str) -> Plan:
-    """The plan called `name`, or `my_package.module:function`, one of your own.
+    """The plan called `name`, `my_package.module:function`, one of your own, or several, joined by +.
+
+    A variant that several plans have is one row of theirs, and trained once.
 
     Raises:
         ConfigError: there is none; the nearest name is given.
     """
+    if "+" in name:
+        plans = [find_plan(part) for part in name.split("+")]
+        return lambda recipe: joined([plan(recipe) for plan in plans])
     if ":" not in name:
         if name not in PLANS:
             raise ConfigError(f"unknown plan {name!r}{nearest(name, PLANS)}; one of your own is package.module:name")

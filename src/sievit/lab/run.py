@@ -89,7 +89,8 @@ def ablate(
     in turns and writes the table. The last line of the output is one JSON object.
 
     Args:
-        plan: name of a plan, or my_package.module:function, one of your own.
+        plan: name of a plan, or my_package.module:function, one of your own; several are joined by +, as in
+            preserve+gate, and what they have in common is run once.
         dense: the dense model whose weights every training starts from: checkpoint, folder of a run, or name.
         recipe: data and training of the variants: name or .json file of a dense recipe of the same kind of model.
         training: options of all trainings.
