@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from sievit.config import ConfigError, to_json
+from sievit.export.onnx import _in_8_bits, _in_16_bits
 from sievit.export.program import program
 from sievit.models.base import Model
 from sievit.models.build import build, load, save
@@ -210,16 +211,20 @@ def test_what_is_in_the_file(pair) -> None:
 
 
 @only_segmenter
-def test_a_file_in_eight_bits(pair, tmp_path) -> None:
+@pytest.mark.parametrize(("smaller", "kind"), [(_in_8_bits, "INT8"), (_in_16_bits, "FLOAT16")])
+def test_a_file_in_fewer_bits(pair, tmp_path, smaller, kind) -> None:
     import onnx
-
-    from sievit.export.onnx import _in_8_bits
 
     whole = tmp_path / "model.onnx"
     whole.write_bytes(pair[1].read_bytes())
-    small = _in_8_bits(whole)
-    assert onnx.TensorProto.INT8 in {weights.data_type for weights in onnx.load(small).graph.initializer}
-    assert load(small)([torch.rand(3, 64, 64)]).results[0].shape == (64, 64)
+    small = smaller(whole)
+    kinds = {weights.data_type for weights in onnx.load(small).graph.initializer}
+    assert onnx.TensorProto.DataType.Value(kind) in kinds
+    images = [torch.rand(3, 64, 64)]
+    answers = [load(path)(images).results[0] for path in (small, whole)]
+    assert answers[0].shape == (64, 64)
+    if kind == "FLOAT16":
+        assert small.stat().st_size < whole.stat().st_size and (answers[0] == answers[1]).float().mean() > 0.98
 
 
 def test_mistakes(scenes, tmp_path, command, monkeypatch) -> None:
@@ -229,7 +234,8 @@ def test_mistakes(scenes, tmp_path, command, monkeypatch) -> None:
     for options, message in (
         (("--format", "openvino"), "ends with .xml"),
         (("--canvas", 64, 64), "of --mode static"),
-        (("--format", "torch-export", "--precision", "int8"), "is of --format onnx"),
+        (("--format", "torch-export", "--precision", "int8"), "is of --format onnx, not torch-export"),
+        (("--format", "torch-export", "--precision", "float16"), "is of --format onnx and openvino"),
     ):
         suffix = {"torch-export": "pt2"}.get(str(options[1]), "onnx")
         assert (

@@ -11,7 +11,7 @@ from sievit.config import ConfigError, Count, to_json
 from sievit.data.images import list_images, read_image, to_tensor
 from sievit.engine.evaluate import timed_in_turns
 from sievit.export.formats import SUFFIX, Format, write_program
-from sievit.export.onnx import require
+from sievit.export.onnx import Precision, require
 from sievit.export.program import Made, program, program_of
 from sievit.files import digest
 from sievit.hub.file import require_free
@@ -22,6 +22,13 @@ from sievit.models.exported import load_exported
 from sievit.models.inputs import Size
 from sievit.policies import PolicyOptions
 from sievit.tasks import task_of
+
+STORED: dict[Precision, tuple[Format, ...]] = {
+    "float32": tuple(SUFFIX),
+    "float16": ("onnx", "openvino"),
+    "int8": ("onnx",),
+}
+"""The formats whose files may have weights of a precision."""
 
 
 def export(
@@ -34,7 +41,7 @@ def export(
     mode: Literal["dynamic", "static"] = "dynamic",
     canvas: tuple[Count, Count] | None = None,
     policy: PolicyOptions = PolicyOptions(),  # noqa: B008
-    precision: Literal["float32", "int8"] = "float32",
+    precision: Precision = "float32",
     number: Count = 8,
     force: bool = False,
 ) -> dict[str, Any]:
@@ -53,14 +60,15 @@ def export(
             images are padded to; no shape depends on a value, but for the batch.
         canvas: height and width of a static file; by default what the images need.
         policy: another policy than the model's.
-        precision: int8 (onnx) stores the weights of matrix products in 8 bits per channel, and computes in 8 bits.
+        precision: float16 (onnx, openvino) stores weights in half the bytes; int8 (onnx) stores those of matrix
+            products in 8 bits per channel, and computes in 8 bits.
         number: of images to compare on.
         force: write over a file that is there.
     """
     if out.suffix != SUFFIX[format]:
         raise ConfigError(f"--out {out}: a file of --format {format} ends with {SUFFIX[format]}")
-    if precision == "int8" and format != "onnx":
-        raise ConfigError(f"--precision int8 is of --format onnx, not {format}")
+    if format not in STORED[precision]:
+        raise ConfigError(f"--precision {precision} is of --format {' and '.join(STORED[precision])}, not {format}")
     if canvas is not None and mode == "dynamic":
         raise ConfigError("--canvas is of --mode static; a dynamic file takes images of any size")
     require(format)
@@ -76,13 +84,20 @@ def export(
     else:
         made = program(eager)
     metadata = {"config": to_json(eager.config), "model": digest(path), "version": __version__, **made.known}
-    figures = _write(out, made, metadata, eager, paths, format=format, int8=precision == "int8")
+    figures = _write(out, made, metadata, eager, paths, format=format, precision=precision)
     how = {"out": str(out), "format": format, "mode": mode, "precision": precision}
     return {**how, "images": len(paths), **figures}
 
 
 def _write(
-    out: Path, made: Made, metadata: dict[str, Any], eager: Model, paths: list[Path], *, format: Format, int8: bool
+    out: Path,
+    made: Made,
+    metadata: dict[str, Any],
+    eager: Model,
+    paths: list[Path],
+    *,
+    format: Format,
+    precision: Precision,
 ) -> dict[str, Any]:
     """Write the file if it agrees with the model; its size and what `_compared` found."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,9 +105,9 @@ def _write(
     least, what = task_of(eager.config).agreed
     written = [part]
     try:
-        written = write_program(made, part, format, metadata, int8=int8)
+        written = write_program(made, part, format, metadata, precision=precision)
         figures = _compared(eager, load_exported(part), paths, console)
-        if not int8 and figures["agree"] < least:
+        if precision == "float32" and figures["agree"] < least:
             raise ConfigError(
                 f"{1 - figures['agree']:.3%} of the {what} of the file are not as the model finds them; it was not "
                 "written"

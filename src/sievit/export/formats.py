@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from sievit.config import ConfigError
-from sievit.export.onnx import onnx_bytes
+from sievit.export.onnx import Precision, onnx_bytes
 from sievit.export.program import Made
 from sievit.models.runtimes import METADATA
 
@@ -17,25 +17,27 @@ Format = Literal["onnx", "torch-export", "openvino", "aoti"]
 SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "openvino": ".xml", "aoti": ".pt2"}
 
 
-def write_program(made: Made, path: Path, kind: Format, metadata: dict[str, Any], *, int8: bool = False) -> list[Path]:
+def write_program(
+    made: Made, path: Path, kind: Format, metadata: dict[str, Any], *, precision: Precision = "float32"
+) -> list[Path]:
     """Write a program to `path`, with what is to be known of it; all the files that were written.
 
     Raises:
         ConfigError: the format cannot hold the program, and why.
     """
     if kind == "onnx":
-        path.write_bytes(onnx_bytes(made, {METADATA: metadata}, int8=int8))
+        path.write_bytes(onnx_bytes(made, {METADATA: metadata}, precision=precision))
     elif kind == "torch-export":
         torch.export.save(made.exported, path, extra_files={METADATA: json.dumps(metadata)})
     elif kind == "openvino":
-        return write_openvino(onnx_bytes(made, {}, int8=False), path, metadata)
+        return write_openvino(onnx_bytes(made, {}), path, metadata, half=precision == "float16")
     else:
         _compiled(made, path, metadata)
     return [path]
 
 
-def write_openvino(content: bytes, path: Path, metadata: dict[str, Any]) -> list[Path]:
-    """OpenVINO's own pair of files, read from an ONNX file."""
+def write_openvino(content: bytes, path: Path, metadata: dict[str, Any], *, half: bool = False) -> list[Path]:
+    """OpenVINO's own pair of files, read from an ONNX file; `half` stores weights as float16."""
     import openvino
 
     with TemporaryDirectory() as folder:
@@ -46,7 +48,7 @@ def write_openvino(content: bytes, path: Path, metadata: dict[str, Any]) -> list
         except RuntimeError as error:
             raise ConfigError(f"OpenVINO cannot read the program: {str(error).splitlines()[-1]}") from error
         model.set_rt_info(json.dumps(metadata), [METADATA])
-        openvino.save_model(model, path, compress_to_fp16=False)
+        openvino.save_model(model, path, compress_to_fp16=half)
     return [path, path.with_suffix(".bin")]
 
 

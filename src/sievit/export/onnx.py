@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +15,10 @@ from sievit.config import ConfigError
 from sievit.export.program import Made
 
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
+
+
+Precision = Literal["float32", "float16", "int8"]
+"""Of the weights in a file."""
 
 
 def require(format: str) -> None:
@@ -38,11 +42,12 @@ def _quiet(name: str) -> Generator[None]:
         logger.setLevel(level)
 
 
-def onnx_bytes(made: Made, metadata: dict[str, Any], *, int8: bool) -> bytes:
+def onnx_bytes(made: Made, metadata: dict[str, Any], *, precision: Precision = "float32") -> bytes:
     """The file, with `metadata` as JSON, a property for each name.
 
     Args:
-        int8: weights of matrix products in 8 bits per channel; what goes in is rounded to 8 bits when they run.
+        precision: float16 stores weights in half the bytes and computes in float32; int8 stores those of matrix
+            products in 8 bits per channel, and what goes in is rounded to 8 bits when they run.
     """
     table: Any = {
         torch.ops.aten.sort.stable: _sort,
@@ -60,7 +65,8 @@ def onnx_bytes(made: Made, metadata: dict[str, Any], *, int8: bool) -> bytes:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         done.save(path)
-        return (_in_8_bits(path) if int8 else path).read_bytes()
+        smaller = {"float32": lambda path: path, "float16": _in_16_bits, "int8": _in_8_bits}
+        return smaller[precision](path).read_bytes()
 
 
 def _sort(values: Any, stable: Any = None, dim: int = -1, descending: bool = False) -> Any:
@@ -120,4 +126,25 @@ def _in_8_bits(path: Path) -> Path:
     options: dict[str, Any] = {"weight_type": QuantType.QInt8, "op_types_to_quantize": ["MatMul"]}
     with _quiet(""):
         quantize_dynamic(path, small, per_channel=True, **options)
+    return small
+
+
+def _in_16_bits(path: Path) -> Path:
+    """The file beside it with matrices and kernels as float16 and their casts, which runtimes do when they read it."""
+    import numpy as np
+    import onnx
+
+    model = onnx.load(path)
+    casts = []
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.dtype == np.float32 and values.ndim > 1 and abs(values).max(initial=0) <= np.finfo(np.float16).max:
+            name = tensor.name
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float16), f"{name}_16"))
+            casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    small = path.with_name("float16.onnx")
+    onnx.save(model, small)
     return small
