@@ -227,6 +227,23 @@ def test_a_file_in_fewer_bits(pair, tmp_path, smaller, kind) -> None:
         assert small.stat().st_size < whole.stat().st_size and (answers[0] == answers[1]).float().mean() > 0.98
 
 
+def test_files_and_checkpoints_are_timed_beside_each_other(pair, scenes, tmp_path, command) -> None:
+    options = ("--images", scenes / "images", "--number", 2, "--out", tmp_path / "rows.json")
+    rows = command("bench", "models", pair[0], pair[1], *options).figures["rows"]
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
+    first, second = rows
+    assert (first["model"], second["model"]) == ("model.safetensors", "model.onnx")
+    assert first["speedup"] == first["predicted"] == second["predicted"] == 1 and second["of"] > 0
+    assert second["agree"] == pair[2]["agree"] and second["gflops"] == first["gflops"]
+    assert "give two models" in command("bench", "models", pair[0], *options, status=2).err
+
+
+def test_models_of_two_tasks_are_not_compared(scenes, tmp_path, command) -> None:
+    paths = detector(tmp_path / "a.safetensors"), segmenter(EXITS, tmp_path / "b.safetensors")
+    error = command("bench", "models", *paths, "--images", scenes / "images", status=2).err
+    assert "b.safetensors: is of another kind than" in error
+
+
 def test_mistakes(scenes, tmp_path, command, monkeypatch) -> None:
     checkpoint = segmenter(GATES, tmp_path / "model.safetensors")
     images, out = ("--images", scenes / "images"), ("--out", tmp_path / "a.onnx")

@@ -5,4 +5,5 @@ of the sparse side includes gates, heads, packing and unpacking, so that every o
 """
 
 from sievit.bench.heads import HeadsBench, bench_heads
+from sievit.bench.models import bench_models
 from sievit.bench.network import BackboneBench, BlocksBench, NetworkBench, bench_backbone, bench_blocks, bench_network

@@ -109,6 +109,7 @@ COMMANDS = {
     "bench blocks": Command("", "time the backbone's blocks, dense against sparse", "sievit.bench:bench_blocks"),
     "bench backbone": Command("", "time ViT-Adapter, dense against SViT", "sievit.bench:bench_backbone"),
     "bench network": Command("", "time a whole network, dense against its policy", "sievit.bench:bench_network"),
+    "bench models": Command("MODEL ...", "time checkpoints and exported files in turns", "sievit.bench:bench_models"),
     "bench heads": Command("", "where a whole detector's time goes, part by part", "sievit.bench:bench_heads"),
     "flops": Command("TARGET", "GFLOPs of a recipe or model, by part and image", "sievit.cli.flops:flops"),
     "recipes": Command("[NAME]", "list the recipes, or print one", "sievit.cli.lists:recipes"),
