@@ -67,10 +67,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def ids(data: CocoDetection) -> list[int]:
+    return [data[index][1]["image_id"] for index in range(len(data))]
+
+
 def test_every_form_of_annotation(folder: Path):
     data = CocoDetection(folder, folder / "instances.json")
     assert data.classes == ("ant", "cat", "zebra") and data.category_ids == (4, 17, 90)
-    assert data.image_ids == (7, 3, 5) and data.sizes == (SIZE,) * 3 and data.with_masks
+    assert ids(data) == [7, 3, 5] and data.sizes == (SIZE,) * 3 and data.with_masks
     image, target = data[0]
     assert image.shape == (3, *SIZE) and image.dtype == torch.float32
     assert (image == torch.from_numpy(np.array(Image.open(folder / "7.png"))).permute(2, 0, 1) / 255).all()
@@ -90,7 +94,7 @@ def test_images_without_objects_and_crowds(folder: Path):
     assert with_crowds[1][1]["iscrowd"].tolist() == [1, 0]
     assert with_crowds[1][1]["masks"][0].all()
     assert len(data.annotations.as_coco["annotations"]) == 4, "evaluation keeps the crowd"
-    assert CocoDetection(folder, folder / "instances.json", skip_empty=True).image_ids == (7, 3)
+    assert ids(CocoDetection(folder, folder / "instances.json", skip_empty=True)) == [7, 3]
 
 
 def test_boxes_only(folder: Path):
@@ -294,7 +298,6 @@ def test_rendering_is_indexing(dense: np.ndarray, data: st.DataObject):
     masks, rows, cols = Masks.from_dense(dense), index(dense.shape[1]), index(dense.shape[2])
     assert (masks.render(rows, cols).numpy() == dense[:, rows][:, :, cols]).all()
     assert (masks.dense().numpy() == dense).all()
-    assert masks.areas.tolist() == dense.sum((1, 2)).tolist()
 
 
 def test_polygons_like_pycocotools():

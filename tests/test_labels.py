@@ -52,7 +52,7 @@ def test_images_and_labels_as_they_are_stored(tmp_path: Path):
     data = LabelDataset(images, labels, classes=4)
     assert len(data) == 3 and data.names == ("a", "b", "c") and len(data.classes) == 4 and data.palette == ()
     assert pickle.loads(pickle.dumps(data)).names == data.names, "workers may be spawned"
-    assert data.path(1) == images / "b.png" and data.label_path(1) == labels / "b.png" and data.source == str(labels)
+    assert data.files(1) == (images / "b.png", labels / "b.png") and data.source == str(labels)
     for index in range(3):
         image, target = data[index]
         assert image.dtype == torch.float32 and target["labels"].dtype == torch.int64
@@ -74,7 +74,7 @@ def test_pairs_of_nested_folders_with_suffixes(tmp_path: Path):
         label_suffix="_gtFine_labelTrainIds.png",
     )
     assert data.names == ("bonn/bonn_7_2", "ulm/ulm_0_1")
-    assert data.label_path(1).name == "ulm_0_1_gtFine_labelTrainIds.png"
+    assert data.files(1)[1].name == "ulm_0_1_gtFine_labelTrainIds.png"
     assert np.array_equal(data[1][1]["labels"], truth(0))
 
 

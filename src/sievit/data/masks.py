@@ -63,11 +63,6 @@ class Masks:
         return torch.tensor([patch.box for patch in self.patches], dtype=torch.float32).reshape(-1, 4)
 
     @property
-    def areas(self) -> Tensor:
-        """Pixels of each mask, (k,) float32."""
-        return torch.tensor([np.count_nonzero(patch.bits) for patch in self.patches], dtype=torch.float32)
-
-    @property
     def nbytes(self) -> int:
         return sum(patch.bits.size for patch in self.patches)
 

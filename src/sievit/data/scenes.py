@@ -4,7 +4,6 @@ A scene is a function of (seed, index, size). Colour says nothing about the clas
 another.
 """
 
-import io
 import json
 import math
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from PIL import Image
 
 from sievit.config import ConfigError
 from sievit.data.masks import Patch, encode, tight_patch
-from sievit.files import write_atomically
+from sievit.files import write_atomically, write_png
 
 VERSION = 2
 """Of the drawing: scenes of different versions differ."""
@@ -96,8 +95,8 @@ def generate(out: Path, *, num_images: int, size: tuple[int, int] = (256, 256), 
     for index in range(num_images):
         image, instances, labels = draw(seed=seed, index=index, size=size)
         name = f"{index:06d}.png"
-        _write_png(Path(out) / "images" / name, image)
-        _write_png(Path(out) / "labels" / name, labels)
+        write_png(Path(out) / "images" / name, Image.fromarray(image))
+        write_png(Path(out) / "labels" / name, Image.fromarray(labels))
         images.append({"id": index + 1, "file_name": name, "height": size[0], "width": size[1]})
         objects += [(instance, index + 1) for instance in instances]
     content = {
@@ -152,10 +151,3 @@ def _check(size: tuple[int, int], seed: int) -> None:
         raise ConfigError(f"scenes are at least 16 pixels high and wide, not {size[0]}x{size[1]}")
     if seed < 0:
         raise ConfigError(f"the seed of scenes is at least 0, not {seed}")
-
-
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="png", compress_level=1)
-    write_atomically(path, buffer.getvalue())
