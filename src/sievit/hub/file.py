@@ -208,16 +208,11 @@ def _check_same(path: Path, config: ModelConfig, beside: Path) -> None:
     found, expected = dict(_leaves(to_json(other))), dict(_leaves(to_json(config)))
     names = [name for name in expected | found if found.get(name) != expected.get(name)]
     differences = [f"{name} is {found.get(name)!r}, not {expected.get(name)!r}" for name in names]
+    more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
     raise ConfigError(
-        f"{beside}: is not the configuration of {path.name}, which is what counts: {_first(differences, '; ')}; delete "
-        "it, or write the folder anew with save_pretrained"
+        f"{beside}: is not the configuration of {path.name}, which is what counts: {'; '.join(differences[:3])}{more}; "
+        "delete it, or write the folder anew with save_pretrained"
     )
-
-
-def _first(problems: list[str], separator: str) -> str:
-    """The first three, and the number of the others."""
-    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-    return separator.join(problems[:3]) + more
 
 
 def _leaves(data: Any, name: str = "") -> Iterator[tuple[str, Any]]:
