@@ -4,7 +4,6 @@ Letters: n boxes, g objects, m cells per side of the square, (h, w) pixels of th
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import roi_align
@@ -15,18 +14,28 @@ from sievit.heads.config import MaskRCNNConfig
 def crop_masks(masks: Tensor, matched: Tensor, boxes: Tensor, size: int, *, aligned: bool) -> Tensor:
     """The part of the object's mask inside each box, as (n, m, m) mean coverage.
 
-    One mask at a time is made float: an image with hundreds of objects would else need gigabytes.
+    The same numbers as `roi_align` of the whole masks, but only the surroundings of the boxes are made float: an image
+    with hundreds of objects would else need gigabytes.
 
     Args:
         masks: (g, h, w) uint8 or bool.
         matched: (n,) int, the object of each box.
         boxes: (n, 4) float32.
     """
+    height, width = masks.shape[-2:]
     out = boxes.new_zeros(len(boxes), size, size)
-    for index in matched.unique().tolist():
-        here = matched == index
-        rois = F.pad(boxes[here], (1, 0))  # of image 0
-        out[here] = roi_align(masks[index][None, None].to(rois.dtype), rois, size, 1.0, aligned=aligned)[:, 0]
+    order = matched.argsort(stable=True)
+    objects, counts = matched[order].unique_consecutive(return_counts=True)
+    groups = order.split(counts.tolist())
+    for index, group in zip(objects.tolist(), groups, strict=True):
+        rois = boxes[group]
+        left, top = (rois[:, :2].amin(0).floor() - 2).clamp(min=0).int().tolist()
+        right, bottom = (rois[:, 2:].amax(0).ceil() + 2).int().tolist()
+        left, top = min(left, width - 1), min(top, height - 1)
+        crop = masks[index, top : max(bottom, top + 1), left : max(right, left + 1)]
+        rois = rois - rois.new_tensor([left, top, left, top])
+        rois = torch.cat([rois.new_zeros(len(rois), 1), rois], dim=1)
+        out[group] = roi_align(crop[None, None].to(rois.dtype), rois, size, 1.0, aligned=aligned)[:, 0]
     return out
 
 
