@@ -534,7 +534,6 @@ class FakeBench(BlocksBench):
     models: tuple[str, ...] = ("a", "b")
     sizes: tuple[tuple[int, int], ...] = ((64, 64),)
     batches: tuple[int, ...] = (1, 2)
-    repeats: int = 2
 
     def networks(self) -> dict[str, str]:
         return {name: name for name in self.models}
@@ -566,7 +565,7 @@ class Fake:
     def __call__(self, console: Console = QUIET, **changes: Any) -> dict[str, Any]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sievit.bench.common.time_modes", self.rows)
-            return run(replace(FakeBench(out=self.out), **changes), console)
+            return run(replace(FakeBench(out=self.out, repeats=2), **changes), console)
 
     def rows(self, timed: tuple[str, int], modes: Sequence[str], *, multiple: int) -> Iterator[dict[str, Any]]:
         assert modes, "there is something to measure"

@@ -67,10 +67,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def ids(data: CocoDetection) -> list[int]:
+    return [data[index][1]["image_id"] for index in range(len(data))]
+
+
 def test_every_form_of_annotation(folder: Path):
     data = CocoDetection(folder, folder / "instances.json")
     assert data.classes == ("ant", "cat", "zebra") and data.category_ids == (4, 17, 90)
-    assert data.image_ids == (7, 3, 5) and data.sizes == (SIZE,) * 3 and data.with_masks
+    assert ids(data) == [7, 3, 5] and data.sizes == (SIZE,) * 3 and data.with_masks
     image, target = data[0]
     assert image.shape == (3, *SIZE) and image.dtype == torch.float32
     assert (image == torch.from_numpy(np.array(Image.open(folder / "7.png"))).permute(2, 0, 1) / 255).all()
@@ -90,7 +94,7 @@ def test_images_without_objects_and_crowds(folder: Path):
     assert with_crowds[1][1]["iscrowd"].tolist() == [1, 0]
     assert with_crowds[1][1]["masks"][0].all()
     assert len(data.annotations.as_coco["annotations"]) == 4, "evaluation keeps the crowd"
-    assert CocoDetection(folder, folder / "instances.json", skip_empty=True).image_ids == (7, 3)
+    assert ids(CocoDetection(folder, folder / "instances.json", skip_empty=True)) == [7, 3]
 
 
 def test_boxes_only(folder: Path):
@@ -276,21 +280,12 @@ def test_rle_like_pycocotools(mask: np.ndarray):
     assert (Masks((patch,), size).dense()[0].numpy() == mask).all()
     assert encode(patch, size)["counts"] == reference["counts"].decode()
     assert encode(tight_patch(mask), size)["counts"] == reference["counts"].decode()
-    runs = decode_counts([reference["counts"]])[0].tolist()
+    runs = decode_counts(reference["counts"]).tolist()
     assert (Masks((decode({"counts": runs}, size),), size).dense()[0].numpy() == mask).all()
     assert np.count_nonzero(patch.bits) == coco_mask.area(reference)
     if mask.any():
         x0, y0, x1, y1 = patch.box
         assert [x0, y0, x1 - x0, y1 - y0] == coco_mask.toBbox(reference).tolist()
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.lists(MASKS, min_size=1, max_size=6))
-def test_many_strings_decode_as_one(masks: list[np.ndarray]):
-    strings = [coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"] for mask in masks]
-    runs, offsets = decode_counts(strings)
-    for i, string in enumerate(strings):
-        assert runs[offsets[i] : offsets[i + 1]].tolist() == decode_counts([string])[0].tolist()
 
 
 @settings(deadline=None, max_examples=40)
@@ -303,7 +298,6 @@ def test_rendering_is_indexing(dense: np.ndarray, data: st.DataObject):
     masks, rows, cols = Masks.from_dense(dense), index(dense.shape[1]), index(dense.shape[2])
     assert (masks.render(rows, cols).numpy() == dense[:, rows][:, :, cols]).all()
     assert (masks.dense().numpy() == dense).all()
-    assert masks.areas.tolist() == dense.sum((1, 2)).tolist()
 
 
 def test_polygons_like_pycocotools():

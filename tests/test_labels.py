@@ -15,7 +15,7 @@ from PIL import Image
 from sievit.config import ConfigError
 from sievit.data.label_files import read_names, read_palette
 from sievit.data.labels import LabelDataset
-from sievit.data.presets import PRESETS, LabelPreset, Part, preset
+from sievit.data.presets import PRESETS, LabelPreset, preset
 from sievit.data.semantic import SemanticAugment, SemanticAugmentConfig
 from sievit.data.truth import Truth
 from tiny import random_pixels, refused, write_image
@@ -52,7 +52,7 @@ def test_images_and_labels_as_they_are_stored(tmp_path: Path):
     data = LabelDataset(images, labels, classes=4)
     assert len(data) == 3 and data.names == ("a", "b", "c") and len(data.classes) == 4 and data.palette == ()
     assert pickle.loads(pickle.dumps(data)).names == data.names, "workers may be spawned"
-    assert data.path(1) == images / "b.png" and data.label_path(1) == labels / "b.png" and data.source == str(labels)
+    assert data.files(1) == (images / "b.png", labels / "b.png") and data.source == str(labels)
     for index in range(3):
         image, target = data[index]
         assert image.dtype == torch.float32 and target["labels"].dtype == torch.int64
@@ -74,7 +74,7 @@ def test_pairs_of_nested_folders_with_suffixes(tmp_path: Path):
         label_suffix="_gtFine_labelTrainIds.png",
     )
     assert data.names == ("bonn/bonn_7_2", "ulm/ulm_0_1")
-    assert data.label_path(1).name == "ulm_0_1_gtFine_labelTrainIds.png"
+    assert data.files(1)[1].name == "ulm_0_1_gtFine_labelTrainIds.png"
     assert np.array_equal(data[1][1]["labels"], truth(0))
 
 
@@ -447,25 +447,31 @@ SIZES = {
 
 def unpack(root: Path, chosen: LabelPreset, stored: np.ndarray) -> None:
     """One image for each part with these labels, and a third one that belongs to neither where lists say which do."""
-    for part, stem in ((chosen.train, "one"), (chosen.val, "deep/two")):
+    files = chosen.files(root)
+    for part, stem in (("train", "one"), ("val", "deep/two")):
         black = np.zeros((*stored.shape, 3), dtype=np.uint8)
-        for name in (stem, "other") if part.names else (stem,):
-            write_image(root / part.images / f"{name}{chosen.image_suffix}", black)
-            write_image(root / part.labels / f"{name}{chosen.label_suffix}", stored)
-        if part.names:
-            (root / part.names).parent.mkdir(parents=True, exist_ok=True)
-            (root / part.names).write_text(f"{stem}\n")
+        images, labels, names = (files[f"{part}_{what}"] for what in ("images", "labels", "names"))
+        assert images is not None and labels is not None
+        for name in (stem, "other") if names else (stem,):
+            write_image(images / f"{name}{chosen.image_suffix}", black)
+            write_image(labels / f"{name}{chosen.label_suffix}", stored)
+        if names:
+            names.parent.mkdir(parents=True, exist_ok=True)
+            names.write_text(f"{stem}\n")
 
 
-def opened(root: Path, chosen: LabelPreset, part: Part) -> LabelDataset:
+def opened(root: Path, chosen: LabelPreset, part: str) -> LabelDataset:
+    files = chosen.files(root)
+    images = files[f"{part}_images"]
+    assert images is not None
     truth = Truth(
-        labels=root / part.labels,
-        names=None if part.names is None else root / part.names,
+        labels=files[f"{part}_labels"],
+        names=files[f"{part}_names"],
         image_suffix=chosen.image_suffix,
         label_suffix=chosen.label_suffix,
         zero_is_ignored=chosen.zero_is_ignored,
     )
-    return truth.open_labels(root / part.images, chosen.classes, values=chosen.values)
+    return truth.open_labels(images, chosen.classes, values=chosen.values)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -483,7 +489,7 @@ def test_files_are_read_as_their_classes(name: str, tmp_path: Path):
     unknown = [255] + [0] * (chosen.zero_is_ignored or chosen.values is not None)
     stored = np.array([*known, *unknown], dtype=np.uint8)[None]
     unpack(tmp_path, chosen, stored)
-    for part, stem in ((chosen.train, "one"), (chosen.val, "deep/two")):
+    for part, stem in (("train", "one"), ("val", "deep/two")):
         data = opened(tmp_path, chosen, part)
         assert data.names == (stem,) and data.classes == chosen.classes
         assert data[0][1]["labels"].tolist() == [[*range(count), *[255] * len(unknown)]]
@@ -510,4 +516,4 @@ def test_the_lists_agree_with_what_is_known_elsewhere_and_colours_tell_classes_a
 
 def test_a_data_set_that_is_not_there(tmp_path: Path):
     refused("'cityscape'; did you mean 'cityscapes'", preset, "cityscape")
-    refused(r"images/training: no such folder", opened, tmp_path, preset("ade20k"), preset("ade20k").train)
+    refused(r"images/training: no such folder", opened, tmp_path, preset("ade20k"), "train")

@@ -87,7 +87,7 @@ def test_a_killed_run_leaves_nothing_half_written(tmp_path: Path, monkeypatch: p
 
 
 def test_numbers_that_make_no_sense_and_folders_in_use(tmp_path: Path):
-    refused("at least 16 pixels", draw, seed=0, index=0, size=(8, 64))
+    refused("size is 8; it has to be at least 16", draw, seed=0, index=0, size=(8, 64))
     refused("seed", draw, seed=-1, index=0, size=(64, 64))
     refused("num_images", generate, tmp_path, num_images=0)
 

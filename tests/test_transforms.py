@@ -53,7 +53,7 @@ def scene(size: tuple[int, int], count: int, seed: int = 0) -> tuple[torch.Tenso
         "labels": torch.arange(1, len(dense) + 1),
         "masks": masks,
         "iscrowd": torch.zeros(len(dense), dtype=torch.int64),
-        "area": masks.areas,
+        "area": masks.dense().sum((1, 2)).float(),
         "image_id": 5,
     }
     return image, target

@@ -75,11 +75,10 @@ def figures(document: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
 def use(path: Path, images: Path, **options: Any) -> None:
     """All that is done with an annotation file."""
     data = CocoDetection(images, path, **options)
-    for index in range(len(data)):
-        data[index]
+    image_ids = [data[index][1]["image_id"] for index in range(len(data))]
     metric = CocoMetric(data.annotations, with_masks=data.with_masks)
     detection = found(1)
-    for image_id in data.image_ids:
+    for image_id in image_ids:
         metric.update(image_id, {**detection, "labels": torch.ones_like(detection["labels"])})
     assert all(-1 <= value <= 1 for value in metric.compute().values())
 

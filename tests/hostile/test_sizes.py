@@ -10,10 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sievit.heads import ATMConfig, SETRNaiveConfig, SETRPUPConfig
-from sievit.models.backbone import padded_size
 from sievit.models.build import build
 from sievit.models.detector import Detector
-from sievit.models.inputs import InputConfig, Size
+from sievit.models.inputs import InputConfig, Size, padded_size
 from sievit.models.segmenter import Segmenter
 from sievit.necks.adapter import AdapterConfig
 from sievit.necks.pyramid import PyramidConfig

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Interval
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -59,7 +60,7 @@ class Bench(PolicyOptions, ABC):
     sizes: tuple[tuple[Count, Count], ...] = ((512, 512), (800, 1216))
     batches: tuple[Count, ...] = (1, 4)
     images: Path | None = None
-    repeats: Count = 9
+    repeats: Annotated[int, Interval(ge=2, le=10**6)] = 9
     threads: Count | None = None
     device: str = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -132,12 +133,10 @@ def run(bench: Bench, console: Console | None = None) -> dict[str, Any]:
     """Every combination of model, size, batch and mode: print a table, and return a dict with `rows`.
 
     Raises:
-        ConfigError: fewer than two repeats, an unknown model, precision or mode, a model that cannot be loaded, a
+        ConfigError: an unknown model, precision or mode, a model that cannot be loaded, a
             folder without images, or rows to be kept that were measured with other settings.
     """
     console = console or terminal.console(stderr=False)
-    if bench.repeats < 2:
-        raise ConfigError(f"repeats is at least 2, not {bench.repeats}")
     names, multiple = bench.all_modes()
     modes = [RunMode.of(mode).name for mode in names]
     networks = bench.networks()

@@ -33,10 +33,10 @@ from sievit.hub.fetch import HUB
 from sievit.measure.clock import Pair
 from sievit.measure.flops import traced_macs
 from sievit.measure.modes import DENSE
-from sievit.models.backbone import backbone_gflops, padded_size
+from sievit.models.backbone import backbone_gflops
 from sievit.models.base import Model
 from sievit.models.build import load
-from sievit.models.inputs import Size
+from sievit.models.inputs import Size, padded_size
 from sievit.models.segmenter import Segmentation, Segmenter
 from sievit.necks.adapter import ViTAdapter
 from sievit.policies import Policy, PolicyOptions

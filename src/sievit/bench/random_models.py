@@ -230,7 +230,7 @@ def random_detector(
     for image in images[:IMAGES].float():
         maps = head.pyramid(backbone(image[None])[0])
         proposals, _ = head.rpn(maps, size, [size], None)
-        of_images.append(head.roi_heads.box_branch(maps[:4], proposals, size)[0])
+        of_images.append(head.roi_heads.box_branch(maps[:4], proposals)[0])
     logits = torch.cat(of_images)
     spread = 2.0 / logits[:, 1:].std()
     predictor.weight *= spread

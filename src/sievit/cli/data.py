@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from sievit.config import Count, Seed
-from sievit.data.scenes import generate
+from sievit.data.scenes import Edge, generate
 
 
-def scenes(*, out: Path, num_images: Count = 100, size: tuple[Count, Count] = (512, 512), seed: Seed = 0) -> None:
+def scenes(*, out: Path, num_images: Count = 100, size: tuple[Edge, Edge] = (512, 512), seed: Seed = 0) -> None:
     """Generate scenes in COCO format: images/, annotations.json, labels/ (semantic).
 
     Args:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from sievit.config import ConfigError, shown
 from sievit.data.coco_json import CocoFile
 from sievit.data.masks import ROUNDING, check_polygons, decode_counts, reach
@@ -90,11 +88,9 @@ def load_annotations(
     by_id = {image["id"]: image for image in images}
     known, seen = set(category_ids), set[int]()
     skipped: list[str] = []
-    annotations = file.entries("annotations")
-    runs = _measure_runs(annotations)
-    for place, annotation in enumerate(annotations):
+    for place, annotation in enumerate(file.entries("annotations")):
         try:
-            checked = _check(annotation, by_id, known, seen, runs)
+            checked = _check(annotation, by_id, known, seen)
         except _Invalid as error:
             number = annotation.get("id") if isinstance(annotation, dict) else None
             what = f"number {place} (counted from 0)" if number is None else shown(number)
@@ -120,27 +116,7 @@ def load_categories(source: Path | CocoFile) -> tuple[tuple[str, ...], tuple[int
     return tuple(c["name"] for c in rising), tuple(c["id"] for c in rising)
 
 
-Runs = dict[str, tuple[int, int]]
-"""Compressed RLE strings, with the sum and the smallest of their run lengths."""
-
-
-def _measure_runs(annotations: list[Any]) -> Runs:
-    """Of all compressed masks in one pass; nothing if one of them is damaged, `_check` then finds it."""
-    segmentations = (a.get("segmentation") for a in annotations if isinstance(a, dict))
-    counts = [s["counts"] for s in segmentations if isinstance(s, dict) and isinstance(s.get("counts"), str)]
-    try:
-        runs, offsets = decode_counts(counts)
-    except ValueError:
-        return {}
-    if not counts:
-        return {}
-    sums, least = (f.reduceat(runs, offsets[:-1]).tolist() for f in (np.add, np.minimum))
-    return dict(zip(counts, zip(sums, least, strict=True), strict=True))
-
-
-def _check(
-    annotation: Any, images: dict[int, dict], categories: set[int], seen: set[int], runs: Runs
-) -> dict[str, Any]:
+def _check(annotation: Any, images: dict[int, dict], categories: set[int], seen: set[int]) -> dict[str, Any]:
     """The annotation with what COCO's evaluation needs, or `_Invalid`."""
     if not isinstance(annotation, dict):
         raise _Invalid("is not an object")
@@ -159,7 +135,7 @@ def _check(
         raise _Invalid(f"has {shown(annotation['iscrowd'])} as 'iscrowd', 0 or 1 is meant")
     box = _check_box(annotation, image)
     if annotation.get("segmentation"):
-        _check_segmentation(annotation["segmentation"], image, runs)
+        _check_segmentation(annotation["segmentation"], image)
     area = annotation.get("area", box[2] * box[3])
     if not is_number(area) or not 0 <= area <= LARGEST_AREA:
         raise _Invalid(f"has {shown(area)} as 'area', pixels are meant, at most {LARGEST_AREA:g}")
@@ -180,7 +156,7 @@ def _check_box(annotation: dict[str, Any], image: dict[str, Any]) -> list[float]
     return box
 
 
-def _check_segmentation(segmentation: Any, image: dict[str, Any], known: Runs) -> None:
+def _check_segmentation(segmentation: Any, image: dict[str, Any]) -> None:
     size = (image["height"], image["width"])
     if isinstance(segmentation, list):
         try:
@@ -195,20 +171,13 @@ def _check_segmentation(segmentation: Any, image: dict[str, Any], known: Runs) -
     counts = segmentation["counts"]
     try:
         if isinstance(counts, str):
-            total, least = known[counts] if counts in known else _measure(counts)
-        elif isinstance(counts, list) and counts and all(is_whole(count) for count in counts):
-            total, least = sum(counts), min(counts)
-        else:
+            counts = decode_counts(counts).tolist()
+        elif not (isinstance(counts, list) and counts and all(is_whole(count) for count in counts)):
             raise _Invalid("has RLE 'counts' that are neither a string nor a list of whole numbers")
     except ValueError as error:
         raise _Invalid(f"has a damaged mask ({error})") from error
-    if least < 0 or total != size[0] * size[1]:
-        raise _Invalid(f"has a damaged mask (its runs cover {total} of {size[0] * size[1]} pixels)")
-
-
-def _measure(counts: str) -> tuple[int, int]:
-    runs = decode_counts([counts])[0]
-    return int(runs.sum()), int(runs.min())
+    if min(counts) < 0 or sum(counts) != size[0] * size[1]:
+        raise _Invalid(f"has a damaged mask (its runs cover {sum(counts)} of {size[0] * size[1]} pixels)")
 
 
 def _is_size(value: Any) -> bool:

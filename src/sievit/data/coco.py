@@ -69,11 +69,6 @@ class CocoDetection(ImageDataset):
         return len(self._places)
 
     @property
-    def image_ids(self) -> tuple[int, ...]:
-        """COCO's image id of every index."""
-        return tuple(self.annotations.images[place]["id"] for place in self._places)
-
-    @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """(height, width) in pixels of every index, as the file says."""
         images = (self.annotations.images[place] for place in self._places)

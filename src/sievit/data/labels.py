@@ -93,10 +93,6 @@ class LabelDataset(ImageDataset):
     def path(self, index: int) -> Path:
         return self.pairs[index].image
 
-    def label_path(self, index: int) -> Path:
-        """The label file."""
-        return self.pairs[index].label
-
     def files(self, index: int) -> tuple[Path, ...]:
         return self.pairs[index].image, self.pairs[index].label
 

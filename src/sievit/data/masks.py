@@ -63,11 +63,6 @@ class Masks:
         return torch.tensor([patch.box for patch in self.patches], dtype=torch.float32).reshape(-1, 4)
 
     @property
-    def areas(self) -> Tensor:
-        """Pixels of each mask, (k,) float32."""
-        return torch.tensor([np.count_nonzero(patch.bits) for patch in self.patches], dtype=torch.float32)
-
-    @property
     def nbytes(self) -> int:
         return sum(patch.bits.size for patch in self.patches)
 
@@ -112,48 +107,31 @@ def tight_patch(bits: np.ndarray, *, y: int = 0, x: int = 0) -> Patch:
     return Patch(y + int(rows[0]), x + int(cols[0]), np.ascontiguousarray(tight, dtype=bool))
 
 
-def decode_counts(counts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Run lengths of compressed RLE strings, all in one pass.
-
-    Returns:
-        The lengths of all strings one after the other, and offsets (k + 1): those of string i begin at `offsets[i]`.
+def decode_counts(counts: str | bytes) -> np.ndarray:
+    """The run lengths of a compressed RLE string.
 
     Raises:
-        ValueError: a string is empty, ends within a number or holds other characters.
+        ValueError: it is empty, ends within a number or holds other characters.
     """
-    strings = [c.encode("ascii") if isinstance(c, str) else bytes(c) for c in counts]
-    if not strings:
-        return np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
-    if not all(strings):
+    if not counts:
         raise ValueError("an RLE string is empty")
-    codes = np.frombuffer(b"".join(strings), dtype=np.uint8).astype(np.int64) - 48
+    codes = np.frombuffer(counts.encode("ascii") if isinstance(counts, str) else counts, dtype=np.uint8)
+    codes = codes.astype(np.int64) - 48
     if codes.min() < 0 or codes.max() > 63:
         raise ValueError("an RLE string holds a character that run lengths cannot have")
-    string_ends = np.cumsum([len(s) for s in strings])
-    last = np.flatnonzero(codes & 32 == 0)  # the last group of each number
-    offsets = np.concatenate([[0], np.searchsorted(last, string_ends)])
-    if (codes[string_ends - 1] & 32).any():
+    if codes[-1] & 32:
         raise ValueError("an RLE string ends within a number")
+    last = np.flatnonzero(codes & 32 == 0)  # the last group of each number
     first = np.concatenate([[0], last[:-1] + 1])
     groups = last - first + 1
     if groups.max() > 8:
         raise ValueError("an RLE string holds a run that no image can have")
     shifts = 5 * (np.arange(len(codes)) - np.repeat(first, groups))
-    values = np.add.reduceat((codes & 31) << shifts, first)
-    values -= np.where(codes[last] & 16, 1 << (5 * groups), 0)
-    return _undo_differences(values, offsets), offsets
-
-
-def _undo_differences(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    place = np.arange(len(values)) - np.repeat(offsets[:-1], np.diff(offsets))
-    out = values.copy()
-    for chain in (np.flatnonzero(place % 2 == 1), np.flatnonzero((place % 2 == 0) & (place > 0))):
-        if len(chain):
-            total = np.cumsum(values[chain])
-            starts = np.flatnonzero(place[chain] <= 2)  # the first of each string
-            before = np.repeat(total[starts] - values[chain][starts], np.diff(np.append(starts, len(chain))))
-            out[chain] = total - before
-    return out
+    runs = np.add.reduceat((codes & 31) << shifts, first)
+    runs -= np.where(codes[last] & 16, 1 << (5 * groups), 0)
+    for differences in (runs[1::2], runs[2::2]):
+        np.cumsum(differences, out=differences)
+    return runs
 
 
 def patch_from_runs(runs: np.ndarray, size: tuple[int, int]) -> Patch:
@@ -217,10 +195,10 @@ def decode(segmentation: Any, size: tuple[int, int]) -> Patch:
     if isinstance(segmentation, list):
         check_polygons(segmentation, size)
         merged = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
-        return patch_from_runs(decode_counts([merged["counts"]])[0], size)
+        return patch_from_runs(decode_counts(merged["counts"]), size)
     counts = segmentation["counts"]
     if not isinstance(counts, list):
-        return patch_from_runs(decode_counts([counts])[0], size)
+        return patch_from_runs(decode_counts(counts), size)
     if not all(is_whole(count) and 0 <= count <= size[0] * size[1] for count in counts):
         raise ValueError(f"run lengths are whole numbers, from 0 to {size[0]} x {size[1]} pixels")
     return patch_from_runs(np.array(counts, dtype=np.int64), size)

@@ -10,15 +10,6 @@ from sievit.data.label_files import Colour, Palette, read_palette
 _CLASSES = Path(__file__).parent / "classes"
 
 
-@dataclass(frozen=True)
-class Part:
-    """The files of one part of a data set, relative to its folder; `names` lists the images, None means all."""
-
-    images: Path
-    labels: Path
-    names: Path | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
 class LabelPreset:
     """A data set as it is unpacked.
@@ -54,17 +45,13 @@ class LabelPreset:
         """A colour for each class; the data set's own where it has some."""
         return _palette(self.class_file).colours[int(self.without_first) :]
 
-    @property
-    def train(self) -> Part:
-        return self._part(self.parts[0])
-
-    @property
-    def val(self) -> Part:
-        return self._part(self.parts[1])
-
-    def _part(self, name: str) -> Part:
-        names = None if self.names is None else Path(self.names.format(name))
-        return Part(Path(self.images.format(name)), Path(self.labels.format(name)), names)
+    def files(self, folder: Path) -> dict[str, Path | None]:
+        """Where the parts lie if the data set was unpacked into `folder`, by the fields of `LabelsData`."""
+        return {
+            f"{part}_{what}": None if path is None else folder / path.format(name)
+            for part, name in zip(("train", "val"), self.parts, strict=True)
+            for what, path in (("images", self.images), ("labels", self.labels), ("names", self.names))
+        }
 
 
 _COCO_STUFF = LabelPreset(

@@ -4,20 +4,23 @@ A scene is a function of (seed, index, size). Colour says nothing about the clas
 another.
 """
 
-import io
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Interval
 from PIL import Image
 
-from sievit.config import ConfigError
+from sievit.config import ConfigError, Count, Seed, check_range
 from sievit.data.masks import Patch, encode, tight_patch
-from sievit.files import write_atomically
+from sievit.files import write_atomically, write_png
+
+Edge = Annotated[int, Interval(ge=16, le=2**31 - 1)]
+"""Height or width of a scene in pixels."""
 
 VERSION = 2
 """Of the drawing: scenes of different versions differ."""
@@ -55,7 +58,8 @@ def draw(*, seed: int, index: int, size: tuple[int, int]) -> tuple[np.ndarray, l
         The image, uint8 RGB (h, w, 3); the instances; and the semantic labels, uint8 (h, w): 0 is the ground, the
         classes follow from 1.
     """
-    _check(size, seed)
+    check_range(Seed, seed, "seed")
+    check_range(tuple[Edge, Edge], size, "size")
     rng = np.random.default_rng([VERSION, seed, index])
     pixels = rng.uniform(0.2, 0.8, 3) * _texture(rng, size)
     labels = np.zeros(size, dtype=np.uint8)
@@ -86,9 +90,7 @@ def generate(out: Path, *, num_images: int, size: tuple[int, int] = (256, 256), 
     Raises:
         ConfigError: the folder holds a data set already, or a number makes no sense.
     """
-    _check(size, seed)
-    if num_images < 1:
-        raise ConfigError(f"num_images is at least 1, not {num_images}")
+    check_range(Count, num_images, "num_images")
     annotations = Path(out) / "annotations.json"
     if annotations.exists():
         raise ConfigError(f"{annotations}: the folder holds a data set; choose another one, or remove this one")
@@ -96,8 +98,8 @@ def generate(out: Path, *, num_images: int, size: tuple[int, int] = (256, 256), 
     for index in range(num_images):
         image, instances, labels = draw(seed=seed, index=index, size=size)
         name = f"{index:06d}.png"
-        _write_png(Path(out) / "images" / name, image)
-        _write_png(Path(out) / "labels" / name, labels)
+        write_png(Path(out) / "images" / name, Image.fromarray(image))
+        write_png(Path(out) / "labels" / name, Image.fromarray(labels))
         images.append({"id": index + 1, "file_name": name, "height": size[0], "width": size[1]})
         objects += [(instance, index + 1) for instance in instances]
     content = {
@@ -145,17 +147,3 @@ def _annotation(instance: Instance, number: int, image_id: int, size: tuple[int,
         "iscrowd": 0,
         "segmentation": encode(instance.patch, size),
     }
-
-
-def _check(size: tuple[int, int], seed: int) -> None:
-    if min(size) < 16:
-        raise ConfigError(f"scenes are at least 16 pixels high and wide, not {size[0]}x{size[1]}")
-    if seed < 0:
-        raise ConfigError(f"the seed of scenes is at least 0, not {seed}")
-
-
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="png", compress_level=1)
-    write_atomically(path, buffer.getvalue())

@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 from annotated_types import Interval
 from torch import Tensor
+from torchvision.transforms.functional import adjust_hue
 
 from sievit.config import ConfigError, Count, Positive, Share
 from sievit.data.dataset import Target
@@ -147,21 +148,8 @@ def shift_colours(image: Tensor, *, saturation: float, degrees: float) -> Tensor
     value = image.amax(0)
     gap = value - image  # 0 for the largest channel
     chroma = gap.amax(0)
-    more = torch.minimum(chroma * saturation, value)
-    if degrees == 0:
-        return value - gap * (more / chroma.clamp(min=1e-8))
-    hue = _hue(image, value, chroma) + degrees / 60
-    corners = torch.tensor([5.0, 3.0, 1.0]).reshape(3, 1, 1)
-    k = (corners + hue).remainder_(6)
-    return value - more * torch.minimum(k, 4 - k).clamp_(0, 1)
-
-
-def _hue(image: Tensor, value: Tensor, chroma: Tensor) -> Tensor:
-    """(h, w), 0..6 from red over green and blue, give or take a turn."""
-    red, green, blue = image
-    scale = 1 / chroma.clamp(min=1e-8)
-    hue = torch.where(value == green, 2 + (blue - red) * scale, 4 + (red - green) * scale)
-    return torch.where(value == red, (green - blue) * scale, hue)
+    image = value - gap * (torch.minimum(chroma * saturation, value) / chroma.clamp(min=1e-8))
+    return adjust_hue(image, degrees / 360).contiguous() if degrees else image
 
 
 def _in(limits: tuple[float, float], share: float) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
@@ -25,11 +26,7 @@ class Batch:
     """Images and targets. No container that Fabric converts, for it would round boxes to the precision of training."""
 
     def __init__(self, images: list[Tensor], targets: list[dict[str, Any]], device: torch.device) -> None:
-        self.images = [image.to(device) for image in images]
-        self.targets = [
-            {name: value.to(device) if isinstance(value, Tensor) else value for name, value in target.items()}
-            for target in targets
-        ]
+        self.images, self.targets = move_data_to_device((images, targets), device)
 
 
 class Losses(nn.Module):

@@ -1,14 +1,12 @@
 """Accuracy, tokens, cost and time of a model on a data set."""
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -16,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 from sievit import terminal
 from sievit.config import ConfigError, kind_of
 from sievit.data.dataset import ImageDataset
-from sievit.distributed import gathered, world_size
+from sievit.distributed import gathered, rank, world_size
 from sievit.engine.batches import leave_signals_to_parent, loading
 from sievit.engine.bootstrap import differences
-from sievit.measure.clock import in_turns
+from sievit.measure.clock import Quartiles, clocked, in_turns, median_and_p95
 from sievit.models.base import Answer, Model
 from sievit.tasks import Metric, task_of
 
@@ -46,7 +44,7 @@ class _Records:
         """Means over images; time as median and 95th percentile."""
         if not self.values:
             return {"images": 0}
-        known, gflops, ordered = dict(self.values), self.values["gflops"], sorted(self.values["ms"])
+        known, gflops, ms = dict(self.values), self.values["gflops"], self.values["ms"]
         figures = {
             "keep": [round(statistics.fmean(column), 4) for column in zip(*known.pop("keep"), strict=True)],
             "tokens": [round(statistics.fmean(column), 1) for column in zip(*known.pop("tokens"), strict=True)],
@@ -54,9 +52,8 @@ class _Records:
             "gflops_std": round(statistics.pstdev(gflops), 3),
             "gflops_min": round(min(gflops), 3),
             "gflops_max": round(max(gflops), 3),
-            "ms_per_image": round(statistics.median(ordered), 2),
-            "ms_per_image_p95": round(ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))], 2),
-            "images": len(ordered),
+            **median_and_p95("ms_per_image", ms),
+            "images": len(ms),
         }
         for name in known.keys() - {"gflops", "ms"}:
             stages = list(zip(*known[name], strict=True))
@@ -117,8 +114,7 @@ def evaluate(
         ConfigError: an image cannot be read, and the message names it; or there is none.
     """
     total = _number(dataset, limit)
-    rank = dist.get_rank() if world_size() > 1 else 0
-    part = _Part(dataset, rank, total, world_size(), skip=skip_failures)
+    part = _Part(dataset, rank(), total, world_size(), skip=skip_failures)
     loader = DataLoader(part, batch_size, collate_fn=list, num_workers=workers, worker_init_fn=leave_signals_to_parent)
     metric, records, failures = metric or task_of(model.config).metric(dataset), _Records(), []
     batches: Iterable[Any] = loading(loader)
@@ -186,12 +182,9 @@ def compare(
             metrics[name].update(target, answer.results[0])
         if seen is not None:
             seen(index, answers)
-    pairs = zip(records["dense"].values["ms"], records["sparse"].values["ms"], strict=True)
-    ratios = [a / b for a, b in pairs]
+    speedup = Quartiles.of_ratios(records["dense"].values["ms"], records["sparse"].values["ms"]).to_json()
     figures: dict = {name: {**_rounded(metrics[name].compute()), **records[name].figures()} for name in models}
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    figures["speedup"] = round(statistics.median(ratios), 3)
-    figures["speedup_quartiles"] = [round(quartiles[0], 3), round(quartiles[2], 3)]
+    figures["speedup"], figures["speedup_quartiles"] = speedup["median"], speedup["quartiles"]
     figures["differences"] = differences(metrics["dense"], metrics["sparse"], total)
     return figures
 
@@ -199,15 +192,10 @@ def compare(
 @torch.inference_mode()
 def timed(model: Model, images: Sequence[Tensor], *, precision: str = "32-true") -> tuple[Any, float]:
     """A pass, and the milliseconds it took, from images in memory to answers on their pixels."""
-    device = model.device
     dtype = torch.float16 if precision == "16-mixed" else torch.bfloat16
-    mixed = nullcontext() if precision == "32-true" else torch.autocast(device.type, dtype=dtype)
-    _synchronise(device)
-    start = time.perf_counter()
-    with mixed:
-        output = model(list(images))
-    _synchronise(device)
-    return output, (time.perf_counter() - start) * 1e3
+    with torch.autocast(model.device.type, dtype=dtype) if precision != "32-true" else nullcontext():
+        elapsed, answer = clocked(lambda: model(list(images)), model.device)
+    return answer, elapsed
 
 
 def timed_in_turns(
@@ -243,8 +231,3 @@ def _number(dataset: ImageDataset, limit: int | None) -> int:
 
 def _rounded(figures: dict[str, Any]) -> dict[str, Any]:
     return {k: [round(x, 5) for x in v] if isinstance(v, list) else round(v, 5) for k, v in figures.items()}
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

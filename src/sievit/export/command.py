@@ -15,11 +15,10 @@ from sievit.export.onnx import Precision, require
 from sievit.export.program import Made, program, program_of
 from sievit.files import digest
 from sievit.hub.file import require_free
-from sievit.models.backbone import padded_size
 from sievit.models.base import Model
 from sievit.models.build import load, model_file
 from sievit.models.exported import load_exported
-from sievit.models.inputs import Size
+from sievit.models.inputs import Size, padded_size
 from sievit.policies import PolicyOptions
 from sievit.tasks import task_of
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 from torchvision.models.detection._utils import BoxCoder
-from torchvision.ops import nms, roi_align
+from torchvision.ops import nms
 
 from sievit.heads.config import BoxConfig, RPNConfig
 from sievit.heads.mask_rcnn import MaskRCNN
-from sievit.heads.pooling import box_levels
+from sievit.heads.pooling import pool_by_kernel
 
 NONE = -1.0
 """The score of a box that is none."""
@@ -62,14 +62,14 @@ def find(head: MaskRCNN, features: dict[str, Tensor], canvas: tuple[int, int], s
     proposals, real = _proposals(head, maps, canvas, limits)
     if not fixed:
         proposals, real = _fitted(real, proposals, real)
-    pooled = _pooled(head, maps[:4], canvas, proposals, config.box.pool, fixed=fixed)
+    pooled = _pooled(head, maps[:4], proposals, config.box.pool, fixed=fixed)
     logits, offsets = head.roi_heads.box_predictor(head.roi_heads.box_head(pooled))
     boxes, scores, labels = _refined(config.box, proposals, real, logits, offsets, limits)
     if not fixed:
         boxes, scores, labels = _fitted(labels > 0, boxes, scores, labels)
     if not config.with_masks:
         return Found(boxes, labels, scores, None)
-    pooled = _pooled(head, maps[:4], canvas, boxes, config.mask.pool, fixed=fixed)
+    pooled = _pooled(head, maps[:4], boxes, config.mask.pool, fixed=fixed)
     masks = head.roi_heads.mask_predictor(head.roi_heads.mask_head(pooled))
     own = labels.flatten()[:, None, None, None].expand(-1, 1, masks.shape[2], masks.shape[3])
     masks = masks.gather(1, own)[:, 0].sigmoid()
@@ -138,24 +138,8 @@ def _fitted(real: Tensor, *tables: Tensor) -> list[Tensor]:
     return [table[:, :size] for table in tables]
 
 
-def _pooled(
-    head: MaskRCNN, maps: list[Tensor], canvas: tuple[int, int], boxes: Tensor, cells: int, *, fixed: bool
-) -> Tensor:
+def _pooled(head: MaskRCNN, maps: list[Tensor], boxes: Tensor, cells: int, *, fixed: bool) -> Tensor:
     """(b * n, c, cells, cells): RoIAlign of boxes (b, n, 4), each on the map of its level."""
-    config, flat = head.config.roi, boxes.flatten(0, 1)
     images = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand(boxes.shape[:2]).flatten()
-    rois = torch.cat([images[:, None].to(flat.dtype), flat], dim=1)
-    levels = box_levels(flat, config, len(maps))
-    pooled = flat.new_zeros(flat.shape[0], maps[0].shape[1], cells, cells)
-    for level, stride in enumerate((4, 8, 16, 32)):
-        here = levels == level
-        if fixed:
-            own = roi_align(maps[level], rois * here[:, None], cells, 1 / stride, config.sampling_ratio, config.aligned)
-            pooled = torch.where(here[:, None, None, None], own, pooled)
-            continue
-        index = here.nonzero().squeeze(1)
-        own = roi_align(
-            maps[level], rois.index_select(0, index), cells, 1 / stride, config.sampling_ratio, config.aligned
-        )
-        pooled = pooled.index_copy(0, index, own)
-    return pooled
+    rois = torch.cat([images[:, None].to(boxes.dtype), boxes.flatten(0, 1)], dim=1)
+    return pool_by_kernel(maps, rois, cells, head.config.roi, fixed=fixed)

@@ -52,7 +52,7 @@ class MaskRCNN(nn.Module):
             targets = [self._checked(target, i) for i, target in enumerate(targets)]
         maps = self.pyramid(features)
         proposals, rpn_losses = self.rpn(maps, image_size, sizes, targets)
-        detections, losses = self.roi_heads(maps[: len(FEATURES)], proposals, image_size, sizes, targets)
+        detections, losses = self.roi_heads(maps[: len(FEATURES)], proposals, sizes, targets)
         return detections, {**rpn_losses, **losses}
 
     def pyramid(self, features: dict[str, Tensor]) -> list[Tensor]:

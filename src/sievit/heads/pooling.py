@@ -25,46 +25,45 @@ def box_levels(boxes: Tensor, config: RoIConfig, num_levels: int) -> Tensor:
     return level.floor().clamp(0, num_levels - 1).long()
 
 
-def pool_boxes(
-    features: list[Tensor], boxes: list[Tensor], image_size: tuple[int, int], size: int, config: RoIConfig
-) -> Tensor:
+def pool_boxes(features: list[Tensor], rois: Tensor, size: int, config: RoIConfig) -> Tensor:
     """RoIAlign of each box on the map of its level, in float32: (r, c, size, size), channels_last on CPU.
 
     Args:
-        features: per level (b, c, h, w); strides follow from `image_size` (height, width).
-        boxes: per image (n, 4).
+        features: (b, c, h, w) at strides 4, 8, 16, 32.
+        rois: (r, 5), the image and the box.
     """
-    flat = torch.cat(boxes)
-    images = torch.cat([torch.full_like(box[:, :1], i) for i, box in enumerate(boxes)])
-    scales = [feature.shape[-2] / image_size[0] for feature in features]
-    pool = pool_by_bags if flat.device.type == "cpu" else pool_by_kernel
-    rois = torch.cat([images, flat], dim=1)
-    return pool(features, rois, box_levels(flat, config, len(features)), scales, size, config)
+    return (pool_by_bags if rois.device.type == "cpu" else pool_by_kernel)(features, rois, size, config)
 
 
 def pool_by_kernel(
-    features: list[Tensor], rois: Tensor, levels: Tensor, scales: list[float], size: int, config: RoIConfig
+    features: list[Tensor], rois: Tensor, size: int, config: RoIConfig, *, fixed: bool = False
 ) -> Tensor:
-    """`pool_boxes` with torchvision's kernel, per level: `rois` (r, 5) are image and box, `levels` (r,) their maps."""
-    order = levels.argsort(stable=True)
-    groups = order.split(torch.bincount(levels, minlength=len(features)).tolist())
-    pooled = [
-        roi_align(feature.float(), rois[index], size, scale, config.sampling_ratio, aligned=config.aligned)
-        for feature, scale, index in zip(features, scales, groups, strict=True)
-    ]
-    return torch.cat(pooled)[order.argsort()]
+    """`pool_boxes` with torchvision's kernel, level by level.
+
+    Args:
+        fixed: no shape depends on the boxes: all of them are pooled from every map.
+    """
+    levels = box_levels(rois[:, 1:], config, len(features))
+    pooled = rois.new_zeros(rois.shape[0], features[0].shape[1], size, size)
+    for level, feature in enumerate(features):
+        here, options = levels == level, (size, 0.25 / 2**level, config.sampling_ratio, config.aligned)
+        if fixed:
+            own = roi_align(feature.float(), rois * here[:, None], *options)
+            pooled = torch.where(here[:, None, None, None], own, pooled)
+        else:
+            index = here.nonzero().squeeze(1)
+            pooled = pooled.index_copy(0, index, roi_align(feature.float(), rois.index_select(0, index), *options))
+    return pooled
 
 
-def pool_by_bags(
-    features: list[Tensor], rois: Tensor, levels: Tensor, scales: list[float], size: int, config: RoIConfig
-) -> Tensor:
-    """`pool_boxes` as one weighted gather; arguments as of `pool_by_kernel`."""
+def pool_by_bags(features: list[Tensor], rois: Tensor, size: int, config: RoIConfig) -> Tensor:
+    """`pool_boxes` as one weighted gather."""
     images, boxes = rois[:, 0].long(), rois[:, 1:]
-    channels = features[0].shape[1]
+    channels, levels = features[0].shape[1], box_levels(boxes, config, len(features))
     pixels = torch.cat([feature.permute(0, 2, 3, 1).reshape(-1, channels) for feature in features]).float()
     heights, widths = (torch.tensor([f.shape[axis] for f in features])[levels] for axis in (2, 3))
     firsts = torch.tensor([0, *(f.shape[0] * f.shape[2] * f.shape[3] for f in features[:-1])]).cumsum(0)[levels]
-    corners = boxes * torch.tensor(scales)[levels][:, None] - (0.5 if config.aligned else 0.0)
+    corners = boxes * 0.25 / 2 ** levels[:, None] - (0.5 if config.aligned else 0.0)
     extents = corners[:, 2:] - corners[:, :2]
     if not config.aligned:
         extents = extents.clamp(min=1)

@@ -12,6 +12,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops._utils import convert_boxes_to_roi_format
 
 from sievit.heads import boxes as box_ops
 from sievit.heads.config import MaskRCNNConfig
@@ -51,35 +52,32 @@ class RoIHeads(nn.Module):
         self,
         features: list[Tensor],
         proposals: list[Tensor],
-        image_size: tuple[int, int],
         sizes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Detections (without targets) or losses (with them); see `MaskRCNN.forward`."""
         if targets is not None:
-            return [], self.losses(features, proposals, image_size, targets)
-        logits, offsets = self.box_branch(features, proposals, image_size)
+            return [], self.losses(features, proposals, targets)
+        logits, offsets = self.box_branch(features, proposals)
         detections = self.detect(logits, offsets, proposals, sizes)
         if self.config.with_masks:
             boxes = [detection["boxes"] for detection in detections]
             labels = torch.cat([detection["labels"] for detection in detections])
-            mask_logits = self.mask_branch(features, boxes, image_size)
+            mask_logits = self.mask_branch(features, boxes)
             probs = mask_logits[torch.arange(len(labels), device=labels.device), labels].sigmoid()[:, None]
             for detection, masks in zip(detections, probs.split([len(b) for b in boxes]), strict=True):
                 detection["masks"] = masks
         return detections, {}
 
-    def box_branch(
-        self, features: list[Tensor], boxes: list[Tensor], image_size: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
+    def box_branch(self, features: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Class logits (r, k) and box offsets (r, k, 4) of boxes given per image, float32."""
-        pooled = pool_boxes(features, boxes, image_size, self.config.box.pool, self.config.roi)
+        pooled = pool_boxes(features, convert_boxes_to_roi_format(boxes), self.config.box.pool, self.config.roi)
         logits, offsets = self.box_predictor(self.box_head(pooled))
         return logits.float(), offsets.float().unflatten(1, (-1, 4))
 
-    def mask_branch(self, features: list[Tensor], boxes: list[Tensor], image_size: tuple[int, int]) -> Tensor:
+    def mask_branch(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
         """Mask logits (r, k, m, m) of boxes given per image, float32."""
-        pooled = pool_boxes(features, boxes, image_size, self.config.mask.pool, self.config.roi)
+        pooled = pool_boxes(features, convert_boxes_to_roi_format(boxes), self.config.mask.pool, self.config.roi)
         pooled = pooled.contiguous(memory_format=torch.channels_last)
         return self.mask_predictor(self.mask_head(pooled)).float()
 
@@ -105,16 +103,12 @@ class RoIHeads(nn.Module):
         return detections
 
     def losses(
-        self,
-        features: list[Tensor],
-        proposals: list[Tensor],
-        image_size: tuple[int, int],
-        targets: list[dict[str, Tensor]],
+        self, features: list[Tensor], proposals: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         """Class, box and mask losses of a random choice of proposals and the objects themselves."""
         config = self.config
         sampled = [self.sample(p, target) for p, target in zip(proposals, targets, strict=True)]
-        logits, offsets = self.box_branch(features, [s.boxes for s in sampled], image_size)
+        logits, offsets = self.box_branch(features, [s.boxes for s in sampled])
         labels = torch.cat([s.labels for s in sampled])
         positive = torch.where(labels > 0)[0]
         count = box_ops.normaliser(len(labels), like=logits)
@@ -125,7 +119,7 @@ class RoIHeads(nn.Module):
             "loss_box_reg": box_ops.box_loss(predicted, goals, config.box.loss, config.smooth_l1_beta) / count,
         }
         if config.with_masks:
-            losses["loss_mask"] = self.mask_loss(features, image_size, sampled, targets)
+            losses["loss_mask"] = self.mask_loss(features, sampled, targets)
         return losses
 
     @torch.no_grad()
@@ -143,19 +137,13 @@ class RoIHeads(nn.Module):
         offsets = BoxCoder(config.weights).encode_single(objects[matched], boxes)
         return Sampled(boxes=boxes, labels=labels, matched=matched, offsets=offsets)
 
-    def mask_loss(
-        self,
-        features: list[Tensor],
-        image_size: tuple[int, int],
-        sampled: list[Sampled],
-        targets: list[dict[str, Tensor]],
-    ) -> Tensor:
+    def mask_loss(self, features: list[Tensor], sampled: list[Sampled], targets: list[dict[str, Tensor]]) -> Tensor:
         """The mean cross-entropy of the positives' masks, in the channel of their class."""
         config = self.config
         positives = [torch.where(s.labels > 0)[0] for s in sampled]
         boxes = [s.boxes[p] for s, p in zip(sampled, positives, strict=True)]
         labels = torch.cat([s.labels[p] for s, p in zip(sampled, positives, strict=True)])
-        logits = self.mask_branch(features, boxes, image_size)  # (r, k, m, m)
+        logits = self.mask_branch(features, boxes)  # (r, k, m, m)
         count = box_ops.normaliser(len(labels) * logits.shape[-1] ** 2, like=logits)
         goals = [
             crop_masks(target["masks"], s.matched[p], box, logits.shape[-1], aligned=config.roi.aligned)

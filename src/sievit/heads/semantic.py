@@ -66,9 +66,8 @@ class TokenHead(SemanticHead):
     def forward(
         self, tokens: Tokens, part: Bool[Tensor, "b n"] | None = None, previous: Prediction | None = None
     ) -> Prediction:
-        if part is None:
-            return Prediction(self.classify(tokens.patches).transpose(1, 2))
-        if torch.compiler.is_exporting() and previous is None:  # nobody sees what it says of the others
+        unseen = torch.compiler.is_exporting() and previous is None  # nobody sees what it says of the others
+        if part is None or unseen:
             return Prediction(self.classify(tokens.patches).transpose(1, 2))
         packing = Packing.of(part)
         logits = self.classify(tokens.patches.flatten(0, 1).index_select(0, packing.index))

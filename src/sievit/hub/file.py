@@ -36,17 +36,7 @@ def of_policy(name: str) -> bool:
 
 
 def write(model: nn.Module, config: ModelConfig, path: Path, *, half: bool = False, int8: bool = False) -> None:
-    """Write the model and its configuration as one safetensors file, whole or not at all.
-
-    Args:
-        half: store parameters as float16; buffers (running statistics) keep their type.
-        int8: store large matrices in 8 bits, with a scale for each row, and the other parameters and the policy's as
-            float16: a quarter of the size. They are restored to float32 when the file is read.
-
-    Raises:
-        ConfigError: a parameter is too large for float16.
-        OSError: the disk is full or the folder cannot be written; a file that was there is still the old one.
-    """
+    """See `models.build.save`."""
     parameters = {name for name, _ in model.named_parameters()}
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -134,12 +124,7 @@ def restored(
     Args:
         build: makes a model of random weights from a configuration.
         kind: see `read`.
-        policy: takes the place of the file's: a configuration, a name, or a name and fields; of a policy of the file's
-            kind the other fields stay as they are there. Weights of the policy that is replaced are left out.
-        compile: False to run a model that was tuned to be compiled as it stands.
-
-    Raises:
-        ConfigError: see `read`; weights that do not fit, an unknown policy, or one that has to be trained and was not.
+        policy, compile: see `models.build.load`, as for the errors.
     """
     options = PolicyOptions(policy=policy) if isinstance(policy, str) else policy
     if isinstance(options, PolicyOptions) and options.policy is not None:
@@ -208,16 +193,11 @@ def _check_same(path: Path, config: ModelConfig, beside: Path) -> None:
     found, expected = dict(_leaves(to_json(other))), dict(_leaves(to_json(config)))
     names = [name for name in expected | found if found.get(name) != expected.get(name)]
     differences = [f"{name} is {found.get(name)!r}, not {expected.get(name)!r}" for name in names]
+    more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
     raise ConfigError(
-        f"{beside}: is not the configuration of {path.name}, which is what counts: {_first(differences, '; ')}; delete "
-        "it, or write the folder anew with save_pretrained"
+        f"{beside}: is not the configuration of {path.name}, which is what counts: {'; '.join(differences[:3])}{more}; "
+        "delete it, or write the folder anew with save_pretrained"
     )
-
-
-def _first(problems: list[str], separator: str) -> str:
-    """The first three, and the number of the others."""
-    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-    return separator.join(problems[:3]) + more
 
 
 def _leaves(data: Any, name: str = "") -> Iterator[tuple[str, Any]]:

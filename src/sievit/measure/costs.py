@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from sievit import terminal
-from sievit.config import ConfigError, kind_of
+from sievit.config import ConfigError, Count, check_range, kind_of
 from sievit.data.images import list_images, read_image, to_tensor
 from sievit.models.base import Answer, Model
 from sievit.models.build import build
@@ -40,8 +40,7 @@ def costs(config: ModelConfig, *, size: Size | None = None, console: Console | N
         ConfigError: an image without pixels.
     """
     size = config.default_size if size is None else size
-    if min(size) < 1:
-        raise ConfigError(f"the size is height and width in pixels, at least 1, not {size}")
+    check_range(tuple[Count, Count], size, "size")
     with torch.device("meta"):
         model = build(config)
     answer = model.dense_answer(size)
@@ -85,8 +84,8 @@ def per_image(
     Raises:
         ConfigError: no such folder, or no image in it that can be read.
     """
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise ConfigError(f"batch size and limit are at least 1, not {batch_size} and {limit}")
+    check_range(Count, batch_size, "batch_size")
+    check_range(Count | None, limit, "limit")
     paths = list_images(folder)[:limit]
     model.eval()
     rows, failures = [], []

@@ -1,12 +1,11 @@
 """The wiring of a backbone, and what it costs."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from sievit.config import ConfigError, kind_of
 from sievit.measure.flops import block_macs, count_macs, traced_macs
+from sievit.models.inputs import padded_size
 from sievit.necks import NeckConfig
 from sievit.necks.adapter import AdapterConfig, ViTAdapter
 from sievit.necks.pyramid import PyramidConfig, SimplePyramid
@@ -91,9 +90,3 @@ def _rest_macs(backbone: Backbone, size: tuple[int, int]) -> float:
     total = count_macs(backbone, images, policy=backbone.vit.build_policy(KeepAllConfig()))
     tokens = backbone.vit.num_prefix + (size[0] // config.stride) * (size[1] // config.stride)
     return total - config.depth * float(block_macs(config, torch.tensor(tokens))) + backbone.sampling_macs(size)
-
-
-def padded_size(size: Sequence[int], divisor: int) -> tuple[int, int]:
-    """(height, width), each the next multiple of `divisor`."""
-    height, width = (-(-side // divisor) * divisor for side in size)
-    return height, width

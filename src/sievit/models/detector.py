@@ -15,10 +15,10 @@ from sievit.config import ConfigError, Label, variant
 from sievit.heads.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from sievit.heads.masks import paste_masks
 from sievit.measure.flops import count_macs
-from sievit.models.backbone import Backbone, backbone_gflops, build_backbone, padded_size
+from sievit.models.backbone import Backbone, backbone_gflops, build_backbone
 from sievit.models.base import Answer, Model, TimedPart, dense_trace, register_model
 from sievit.models.found import Detections
-from sievit.models.inputs import ModelConfig, Size, batched
+from sievit.models.inputs import ModelConfig, Size, batched, padded_size
 from sievit.models.programs import DetectorProgram
 from sievit.necks import NeckConfig
 from sievit.policies import Policy

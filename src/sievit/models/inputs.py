@@ -102,7 +102,7 @@ def batched(images: list[Tensor], sizes: list[Size], config: InputConfig, device
     Args:
         images: (3, h, w) RGB, float in 0..1 or uint8, of any sizes.
     """
-    height, width = (_up(max(edges), config.size_divisor) for edges in zip(*sizes, strict=True))
+    height, width = padded_size([max(edges) for edges in zip(*sizes, strict=True)], config.size_divisor)
     batch = torch.zeros(len(images), 3, height, width, device=device)
     for row, image, (h, w) in zip(batch, images, sizes, strict=True):
         row[:, :h, :w] = normalised(image, (h, w), config, device)
@@ -173,5 +173,7 @@ def as_tensor(image: Any) -> Tensor:
     return image
 
 
-def _up(x: int, divisor: int) -> int:
-    return -(-x // divisor) * divisor
+def padded_size(size: Sequence[int], divisor: int) -> Size:
+    """(height, width), each the next multiple of `divisor`."""
+    height, width = (-(-side // divisor) * divisor for side in size)
+    return height, width

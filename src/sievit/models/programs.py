@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from sievit.config import ConfigError
 from sievit.heads.fixed import find
-from sievit.models.backbone import padded_size
-from sievit.models.inputs import ModelConfig, Size
+from sievit.models.inputs import ModelConfig, Size, padded_size
 from sievit.models.runtimes import Runtime
 from sievit.policies import Policy
 from sievit.tokens import Trace

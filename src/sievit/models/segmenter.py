@@ -16,10 +16,9 @@ from sievit.config import Byte, ConfigError, Count, Label, Natural, NonNegative,
 from sievit.heads.semantic import SemanticHead, SemanticHeadConfig, build_head, extents, repeat_edges, resize
 from sievit.measure.flops import traced_macs
 from sievit.measure.published import head_tokens, published_macs
-from sievit.models.backbone import padded_size
 from sievit.models.base import Answer, Model, TimedPart, dense_trace, register_model
 from sievit.models.found import labels_to_supervision
-from sievit.models.inputs import ModelConfig, Size, batched, normalised, windows_over
+from sievit.models.inputs import ModelConfig, Size, batched, normalised, padded_size, windows_over
 from sievit.models.programs import SegmenterProgram
 from sievit.policies import Policy, PolicyConfig
 from sievit.policies.base import Head

@@ -95,17 +95,9 @@ def _augment(model: SegmenterConfig) -> SemanticAugmentConfig:
 def _on_preset(name: str, folder: str, model: SegmenterConfig, train: TrainConfig = TRAIN, **changes: Any) -> Recipe:
     """`model` for the classes of a data set of the papers, in `<data-root>/folder`; `changes` of `train`."""
     data = preset(name)
-
-    def below(path: Path | None) -> Any:
-        return None if path is None else Path(folder) / path
-
+    files: dict[str, Any] = data.files(Path(folder))
     labels = LabelsData(
-        train_images=below(data.train.images),
-        train_labels=below(data.train.labels),
-        train_names=below(data.train.names),
-        val_images=below(data.val.images),
-        val_labels=below(data.val.labels),
-        val_names=below(data.val.names),
+        **files,
         image_suffix=data.image_suffix,
         label_suffix=data.label_suffix,
         zero_is_ignored=data.zero_is_ignored,

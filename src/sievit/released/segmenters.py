@@ -17,8 +17,6 @@ from sievit.policies import DToPConfig, KeepAllConfig
 from sievit.recipes import recipe
 from sievit.released.common import Converted, ReleasedOptions, class_names, described, lines
 
-Triple = tuple[float, float, float]
-
 RECIPES = {
     (150, 768, 512): "ade20k_segvit_b_dtop",
     (150, 1024, 640): "ade20k_segvit_l_dtop",
