@@ -120,12 +120,17 @@ def _roi_align(
 
 def _in_8_bits(path: Path) -> Path:
     """The file beside it with the weights of matrix products in 8 bits."""
+    import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    small = path.with_name("int8.onnx")
-    options: dict[str, Any] = {"weight_type": QuantType.QInt8, "op_types_to_quantize": ["MatMul"]}
+    folded, small = path.with_name("folded.onnx"), path.with_name("int8.onnx")
+    session = onnxruntime.SessionOptions()  # transposed weights are none to the quantisation before that is done
+    session.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    session.optimized_model_filepath, session.log_severity_level = str(folded), 3
+    onnxruntime.InferenceSession(str(path), session, providers=["CPUExecutionProvider"])
+    options: dict[str, Any] = {"weight_type": QuantType.QInt8, "op_types_to_quantize": ["MatMul", "Gemm"]}
     with _quiet(""):
-        quantize_dynamic(path, small, per_channel=True, **options)
+        quantize_dynamic(folded, small, per_channel=True, **options)
     return small
 
 
