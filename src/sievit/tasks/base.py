@@ -110,9 +110,9 @@ class Task(ABC, Generic[R]):
     shown: ClassVar[tuple[str, ...]]
     """The figures that are printed; the first that there is, is the one that models are compared by."""
     has_scores: ClassVar[bool] = False
+    """Whether a result holds things with scores, of which pictures show the best."""
     agreed: ClassVar[tuple[float, str]] = (0.9999, "results")
     """The share of an exported file's results (`agreement`) that have to be the model's, and what they are called."""
-    """Whether a result holds things with scores, of which pictures show the best."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
