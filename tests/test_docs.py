@@ -20,7 +20,9 @@ from sievit.cli import command as of_commands
 from sievit.cli import train as of_train
 from sievit.policies import PolicyConfig, PolicyOptions, chosen_policy, policies
 from sievit.recipes import recipe, recipes
+from test_report_page import CONTRAST, browser
 
+__all__ = ["browser"]  # a fixture
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = {".", "cd", "pip", "git", "curl", "pytest", "ruff", "ty"}
@@ -206,7 +208,7 @@ def test_the_site_opens_from_a_file(site: Path) -> None:
         page.on("console", lambda said: problems.append(said.text) if said.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.set_default_timeout(90_000)
-        for name in ("index", "results", "api/policies"):
+        for name in ("index", "results", "design", "api/policies"):
             page.goto((site / f"{name}.html").as_uri())
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
             assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth)"), name
@@ -216,3 +218,15 @@ def test_the_site_opens_from_a_file(site: Path) -> None:
         page.get_by_text("The one idea").wait_for()  # of the page on the design
         browser.close()
     assert not problems
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["design", "api/policies"])
+def test_the_text_of_the_site_can_be_read(name: str, scheme: str, browser: Any, site: Path) -> None:
+    """AA: 4.5 to 1."""
+    page = browser.new_context(viewport={"width": 1400, "height": 900}, color_scheme=scheme).new_page()
+    page.set_default_timeout(90_000)
+    page.goto((site / f"{name}.html").as_uri())
+    seen, wrong = page.evaluate(CONTRAST)
+    assert seen > 100 and not wrong, wrong

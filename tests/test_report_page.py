@@ -142,22 +142,19 @@ def test_a_report_holds_the_figures(pages: dict[str, tuple[Path, dict[str, Any]]
 
 CONTRAST = """() => {
   const channels = text => text.match(/[\\d.]+/g).map(Number);
+  const over = ([r, g, b, a = 1], under) => [r, g, b].map((value, i) => a * value + (1 - a) * under[i]);
   const linear = v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
   const light = ([r, g, b]) => .2126 * linear(r / 255) + .7152 * linear(g / 255) + .0722 * linear(b / 255);
-  const behind = node => {
-    for (; node; node = node.parentElement) {
-      const colour = channels(getComputedStyle(node).backgroundColor);
-      if (colour.length === 3 || colour[3] === 1) return colour;
-    }
-    return [255, 255, 255];
-  };
+  const own = node => channels(getComputedStyle(node).backgroundColor);
+  const behind = node => node ? over(own(node), behind(node.parentElement)) : [255, 255, 255];
   const wrong = [];
   let seen = 0;
   for (const node of document.querySelectorAll("body *")) {
-    const own = [...node.childNodes].some(child => child.nodeType === 3 && child.textContent.trim());
-    if (!own || !node.getClientRects().length || node.closest("script, .tip")) continue;
-    const style = getComputedStyle(node), back = light(behind(node));
-    const front = light(channels(node instanceof SVGElement ? style.fill : style.color));
+    const text = [...node.childNodes].some(child => child.nodeType === 3 && child.textContent.trim());
+    if (!text || !node.getClientRects().length || node.closest("script, .tip")) continue;
+    if (!node.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
+    const style = getComputedStyle(node), ground = behind(node), back = light(ground);
+    const front = light(over(channels(node instanceof SVGElement ? style.fill : style.color), ground));
     const ratio = (Math.max(front, back) + .05) / (Math.min(front, back) + .05);
     seen++;
     if (ratio < 4.5) wrong.push(`${node.tagName} ${node.textContent.slice(0, 30)} ${ratio.toFixed(2)}`);

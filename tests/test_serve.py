@@ -366,7 +366,7 @@ def test_what_the_page_of_the_documentation_says_works(
     page = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
     page = page.replace("localhost:7860", f"127.0.0.1:{segmenter[1]}")
     lines = "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).splitlines()
-    assert lines.pop(0) == "sievit serve facade_setr_dtop" and len(lines) == 4
+    assert "/video?reuse=0.4" in lines.pop() and lines.pop(0) == "sievit serve facade_setr_dtop" and len(lines) == 4
     for line in lines:
         done = subprocess.run([*shlex.split(line), "--silent", "--fail"], capture_output=True, check=True)
         assert done.stdout or (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"

@@ -117,7 +117,11 @@ def read_figures(path: Path) -> dict[str, Any]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         figures = json.loads(next((line for line in reversed(lines) if line.strip()), ""))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); `sievit eval MODEL ... > {path}` writes it"
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: its last line is not the JSON that `sievit eval` prints ({error})") from error
     if not isinstance(figures, dict):
         raise ConfigError(f"{path}: its last line is JSON, but not the object that `sievit eval` prints")

@@ -14,6 +14,7 @@ from sievit.devices import device_name, pick_device
 from sievit.models.build import load
 from sievit.models.runtimes import SUFFIXES
 from sievit.policies import PolicyOptions
+from sievit.serve.film import VideoLimits
 
 __all__ = ["serve"]
 
@@ -37,14 +38,15 @@ def serve(
     policy: PolicyOptions = PolicyOptions(),  # noqa: B008
     max_megabytes: Positive = 20,
     max_megapixels: Positive = 16,
+    video: VideoLimits = VideoLimits(),  # noqa: B008
     waiting: Natural = 8,
     timeout: Positive = 30,
     device: str = "auto",
 ) -> int:
     """Try a model on a page in your browser, dense against sparse, and ask it from programs by REST.
 
-    Images stay in the memory of this process: nothing is written to the disk, and nothing is sent anywhere else. One
-    image is computed at a time; Ctrl-C ends it. What programs send and get is at /docs.
+    Images and videos stay in the memory of this process: nothing is written to the disk, and nothing is sent anywhere
+    else. One is computed at a time; Ctrl-C ends it. What programs send and get is at /docs.
 
     Args:
         model: checkpoint, folder of a training run, name of a shipped model, or hf:user/name.
@@ -52,9 +54,10 @@ def serve(
         port: of the address; 0 takes one that is free.
         policy: another policy.
         max_megabytes: of an image file.
-        max_megapixels: of an image; larger ones are refused before they are decoded.
+        max_megapixels: of an image, or a frame; larger ones are refused before they are decoded.
+        video: how much of a video is taken.
         waiting: so many requests may wait while one is computed; others are told to come back.
-        timeout: seconds that an image may take to arrive, and a request to get its turn.
+        timeout: seconds that a file may take to arrive, and a request to get its turn.
         device: cpu, cuda, cuda:1, or auto.
     """
     os.environ.update(QUIET)
@@ -73,7 +76,7 @@ def serve(
         runner = Runner(load(model, policy=policy, device=where), fixed=model.suffix in SUFFIXES)
         runner.warm_up()
         limits = {"max_bytes": int(max_megabytes * 1e6), "max_pixels": int(max_megapixels * 1e6)}
-        service = Service(name=model.name, runner=runner, desk=Desk(waiting, timeout), **limits)
+        service = Service(name=model.name, runner=runner, desk=Desk(waiting, timeout), video=video, **limits)
         shown = f"[{host}]" if ":" in host else host
         console.print(f"{model.name} on {device_name(where)}: http://{shown}:{listening.getsockname()[1]}/")
         console.print("for programs: POST /predict, explained at /docs. Ctrl-C ends it.")

@@ -18,6 +18,11 @@ class Refused(Exception):  # no mistake of the program
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
+def too_large(max_bytes: int) -> Refused:
+    """For a file of more bytes."""
+    return Refused(413, f"the file is too large; at most {max_bytes / 1e6:.3g} MB are taken")
+
+
 class Desk:
     """Runs work in one thread, for one client after the other.
 

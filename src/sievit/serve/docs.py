@@ -10,6 +10,11 @@ code, pre { font: 14px/1.5 ui-monospace, monospace; }
 pre { overflow-x: auto; padding: .75rem 1rem; border-radius: .5rem; background: #8882; }
 table { border-collapse: collapse; } td, th { text-align: left; padding: .2rem 1rem .2rem 0; vertical-align: top; }
 """
+FILES = {
+    "/picture": ("photo.jpg", "image", " --output picture.png"),
+    "/video": ("clip.mp4", "video", " --output found.mp4"),
+}
+"""What is sent to an address in the examples, and where the answer goes."""
 
 
 def docs_page(schema: dict[str, Any], address: str) -> str:
@@ -30,8 +35,9 @@ def _call(method: str, path: str, call: dict[str, Any], address: str) -> str:
     statuses = [(status, of["description"]) for status, of in call["responses"].items() if status != "200"]
     example = f"curl {address}{path}"
     if method == "POST":
-        example = f"curl --data-binary @photo.jpg '{address}{path}?budget=0.5'"
-        example += " --output picture.png" * (path == "/picture") + f"\ncurl -F image=@photo.jpg '{address}{path}'"
+        file, kind, output = FILES.get(path, ("photo.jpg", "image", ""))
+        example = f"curl --data-binary @{file} '{address}{path}?budget=0.5'{output}"
+        example += f"\ncurl -F {kind}=@{file} '{address}{path}'{output}"
     return (
         f"<h2><code>{method} {escape(path)}</code></h2>{words}<pre>{escape(example)}</pre>"
         + _table("Options, behind the question mark", options)

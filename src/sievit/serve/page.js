@@ -1,25 +1,60 @@
-// The images stay in the browser; the one that is chosen goes along with each call (see GIVEN in page.py).
-const state = (window.sievit = { image: "", file: null });
+// The images stay in the browser; the one that is chosen goes along with each call (see page.py). A video is sent to /video.
+const state = (window.sievit = { image: "", file: null, given });
 const find = (name) => element.querySelector(name);
 const drop = find(".drop"), input = find("input"), thumbs = find(".thumbs"), video = find("video");
+const isVideo = (file) => file.type.startsWith("video/") || /\.(mp4|mov|m4v|mkv|webm|avi|mpe?g|m?ts|wmv|flv|ogv|3gp)$/i.test(file.name);
+let sent = null;
 
 function choose(file, button) {
+  thumbs.querySelectorAll("button").forEach((each) => each.setAttribute("aria-pressed", each === button));
+  state.file = file;
+  if (isVideo(file)) return trigger("picked");
   const reader = new FileReader();
   reader.onload = () => {
     state.image = reader.result;
-    state.file = file;
-    thumbs.querySelectorAll("button").forEach((each) => each.setAttribute("aria-pressed", each === button));
     trigger("picked");
   };
   reader.readAsDataURL(file);
 }
 
+function given(policy, budget) {
+  sent?.abort();
+  document.querySelector("#clip .film").replaceChildren();
+  if (!state.file || !isVideo(state.file)) return state.image;
+  const query = new URLSearchParams();
+  if (policy !== null) query.set("policy", policy);
+  if (budget !== null) query.set("budget", budget / 100);
+  film(query, (sent = new AbortController()));
+  return "@VIDEO@";
+}
+
+function made(name, attributes) {
+  return Object.assign(document.createElement(name), attributes);
+}
+
+async function film(query, own) {
+  const place = document.querySelector("#clip .film"), says = made("p", { role: "status" });
+  place.append(says);
+  says.textContent = "The video is computed, one frame after the other. It will be here.";
+  try {
+    if (state.file.size > @MOST@) throw new Error("@TOO_LARGE@");
+    const answer = await fetch("/video?" + query, { method: "POST", body: state.file, signal: own.signal });
+    if (!answer.ok) throw new Error((await answer.json()).error);
+    const source = URL.createObjectURL(await answer.blob());
+    says.textContent = answer.headers.get("Sievit-Video");
+    place.prepend(made("video", { src: source, controls: true, muted: true }));
+    place.append(made("a", { className: "button", href: source, download: "found.mp4", textContent: "Video, MP4" }));
+  } catch (error) {
+    if (!own.signal.aborted) says.textContent = error.message;
+  }
+}
+
 function add(files) {
   files = [...files].filter((file) => !file.name.startsWith("."));
   const buttons = files.slice(0, 200).map((file) => {
-    const button = document.createElement("button"), picture = document.createElement("img");
+    const button = document.createElement("button"), picture = document.createElement(isVideo(file) ? "video" : "img");
     picture.src = URL.createObjectURL(file);
-    picture.alt = button.title = file.name;
+    picture.alt = picture.ariaLabel = button.title = file.name;
     picture.loading = "lazy";
     button.append(picture);
     button.onclick = () => choose(file, button);

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import json
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -10,27 +11,36 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-from sievit.serve.desk import Refused
+from sievit.serve.desk import Refused, too_large
 from sievit.serve.rest import Service, application
 from sievit.serve.result import notice, result_page
-from sievit.serve.runner import Runner
 
 HERE = Path(__file__).parent
 TRAINED = "as trained"
 """The first choice: the model's own policy at its own setting."""
 PICKER = """
-<div class="drop" tabindex="0" role="button" aria-label="choose images">
-  <b>Drop images here</b><span>or click, or paste one</span>
-  <input type="file" accept="image/*" multiple hidden>
+<div class="drop" tabindex="0" role="button" aria-label="choose images or a video">
+  <b>Drop images or a video here</b><span>or click, or paste one</span>
+  <input type="file" accept="image/*,video/*" multiple hidden>
 </div>
 <div class="more"><button data-folder>a folder</button> · <button data-camera>the camera</button></div>
 <video playsinline muted hidden></video>
 <div class="thumbs"></div>
 """
-PRIVACY = """<p>Images stay on this machine: they are not stored, and sent to nobody.
+PRIVACY = """<p>What you give stays on this machine: it is not stored, and sent to nobody.
 <a href="/docs" target="_blank">For programs</a></p>"""
-GIVEN = "(image, policy, budget) => [window.sievit?.image ?? '', policy, budget]"
-"""Runs in the browser before each call: the image is kept there, and sent along."""
+VIDEO = "a video"
+"""In the place of an image: the browser asks for a video by itself, at /video."""
+
+
+def _given(*, turned: bool) -> str:
+    """Runs in the browser before each call: the image is kept there, and sent along.
+
+    Args:
+        turned: the call is for the slider, which leaves what was trained.
+    """
+    setting = f"policy === '{TRAINED}' ? null : policy, policy === '{TRAINED}' && !{json.dumps(turned)} ? null : budget"
+    return f"(image, policy, budget) => [window.sievit?.given({setting}) ?? '', policy, budget]"
 
 
 def server(service: Service, *, hosts: list[str] | None, seconds: float, log_level: str = "warning") -> uvicorn.Server:
@@ -79,6 +89,8 @@ def _blocks(service: Service) -> gr.Blocks:
         setting: dict[str, Any] = {} if policy == TRAINED else {"policy": policy, "budget": budget / 100}
         try:
             with service.desk.place():
+                if image == VIDEO:
+                    return ""
                 if not image:
                     return notice("Give an image first: drop one on the left.")
                 content = base64.b64decode(image.partition(",")[2], validate=True)
@@ -98,26 +110,30 @@ def _blocks(service: Service) -> gr.Blocks:
 
     with gr.Blocks(title=f"sievit · {service.name}", analytics_enabled=False, fill_width=True) as blocks:
         gr.HTML(f"<h1>sievit <span>{escape(service.name)}</span></h1>", elem_id="title")
-        image = gr.Textbox(visible=False)  # is filled by GIVEN
+        image = gr.Textbox(visible=False)  # is filled in the browser
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=270):
-                picker, policy, budget = _controls(runner)
+                picker, policy, budget = _controls(service)
             with gr.Column(scale=4, min_width=320):
+                gr.HTML("<div class='film'></div>", elem_id="clip")
                 result = gr.HTML(notice("Your image, with every token and with fewer, will be here."), elem_id="result")
         common: dict[str, Any] = {
-            "inputs": [image, policy, budget], "js": GIVEN, "api_visibility": "private", "concurrency_limit": None,
+            "inputs": [image, policy, budget], "api_visibility": "private", "concurrency_limit": None,
             "trigger_mode": "always_last", "show_progress": "minimal", "show_progress_on": result,
         }  # fmt: skip
-        picker.picked(show, outputs=result, **common)
-        policy.input(show, outputs=result, **common)
-        budget.release(turn, outputs=[policy, result], **common)
+        picker.picked(show, outputs=result, js=_given(turned=False), **common)
+        policy.input(show, outputs=result, js=_given(turned=False), **common)
+        budget.release(turn, outputs=[policy, result], js=_given(turned=True), **common)
     blocks.queue(max_size=4 * (service.desk.waiting + 1), api_open=False)
     return blocks
 
 
-def _controls(runner: Runner) -> tuple[gr.HTML, gr.Dropdown, gr.Slider]:
+def _controls(service: Service) -> tuple[gr.HTML, gr.Dropdown, gr.Slider]:
     """The area for images, the policy and its budget."""
+    runner, too_long = service.runner, too_large(service.video.max_bytes).message
     script = (HERE / "page.js").read_text(encoding="utf-8")
+    script = script.replace("@MOST@", str(service.video.max_bytes)).replace("@TOO_LARGE@", too_long)
+    script = script.replace("@VIDEO@", VIDEO)
     picker = gr.HTML(html_template=PICKER, js_on_load=script, elem_id="picker")
     shown: dict[str, Any] = {"visible": bool(runner.dialled)}
     policy = gr.Dropdown(

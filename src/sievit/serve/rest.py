@@ -3,8 +3,10 @@
 import asyncio
 import io
 import json
+import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Query, Request
@@ -19,11 +21,12 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from sievit import __version__
-from sievit.config import ConfigError, kind_of
+from sievit.config import ConfigError, kind_of, to_json
 from sievit.data.images import FORMATS, ImageTooLarge, NotAnImage, decode_image
-from sievit.serve.desk import Desk, Refused
+from sievit.serve.desk import Desk, Refused, too_large
 from sievit.serve.docs import docs_page
-from sievit.serve.limits import Limits, refusal, too_large
+from sievit.serve.film import Film, VideoLimits, film
+from sievit.serve.limits import Limits, refusal
 from sievit.serve.runner import Outcome, Runner
 
 R = TypeVar("R")
@@ -36,6 +39,7 @@ class Service:
     Attributes:
         name: of the model, for people.
         max_bytes, max_pixels: of an image.
+        video: how much of a video is taken.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Service:
     desk: Desk
     max_bytes: int
     max_pixels: int
+    video: VideoLimits = VideoLimits()  # noqa: RUF009
 
     def outcome(self, content: bytes, **setting: Any) -> Outcome:
         """What was found in the bytes of an image file, for `Desk.serve`.
@@ -54,6 +59,10 @@ class Service:
             return self.runner.run(self.decoded(content), **setting)
         except ConfigError as error:
             raise Refused(422, str(error)) from error
+
+    def film(self, content: bytes, **setting: Any) -> Film:
+        """As `outcome`, of a video file."""
+        return film(self.runner, content, self.video, max_pixels=self.max_pixels, **setting)
 
     def decoded(self, content: bytes) -> Image.Image:
         """
@@ -81,12 +90,13 @@ class Service:
             "formats": list(FORMATS),
             "max_megabytes": self.max_bytes / 1e6,
             "max_megapixels": self.max_pixels / 1e6,
+            "video": to_json(self.video) if find_spec("av") else None,
             "version": __version__,
         }
 
 
-class Setting(BaseModel):
-    """The options of a request, behind the question mark of its address."""
+class _Policy(BaseModel):
+    """What tokens are computed, by the options behind the question mark of an address."""
 
     model_config = ConfigDict(extra="forbid")
     policy: Annotated[str | None, Field(description="One of /model's policies; by default the model's own.")] = None
@@ -94,7 +104,21 @@ class Setting(BaseModel):
         float | None,
         Field(ge=0, le=1, description="From 1, every token, to 0, hardly any; by default the policy's own setting."),
     ] = None
+
+
+class Setting(_Policy):
+    """The options of a request with an image."""
+
     dense: Annotated[bool, Field(description="Also run with every token, to compare.")] = False
+
+
+class VideoSetting(_Policy):
+    """The options of a request with a video."""
+
+    reuse: Annotated[
+        float | None,
+        Field(ge=0, description="Compute again only what changed by more than this; 0.4 is a good start."),
+    ] = None
 
 
 class Error(BaseModel):
@@ -104,16 +128,21 @@ class Error(BaseModel):
 
 
 STATUSES = {
-    400: "no image in the request",
-    408: "the image arrived too slowly",
-    413: "too many bytes or pixels",
-    415: "no image of a known format",
-    422: "a damaged image, or options that do not fit",
+    400: "no file in the request",
+    408: "the file arrived too slowly",
+    413: "too many bytes or pixels, or a video that is too long",
+    415: "no image or video of a known format",
+    422: "a damaged file, or options that do not fit",
+    501: "a video, and PyAV is not installed",
     503: "others are being served; try again after the seconds of Retry-After",
 }
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-_FORM = {"schema": {"type": "object", "properties": {"image": _BINARY["schema"]}, "required": ["image"]}}
-BODY = {"requestBody": {"required": True, "content": {"image/*": _BINARY, "multipart/form-data": _FORM}}}
+
+
+def _body(kind: str) -> dict[str, Any]:
+    """The body of a request in OpenAPI: the bytes of a file, or a form with it."""
+    form = {"schema": {"type": "object", "properties": {kind: _BINARY["schema"]}, "required": [kind]}}
+    return {"requestBody": {"required": True, "content": {f"{kind}/*": _BINARY, "multipart/form-data": form}}}
 
 
 def application(service: Service, *, hosts: list[str] | None = None, seconds: float = 30) -> FastAPI:
@@ -128,7 +157,7 @@ def application(service: Service, *, hosts: list[str] | None = None, seconds: fl
         status: {"model": Error, "description": words} for status, words in STATUSES.items()
     }
 
-    @app.post("/predict", openapi_extra=BODY, responses=refused, response_class=JSONResponse)
+    @app.post("/predict", openapi_extra=_body("image"), responses=refused, response_class=JSONResponse)
     async def predict(request: Request, setting: Annotated[Setting, Query()]) -> Response:
         """What the model finds in an image, and what that took.
 
@@ -137,14 +166,33 @@ def application(service: Service, *, hosts: list[str] | None = None, seconds: fl
         are classes), `classes` and `shares`; then `gflops` (1e9 multiply-adds), `ms`, and by block `tokens` and `keep`,
         the number and share of the tokens that were computed. With `dense` the same figures for all tokens.
         """
-        content = await _served(service, request, setting, lambda outcome: json.dumps(outcome.to_json()).encode())
-        return Response(content, media_type="application/json")
+        options = setting.model_dump()
 
-    @app.post("/picture", openapi_extra=BODY, responses=refused, response_class=Response)
+        def found(content: bytes) -> bytes:
+            return json.dumps(service.outcome(content, **options).to_json()).encode()
+
+        return Response(await _served(service, request, found), media_type="application/json")
+
+    @app.post("/picture", openapi_extra=_body("image"), responses=refused, response_class=Response)
     async def picture(request: Request, setting: Annotated[Setting, Query()]) -> Response:
         """The same as a picture, a PNG: the image, what was found in it, and which tokens were computed."""
-        content = await _served(service, request, setting, lambda outcome: png(outcome.figure()))
-        return Response(content, media_type="image/png")
+        options = setting.model_dump()
+        drawn = await _served(service, request, lambda content: png(service.outcome(content, **options).figure()))
+        return Response(drawn, media_type="image/png")
+
+    @app.post("/video", openapi_extra=_body("video"), responses=refused, response_class=Response)
+    async def video(request: Request, setting: Annotated[VideoSetting, Query()]) -> Response:
+        """The frames of a video, with what was found in them and which tokens were computed, as an MP4 file.
+
+        The header `Sievit-Video` says how many frames there are and what each took.
+        """
+        gone = threading.Event()
+        options = {**setting.model_dump(), "gone": gone.is_set}
+        try:
+            made = await _served(service, request, lambda content: service.film(content, **options))
+        finally:
+            gone.set()
+        return Response(made.content, media_type="video/mp4", headers={"Sievit-Video": made.says})
 
     @app.get("/model", response_class=JSONResponse)
     async def model() -> Response:
@@ -156,7 +204,8 @@ def application(service: Service, *, hosts: list[str] | None = None, seconds: fl
         return HTMLResponse(docs_page(app.openapi(), str(request.base_url)))
 
     _with_refusals(app)
-    app.add_middleware(Limits, max_bytes=service.max_bytes, seconds=seconds)
+    other = {"/video": service.video.max_bytes}
+    app.add_middleware(Limits, max_bytes=service.max_bytes, seconds=seconds, other=other)
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
     return app
@@ -168,12 +217,11 @@ def png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-async def _served(service: Service, request: Request, setting: Setting, form: Callable[[Outcome], R]) -> R:
-    """The outcome for the image of a request, in some form that is made in the thread of the model."""
+async def _served(service: Service, request: Request, work: Callable[[bytes], R]) -> R:
+    """What some work makes of the file of a request, in the thread of the model."""
     with service.desk.place():
         content = await _content(request)
-        options = setting.model_dump()
-        return await _unless_gone(request, service.desk.serve(lambda: form(service.outcome(content, **options))))
+        return await _unless_gone(request, service.desk.serve(lambda: work(content)))
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, R]) -> R:
@@ -194,7 +242,7 @@ class _InMemory(MultiPartParser):
 
 
 async def _content(request: Request) -> bytes:
-    """The bytes of the image: the body as it stands, or the file of a form. They stay in memory.
+    """The bytes of the file: the body as it stands, or the file of a form. They stay in memory.
 
     Raises:
         Refused: a form without a file.
@@ -221,7 +269,7 @@ def _with_refusals(app: FastAPI) -> None:
 
     @app.exception_handler(MultiPartException)
     async def malformed(request: Request, error: MultiPartException) -> Response:
-        return answer(400, "the form is malformed; it takes one file, the image")
+        return answer(400, "the form is malformed; it takes one file")
 
     @app.exception_handler(ClientDisconnect)
     async def left(request: Request, error: ClientDisconnect) -> Response:

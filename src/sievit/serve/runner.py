@@ -139,7 +139,7 @@ class Runner:
             ConfigError: the policy is none of these, has no dial, or does not go with the model.
         """
         tensor = to_tensor(image)
-        model = self._chosen(tensor, policy or self.own, budget)
+        model = self.chosen(image, policy, budget)
         passes = {"pruned": model} | ({"dense": self._with(KeepAllConfig())} if dense and not self.fixed else {})
         done = {}
         for name, one in passes.items():
@@ -147,7 +147,9 @@ class Runner:
             done[name] = Pass(one, answer, ms)
         return Outcome(self.task, image, done["pruned"], done.get("dense"), budget)
 
-    def _chosen(self, image: Tensor, name: str, budget: float | None) -> Model:
+    def chosen(self, image: Image.Image, policy: str | None, budget: float | None) -> Model:
+        """The model with a policy, whose dial is turned on this image; arguments and errors as of `run`."""
+        name = policy or self.own
         if name not in self.policies:
             raise ConfigError(f"policy {name!r} does not go with this model{nearest(name, self.policies)}")
         if budget is None and name == self.own:
@@ -158,7 +160,7 @@ class Runner:
         if name not in self.dialled:
             raise ConfigError(f"the policy {name!r} takes no budget here; leave it out")
         config = self._with(config).policy.dynamic()
-        dial, *_ = self._with(config).policy.dials(lambda other: self._traces(other, image))
+        dial, *_ = self._with(config).policy.dials(lambda other: self._traces(other, to_tensor(image)))
         return self._with(dial(1 - budget))
 
     def _traces(self, config: PolicyConfig, image: Tensor) -> Iterable[Trace]:

@@ -1,7 +1,7 @@
 """`sievit predict` on a video."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,9 +17,9 @@ from sievit.engine.signals import Interrupted, Stop, stopping
 from sievit.files import held
 from sievit.models.base import Model
 from sievit.policies.reuse import ReuseConfig
-from sievit.tasks import Task, task_of
+from sievit.tasks import task_of
 from sievit.video.sink import Sink
-from sievit.video.source import Frame, Source, opened
+from sievit.video.source import Frame, opened
 
 VIDEO, LINES = "video.mp4", "frames.jsonl"
 BOX = (768, 768)
@@ -81,12 +81,12 @@ def predict_video(
         if path.exists() and not force:
             raise ConfigError(f"{path}: is there already; give another --out, or --force to write over it")
     frames, console = opened(source, options.fps), terminal.console()
-    runner = _Runner(model, options)
+    runner = VideoRunner(model, options)
     with held(out), stopping("--force") as stop, Sink(out / VIDEO, out / LINES, frames.fps) as sink:
         sink.line(runner.header(source))
         limit = options.frames if options.frames is not None else frames.total
         shown = terminal.track(runner.answers(frames, batch_size), "predicting", total=limit, console=console)
-        number = _written(shown, sink, runner.task, min_score, stop)
+        number = _written(shown, sink, runner, min_score, stop)
         if number:
             sink.keep()
     for failure in dict.fromkeys(frames.failures):
@@ -109,7 +109,7 @@ class Seen:
     line: dict[str, Any]
 
 
-class _Runner:
+class VideoRunner:
     """A model over the frames of a video."""
 
     def __init__(self, model: Model, options: VideoOptions) -> None:
@@ -125,7 +125,7 @@ class _Runner:
         settings = {"policy": to_json(config.policy), "reuse": self.config and to_json(self.config)}
         return {"kind": "sievit frames", "video": source.name, "categories": self.task.categories(), **settings}
 
-    def answers(self, frames: Source, batch_size: int) -> Iterator[Seen]:
+    def answers(self, frames: Iterable[Frame], batch_size: int) -> Iterator[Seen]:
         """Frame by frame."""
         source = islice(frames, self.options.frames)
         while batch := list(islice(source, batch_size)):
@@ -152,19 +152,23 @@ class _Runner:
             "annotations": self.task.annotations(result),
         }
 
+    def picture(self, seen: Seen, *, min_score: float) -> Image.Image:
+        """The frame with what was found, and beside it how many blocks computed each token."""
+        picture = seen.frame.picture
+        panels = [self.task.picture(picture, seen.result, min_score=min_score, box=BOX)]
+        panels.append(viz.heat_map(picture, seen.keep.float().mean(0), box=BOX))
+        return _beside(panels)
+
     def spent(self, number: int) -> str:
         """What a frame took."""
         return f"{self.gflops / number:.1f} GFLOPs and {self.ms / number:.0f} ms each"
 
 
-def _written(answers: Iterator[Seen], sink: Sink, task: Task, min_score: float, stop: Stop) -> int:
+def _written(answers: Iterator[Seen], sink: Sink, runner: VideoRunner, min_score: float, stop: Stop) -> int:
     """Puts frames into the sink, until a signal comes; their number."""
     number = 0
     for seen in answers:
-        picture = seen.frame.picture
-        panels = [task.picture(picture, seen.result, min_score=min_score, box=BOX)]
-        panels.append(viz.heat_map(picture, seen.keep.float().mean(0), box=BOX))
-        sink.picture(_beside(panels), seen.frame.time)
+        sink.picture(runner.picture(seen, min_score=min_score), seen.frame.time)
         sink.line(seen.line)
         number += 1
         if stop.received:

@@ -1,5 +1,6 @@
 """Frames of a video file, a folder of pictures or a camera, one at a time."""
 
+import math
 import re
 import sys
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from sievit.config import ConfigError
-from sievit.data.images import list_images, read_image
+from sievit.data.images import ImageTooLarge, list_images, read_image
 
 SUFFIXES = (
     ".mp4",
@@ -36,6 +37,7 @@ DEVICES = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}")}
 """Format and file of a camera, by platform."""
 FPS = 25
 """Of what does not say it."""
+UNREADABLE = "is no video that can be read, or is cut short"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Source:
         total: how many frames there are, where that is known.
         live: a camera, which has no end.
         failures: what could not be decoded, so far.
+        max_pixels: of a frame of a video; a larger one ends the reading with an ImageTooLarge.
     """
 
     path: Path
@@ -70,6 +73,7 @@ class Source:
     container: Any = None
     pictures: list[Path] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    max_pixels: float = math.inf
 
     def __iter__(self) -> Iterator[Frame]:
         found = self._decoded() if self.container is not None else self._read()
@@ -102,13 +106,26 @@ class Source:
                     frames = packet.decode()
                 except av.error.EOFError:
                     return
-                except av.error.InvalidDataError as error:  # a damaged part; what follows may be whole
+                except av.error.FFmpegError as error:  # a damaged part; what follows may be whole
                     self.failures.append(f"{self.path}: a part cannot be decoded ({error.strerror})")
                     continue
                 if any(frame.is_corrupt for frame in frames):
                     self.failures.append(f"{self.path}: a part is damaged, and was filled in")
                 for frame in frames:
-                    yield frame.time, _picture(frame, stream.sample_aspect_ratio)
+                    yield frame.time, self._picture(frame, stream.sample_aspect_ratio)
+
+    def _picture(self, frame: Any, aspect: Fraction | None) -> Image.Image:
+        """RGB, with square pixels, turned upright."""
+        width = round(frame.width * aspect) if aspect else frame.width
+        if width * frame.height > self.max_pixels:
+            raise ImageTooLarge(
+                f"{self.path} has frames of {width} x {frame.height} pixels; at most {self.max_pixels / 1e6:.3g} "
+                "megapixels are taken: make it smaller"
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            picture = frame.to_image(width=width, height=frame.height)
+        return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
 
 
 def is_video(path: Path) -> bool:
@@ -138,13 +155,23 @@ def opened(path: Path, fps: float | None) -> Source:
         what = "no such camera; camera:0 is the first one" if camera else "no such file"
         raise ConfigError(f"{path}: {what}") from error
     except (av.error.FFmpegError, OSError) as error:
-        what = "cannot be opened" if camera else "is no video that can be read, or is cut short"
+        what = "cannot be opened" if camera else UNREADABLE
         raise ConfigError(f"{path}: {what} ({error.strerror})") from error
+    return of_container(path, container, live=bool(camera))
+
+
+def of_container(path: Path, container: Any, **fields: Any) -> Source:
+    """The frames of what PyAV has opened; `fields` of the source.
+
+    Raises:
+        ConfigError: there are no pictures in it.
+    """
     if not container.streams.video:
         raise ConfigError(f"{path}: has no pictures in it, only sound or data")
     stream = container.streams.video[0]
     rate = stream.average_rate or stream.guessed_rate or Fraction(FPS)
-    return Source(path, rate, None if camera else stream.frames or None, live=bool(camera), container=container)
+    total = None if fields.get("live") else stream.frames or None
+    return Source(path, rate, total, container=container, **fields)
 
 
 def require_av() -> Any:
@@ -165,12 +192,3 @@ def _camera(av: Any, number: int) -> Any:
         raise ConfigError(f"camera:{number}: cameras are read on {' and '.join(DEVICES)} alone; give a video file")
     kind, name = DEVICES[sys.platform]
     return av.open(name.format(number), format=kind)
-
-
-def _picture(frame: Any, aspect: Fraction | None) -> Image.Image:
-    """RGB, with square pixels, turned upright."""
-    width = round(frame.width * aspect) if aspect else frame.width
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        picture = frame.to_image(width=width, height=frame.height)
-    return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
