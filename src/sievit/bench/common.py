@@ -133,8 +133,8 @@ def run(bench: Bench, console: Console | None = None) -> dict[str, Any]:
     """Every combination of model, size, batch and mode: print a table, and return a dict with `rows`.
 
     Raises:
-        ConfigError: an unknown model, precision or mode, a model that cannot be loaded, a
-            folder without images, or rows to be kept that were measured with other settings.
+        ConfigError: an unknown model, precision or mode, a model that cannot be loaded, a folder without images, or
+            rows to be kept that were measured with other settings.
     """
     console = console or terminal.console(stderr=False)
     names, multiple = bench.all_modes()
