@@ -143,18 +143,19 @@ class Tokens:
 
     def averaged(self) -> "Tokens":
         """The canvas with each token at the mean of itself and those that follow it, where some do (`source`)."""
-        owner = self._leaders()
+        owner = self.leaders()
         return self if owner is None or self.source is None else self.replace_patches(self._means(owner))
 
     def _means(self, owner: Int[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
         """(b, n, c): of each token that stands for others the mean of its group; of the rest what they are."""
         whole = self.unmerge().patches
-        weight = self.valid_or_all()[..., None].to(whole.dtype)
-        sums = torch.zeros_like(whole).scatter_add(1, owner[..., None].expand_as(whole), whole * weight)
-        total = torch.zeros_like(weight).scatter_add(1, owner[..., None], weight)
-        return torch.where(total > 0, sums / total.clamp(min=1), whole)
+        others = (owner != torch.arange(owner.shape[1], device=owner.device)) & self.valid_or_all()
+        added = (whole * others[..., None].to(whole.dtype)).flatten(0, 1)
+        sums = whole.flatten(0, 1).index_add(0, _rows(owner).flatten(), added).unflatten(0, owner.shape)
+        number = torch.ones_like(owner).scatter_add(1, owner, others.long())
+        return sums / number[..., None].to(whole.dtype)
 
-    def _leaders(self) -> Int[Tensor, "b n"] | None:
+    def leaders(self) -> Int[Tensor, "b n"] | None:
         """(b, n): the position of the token that each one is merged with or follows; None: each is for itself."""
         if self.owner is not None or self.source is None or self.keep is None:
             return self.owner
@@ -165,15 +166,14 @@ class Tokens:
         """The canvas with each merged token at the value of its owner, and each for itself again."""
         if self.owner is None:
             return self
-        patches = self.patches.gather(1, self.owner[..., None].expand_as(self.patches))
-        return replace(self.replace_patches(patches), owner=None)
+        return replace(self.replace_patches(taken(self.patches, self.owner)), owner=None)
 
     def sizes(self) -> Float[Tensor, "b n"] | None:
         """(b, n) float: how many tokens each one stands for, itself and those that are merged with it or follow it.
 
         None where each is for itself.
         """
-        owner = self._leaders()
+        owner = self.leaders()
         if owner is None:
             return None
         weight = self.valid_or_all().to(torch.float32)
@@ -205,6 +205,11 @@ def taken(rows: Float[Tensor, "b n c"], index: Int[Tensor, "b k"]) -> Float[Tens
     """(b, k, c): of each image the rows at these positions."""
     first = rows.shape[1] * torch.arange(rows.shape[0], device=rows.device)[:, None]
     return rows.flatten(0, 1).index_select(0, (index + first).flatten()).unflatten(0, index.shape)
+
+
+def _rows(index: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+    """Positions on each canvas as positions on all of them, one behind the other."""
+    return index + index.shape[1] * torch.arange(index.shape[0], device=index.device)[:, None]
 
 
 def chosen_first(keep: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:

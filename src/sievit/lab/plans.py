@@ -28,19 +28,24 @@ from sievit.policies.selection import StagesConfig
 
 SVIT = SViTConfig(dither=True, loss_weight=20.0)
 """Gates that draw, in training by chance and in the test by a fixed pattern: to a gate similar tokens are alike."""
-DRAWING: dict[str, Any] = {"policy_lr": 20.0}
-"""Of their trainings: they begin with their shares, and learn from left-out tokens, so that blocks compute all."""
+GATES_LR = 4e-3
+"""Of gates, which start from random weights and learn within some dozens of steps, at any rate of the others."""
 
 
 def _dense(recipe: Recipe) -> Variant:
     return trained(recipe, DENSE)
 
 
+def _drawing(recipe: Recipe) -> dict[str, Any]:
+    """Of trainings of gates that draw: they begin with their shares, and learn from left-out tokens, so that blocks
+    compute all."""
+    return {"policy_lr": GATES_LR / recipe.train.lr}
+
+
 def _gates(recipe: Recipe) -> dict[str, Any]:
-    """Of short trainings: gates that start from random weights have to find their shares within some dozens of steps,
-    and when they have, the chosen tokens alone are computed."""
+    """Of trainings of other gates: they have to find their shares, and then the chosen tokens alone are computed."""
     steps = recipe.train.steps
-    return {"policy_lr": 80.0, "selected_after": (steps and steps // 3) or None}
+    return {"policy_lr": 2 * GATES_LR / recipe.train.lr, "selected_after": (steps and steps // 3) or None}
 
 
 def _smaller(dense: Variant, *, stride: int, shares: tuple[float, ...] = (0.875, 0.75, 0.625)) -> list[Variant]:
@@ -69,8 +74,8 @@ def methods(recipe: Recipe) -> list[Variant]:
         dense,
         *_smaller(dense, stride=recipe.model.vit.stride),
         _fewer_blocks(recipe, blocks=3),
-        trained(recipe, "svit", SVIT, **DRAWING),
-        trained(recipe, "svit_propagate", replace(SVIT, propagate=True), **DRAWING),
+        trained(recipe, "svit", SVIT, **_drawing(recipe)),
+        trained(recipe, "svit_propagate", replace(SVIT, propagate=True), **_drawing(recipe)),
         trained(recipe, "dynamicvit", DynamicViTConfig(ratio_weight=10.0), **_gates(recipe)),
         trained(recipe, "dynamicvit_preserve", DynamicViTConfig(ratio_weight=10.0, preserve=True), **_gates(recipe)),
         trained(recipe, "evit", EViTConfig()),
@@ -116,8 +121,8 @@ def preserve(recipe: Recipe) -> list[Variant]:
         found.append(trained(recipe, f"{name}_drop", policy, **train))
         found.append(trained(recipe, f"{name}_preserve", replace(policy, preserve=True), **train))
         found.append(trained(recipe, f"{name}_rejoin", replace(policy, preserve=True, rejoin=True), **train))
-    found.append(trained(recipe, "svit_drop", replace(SVIT, reactivate=False, preserve=False), **DRAWING))
-    return [*found, trained(recipe, "svit_cascade", replace(SVIT, reactivate=False), **DRAWING)]
+    found.append(trained(recipe, "svit_drop", replace(SVIT, reactivate=False, preserve=False), **_drawing(recipe)))
+    return [*found, trained(recipe, "svit_cascade", replace(SVIT, reactivate=False), **_drawing(recipe))]
 
 
 def propagate(recipe: Recipe) -> list[Variant]:
@@ -140,20 +145,20 @@ def propagate(recipe: Recipe) -> list[Variant]:
                 found.append(with_weights(start, f"{kind}_{name}_untrained", curve=curve, policy=config))
                 found.append(trained(recipe, f"{kind}_{name}", config, curve=kind))
             config = replace(gates, propagate=moved)
-            found.append(trained(recipe, f"svit_{name}", config, curve="svit", **DRAWING))
+            found.append(trained(recipe, f"svit_{name}", config, curve="svit", **_drawing(recipe)))
     return found
 
 
 def reactivate(recipe: Recipe) -> list[Variant]:
     """Insight 2: tokens that were left out may come back in a later block, or may not."""
     policies = {"svit": SVIT, "svit_cascade": replace(SVIT, reactivate=False)}
-    return [_dense(recipe), *(trained(recipe, name, policy, **DRAWING) for name, policy in policies.items())]
+    return [_dense(recipe), *(trained(recipe, name, policy, **_drawing(recipe)) for name, policy in policies.items())]
 
 
 def rate(recipe: Recipe) -> list[Variant]:
     """Insight 3: the share of tokens is held over the batch, so that it follows the image, or in every image."""
     policies = {"svit": SVIT, "svit_by_image": replace(SVIT, per_sample=True)}
-    return [_dense(recipe), *(trained(recipe, name, policy, **DRAWING) for name, policy in policies.items())]
+    return [_dense(recipe), *(trained(recipe, name, policy, **_drawing(recipe)) for name, policy in policies.items())]
 
 
 def gate(recipe: Recipe) -> list[Variant]:
@@ -165,7 +170,7 @@ def gate(recipe: Recipe) -> list[Variant]:
         "svit_layers_3": replace(SVIT, gate_layers=3),
         "svit_convolution": replace(SVIT, gate_kernel=3),
     }
-    found = [trained(recipe, name, policy, **DRAWING) for name, policy in policies.items()]
+    found = [trained(recipe, name, policy, **_drawing(recipe)) for name, policy in policies.items()]
     return [_dense(recipe), *found, trained(recipe, "attention", AttentionConfig())]
 
 
@@ -176,10 +181,10 @@ def budget(recipe: Recipe) -> list[Variant]:
     for share in (0.85, 0.7, 0.55):
         shares = (share, share**2, share**3)
         gates = replace(SVIT, targets=tuple(s for s in shares for _ in range(3)))
-        found.append(trained(recipe, f"svit_{share:g}", gates, curve="svit", **DRAWING))
+        found.append(trained(recipe, f"svit_{share:g}", gates, curve="svit", **_drawing(recipe)))
         found.append(trained(recipe, f"top_norm_{share:g}", TopNormConfig(shares=shares), curve="top_norm"))
     for first in (2, 6):
-        found.append(trained(recipe, f"svit_from_{first}", replace(SVIT, first_block=first), **DRAWING))
+        found.append(trained(recipe, f"svit_from_{first}", replace(SVIT, first_block=first), **_drawing(recipe)))
     return found
 
 
@@ -201,7 +206,7 @@ def exits(recipe: Recipe) -> list[Variant]:
 
 def robustness(recipe: Recipe) -> list[Variant]:
     """Fifteen corruptions of the images at two severities, on which a pruned model may lose more, or spend more."""
-    models = [_dense(recipe), trained(recipe, "svit", SVIT, **DRAWING)]
+    models = [_dense(recipe), trained(recipe, "svit", SVIT, **_drawing(recipe))]
     if recipe.model.has_exits:
         models.append(trained(recipe, "dtop", DToPConfig(thresholds=(0.9,))))
     return models + [

@@ -39,8 +39,11 @@ def with_source(tokens: Tokens, notes: Notes) -> tuple[Tokens, Notes]:
         alike = alike.masked_fill(~keep.gather(1, chosen)[:, None], -torch.inf)
     if tokens.gate is not None:
         alike = alike.masked_fill(asking[:, :, None] == chosen[:, None], -torch.inf)
-    best = chosen.gather(1, alike.argmax(2))
-    source = torch.arange(n, device=keep.device).expand(keep.shape).scatter(1, asking, best)
+    best = chosen.gather(1, alike.max(2).indices)  # faster than argmax
+    itself = torch.arange(n, device=keep.device).expand(keep.shape)
+    source = itself.scatter(1, asking, best)
+    if tokens.valid is not None:
+        source = torch.where(valid, source, itself)
     kept = keep.sum(1).double()
     macs = kept * (valid.sum(1) - kept) * rows.shape[2]
     return replace(tokens, source=source), {**notes, "propagation": macs}
@@ -58,10 +61,10 @@ def propagated(whole: Tokens, before: Tokens, after: Tokens, *, selected: bool =
     """
     assert whole.source is not None and whole.keep is not None
     update = after.patches - before.patches
-    weight = whole.keep.to(update.dtype)
-    if whole.gate is not None:
-        gate = whole.gate.to(update.dtype)
-        weight = torch.where(whole.keep, gate, gate.detach()) if selected else gate
+    if whole.gate is None:  # what is left out has no update by itself
+        return after.replace_patches(whole.patches + taken(update, whole.leaders()))
+    gate = whole.gate.to(update.dtype)
+    weight = torch.where(whole.keep, gate, gate.detach()) if selected else gate
     left = (1 - weight) * whole.valid_or_all()
     return after.replace_patches(whole.patches + update + left[..., None] * taken(update, whole.source))
 
