@@ -59,10 +59,10 @@ def propagated(whole: Tokens, before: Tokens, after: Tokens, *, selected: bool =
         selected: the blocks computed the chosen tokens alone, so that of the others it is not known what they would get
             by themselves, and their gates learn nothing.
     """
-    assert whole.source is not None and whole.keep is not None
-    update = after.patches - before.patches
+    leaders, update = whole.leaders(), after.patches - before.patches
+    assert whole.source is not None and whole.keep is not None and leaders is not None
     if whole.gate is None:  # what is left out has no update by itself
-        return after.replace_patches(whole.patches + taken(update, whole.leaders()))
+        return after.replace_patches(whole.patches + taken(update, leaders))
     gate = whole.gate.to(update.dtype)
     weight = torch.where(whole.keep, gate, gate.detach()) if selected else gate
     left = (1 - weight) * whole.valid_or_all()
