@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sievit.engine.checkpoint import CsvLog, RunFolder, read_log, write_json
-from sievit.files import write_atomically
+from sievit.engine.checkpoint import CsvLog, RunFolder, read_log
+from sievit.files import write_atomically, write_json
 from sievit.models.build import build, save
 from sievit.recipes import recipe
 from tiny import refused, tiny_segmenter

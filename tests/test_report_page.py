@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 from sievit.engine.bootstrap import differences
-from sievit.engine.checkpoint import CsvLog, RunFolder, write_json
+from sievit.engine.checkpoint import CsvLog, RunFolder
 from sievit.engine.recipe import Recipe, TrainConfig
+from sievit.files import write_json
 from sievit.policies import DToPConfig, RandomConfig
 from sievit.report.figures import came_back
 from sievit.report.page import section, table, write_page

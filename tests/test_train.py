@@ -21,6 +21,7 @@ from torch import Tensor
 from sievit.config import ConfigError
 from sievit.data.scenes import CLASSES
 from sievit.data.transforms import AugmentConfig
+from sievit.engine import launch
 from sievit.engine import train as engine
 from sievit.engine.batches import Batch, EpochBatches, Losses
 from sievit.engine.checkpoint import RunFolder, read_log
@@ -571,3 +572,14 @@ def test_a_policy_learns_from_the_dense_model(kind: str, tmp_path: Path) -> None
 def test_without_a_dense_model_it_cannot_be_trained() -> None:
     model = build(tiny_detector(policy=DistilledConfig(first_block=1)))
     refused(r"name it with train\.init-from", dense_teacher, model.policy, TrainConfig())
+
+
+@pytest.mark.parametrize(("bfloat16", "float32", "said"), [(30.0, 10.0, True), (11.0, 10.0, False)])
+def test_a_cpu_that_is_slow_in_bfloat16_is_named(
+    bfloat16: float, float32: float, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = {torch.bfloat16: bfloat16, torch.float32: float32}
+    monkeypatch.setattr(launch, "clocked", lambda call, device: (times[call().dtype], None))
+    text = launch.slow_bfloat16(TrainConfig(precision="bf16-mixed"), torch.device("cpu"))
+    assert bool(text) is said and ("3.0 times" in text) is said
+    assert launch.slow_bfloat16(TrainConfig(precision="32-true"), torch.device("cpu")) == ""

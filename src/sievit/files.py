@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import zlib
 from collections.abc import Generator
@@ -45,6 +46,11 @@ def writing(path: Path) -> Generator[BinaryIO]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
+    """`content` as JSON, whole or not at all; raises as `write_atomically`."""
+    write_atomically(path, (json.dumps(content, indent=indent) + "\n").encode())
 
 
 def write_png(path: Path, picture: Any) -> None:

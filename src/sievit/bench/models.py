@@ -1,6 +1,5 @@
 """Trained models and exported files beside each other: do they agree, and which is faster?"""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from sievit.config import ConfigError, Count
 from sievit.data.images import list_images, read_image, to_tensor
 from sievit.devices import device_name
 from sievit.engine.evaluate import timed
-from sievit.files import write_atomically
+from sievit.files import write_json
 from sievit.measure.clock import Quartiles, in_turns, median_and_p95
 from sievit.models.base import Model
 from sievit.models.build import load
@@ -58,7 +57,7 @@ def bench_models(
     content = {"images": len(paths), "threads": torch.get_num_threads(), "device": device_name(opened[0].device)}
     content["rows"] = rows
     if out is not None:
-        write_atomically(out, (json.dumps(content, indent=1) + "\n").encode())
+        write_json(out, content)
     terminal.console(stderr=False).print(_table(rows, task_of(opened[0].config).agreed[1]))
     return content
 

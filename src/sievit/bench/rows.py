@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sievit.config import ConfigError
-from sievit.files import write_atomically
+from sievit.files import write_atomically, write_json
 
 KEY = ("model", "size", "batch", "device", "precision", "mode")
 """What tells the rows of a file apart."""
@@ -61,7 +61,7 @@ class RowsFile:
 
     def _write(self) -> None:
         if self.path is not None:
-            write_atomically(self.path, (json.dumps(self.content(), indent=1) + "\n").encode())
+            write_json(self.path, self.content())
 
 
 def _key(row: dict[str, Any]) -> tuple:

@@ -7,7 +7,6 @@ metrics.json the figures of the best one, state.pt is all that training needs to
 
 import csv
 import io
-import json
 import pickle
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import torch
 
 from sievit.config import ConfigError, to_json
 from sievit.engine.recipe import Recipe
-from sievit.files import write_atomically
+from sievit.files import write_atomically, write_json
 from sievit.text import load_json, read_json
 
 DAMAGE = (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, TypeError, LookupError, AttributeError)
@@ -116,11 +115,6 @@ def reading(path: Path) -> Generator[None]:
     except DAMAGE as error:
         reason = f"{type(error).__name__} {error}".partition("\n")[0]
         raise ConfigError(f"{path}: damaged ({reason}); start again with another --out") from error
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Indented JSON, whole or not at all."""
-    write_atomically(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
 class CsvLog:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import time
 from collections.abc import Callable, Generator
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.precision import MixedPrecision
 from rich.console import Console
 
 from sievit import terminal
@@ -22,13 +20,14 @@ from sievit.config import ConfigError
 from sievit.data.dataset import ImageDataset
 from sievit.distributed import gathered, world_size
 from sievit.engine.batches import Batch, EpochBatches, Losses, Samples, grouped, loading, training_loader
-from sievit.engine.checkpoint import CsvLog, RunFolder, reading, write_json
+from sievit.engine.checkpoint import CsvLog, RunFolder, reading
 from sievit.engine.evaluate import evaluate
 from sievit.engine.initial import dense_teacher, new_model, start_from, start_vit_from, timm_name
+from sievit.engine.launch import launched, slow_bfloat16
 from sievit.engine.optim import Average, build_optimizer, freeze, learning_rate, set_learning_rate, total_steps
-from sievit.engine.recipe import Recipe, TrainConfig, default_data_root, open_data, with_own_classes
+from sievit.engine.recipe import Recipe, default_data_root, open_data, with_own_classes
 from sievit.engine.signals import Interrupted, Stop, stopping
-from sievit.files import held
+from sievit.files import held, write_json
 from sievit.hub.fetch import HUB, model_file
 from sievit.models.build import read, save
 from sievit.tasks import task_of
@@ -65,7 +64,7 @@ def train(
         recipe = _resolved(recipe)
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
-    fabric, ours = _fabric(recipe.train), not dist.is_initialized()
+    fabric, ours = launched(recipe.train), not dist.is_initialized()
     fabric.launch()
     with held(out) if fabric.is_global_zero else nullcontext(), stopping(f"--resume {out}") as stop:
         try:
@@ -113,25 +112,6 @@ def _resolved(recipe: Recipe) -> Recipe:
         start["vit_from"] = config.vit_from.resolve()
     recipe = replace(recipe, data=replace(recipe.data, root=root.resolve()), train=replace(config, **start))
     return with_own_classes(recipe)
-
-
-def _fabric(config: TrainConfig) -> Fabric:
-    """Devices and processes by torchrun's environment variables, else one process."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    if config.batch_size % (processes * config.accumulate):
-        raise ConfigError(
-            f"train.batch_size {config.batch_size} does not split over {processes} processes and "
-            f"{config.accumulate} accumulated parts"
-        )
-    precision: dict[str, Any] = {"precision": config.precision}
-    if config.precision == "16-mixed":
-        if not torch.cuda.is_available():
-            raise ConfigError("train.precision 16-mixed needs a CUDA device; use bf16-mixed")
-        scaler = torch.amp.GradScaler("cuda", init_scale=config.loss_scale)
-        precision = {"plugins": [MixedPrecision("16-mixed", "cuda", scaler)]}
-    strategy = "ddp" if processes > 1 else "auto"
-    return Fabric(devices=local, num_nodes=processes // local, strategy=strategy, **precision)
 
 
 PROGRESS = ("step", "validated", "logged", "sums", "best", "figures")
@@ -196,6 +176,8 @@ class _Run:
         self.val_log = CsvLog(self.folder.val_file, step=self.validated)
         counts = [sum(p.numel() for p in self.model.parameters() if p.requires_grad or every) for every in (0, 1)]
         self.console.print(f"{self.folder.path}: training {counts[0]:,} of {counts[1]:,} parameters", soft_wrap=True)
+        if hint := slow_bfloat16(self.recipe.train, self.fabric.device):
+            self.console.print(hint, soft_wrap=True)
 
     def loop(self, stop: Stop) -> dict:
         """Train to the last epoch, validating and saving on the way."""

@@ -1,6 +1,5 @@
 """Whole models in folders and on the hub, by huggingface_hub's mixin."""
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar, Self, Unpack
 
@@ -9,7 +8,7 @@ from huggingface_hub import HfApi, ModelCard, ModelHubMixin
 from torch import nn
 
 from sievit.config import ConfigError, to_json
-from sievit.files import write_atomically
+from sievit.files import write_atomically, write_json
 from sievit.hub.card import Card, model_card
 from sievit.hub.fetch import HubOptions, fetched, model_file, shipped
 from sievit.hub.file import CONFIG_FILE, MODEL_FILE, restored, write
@@ -106,7 +105,7 @@ class Pretrained(nn.Module, ModelHubMixin):
             write_atomically(folder / README, text.encode())
         (folder / CONFIG_FILE).unlink(missing_ok=True)  # so that it never stands beside a model that it is not of
         write(self, self.config, folder / MODEL_FILE, half=half)
-        write_atomically(folder / CONFIG_FILE, (json.dumps(to_json(self.config), indent=2) + "\n").encode())
+        write_json(folder / CONFIG_FILE, to_json(self.config))
         if not push_to_hub:
             return None
         return self.push_to_hub(repo_id or folder.name, card=card, half=half, **push_to_hub_kwargs)

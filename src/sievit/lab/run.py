@@ -1,6 +1,5 @@
 """`sievit ablate`: the runs of a plan, each once, by as many processes as there are."""
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from sievit.engine.initial import dense_teacher, start_from
 from sievit.engine.optim import freeze, total_steps
 from sievit.engine.recipe import Recipe, TrainConfig, open_data
 from sievit.engine.train import train
-from sievit.files import HeldError, digest, held, write_atomically
+from sievit.files import HeldError, digest, held, write_json
 from sievit.lab.corruptions import corrupting
 from sievit.lab.plan import DENSE, START, Variant, checked
 from sievit.lab.plans import PLANS, find_plan
@@ -263,7 +262,7 @@ class _Lab:
         content["settings"] = self._settings(row)
         path = self._path(row.name, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(content) + "\n").encode())
+        write_json(path, content, indent=None)
         headline = task_of(model.config).headline(figures)
         text = f"{headline} {figures[headline]:.4f}, {figures['gflops']:.1f} GFLOPs"
         self.console.print(f"{_run_name(row.name, seed)}: {text}", soft_wrap=True)
@@ -314,7 +313,7 @@ class _Lab:
                 "speedup": speedup["median"],
                 "speedup_quartiles": speedup["quartiles"],
             }
-        write_atomically(path, (json.dumps({"made": made, "times": times}, indent=1) + "\n").encode())
+        write_json(path, {"made": made, "times": times})
         return times
 
     def estimate(self, seeds: Sequence[int]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from sievit.engine.bootstrap import interval
-from sievit.files import write_atomically
+from sievit.files import write_atomically, write_json
 from sievit.lab.plan import DENSE
 from sievit.report.plot import draw_variants
 from sievit.tasks import Task
@@ -82,7 +81,7 @@ def written(results: Results, *, device: str) -> None:
     if not results.files:
         return
     rows, measures = results.rows(), results.measures
-    write_atomically(results.out / "ablation.json", (json.dumps(results.content(), indent=1) + "\n").encode())
+    write_json(results.out / "ablation.json", results.content())
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     scores = [f"{m}{suffix}" for m in measures for suffix in ("", "_spread", "_difference", "_low", "_high")]

@@ -1,6 +1,5 @@
 """What a model computes where: tokens by class, by size of object and by image, and tokens that come back."""
 
-import json
 import math
 import statistics
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from sievit.data.dataset import ImageDataset
 from sievit.data.truth import Truth
 from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import timed
-from sievit.files import write_atomically, write_png
+from sievit.files import write_json, write_png
 from sievit.models.base import Answer, Model
 from sievit.models.build import load
 from sievit.policies import PolicyOptions
@@ -183,7 +182,7 @@ def inspect(
         findings.add(index, regions, answer, loaded.gflops(answer).item())
     content: dict[str, Any] = {**findings.content(), "images": len(indices), "device": device_name(loaded.device)}
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "inspect.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_json(out / "inspect.json", content)
     draw_shares({**content["by_class"], **content["by_size"]}, out / "inspect.png")
     _draw_extremes(task, loaded, data, findings.images, out, count=pictures)
     terminal.console(stderr=False).print(_table(content))

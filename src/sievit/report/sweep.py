@@ -23,7 +23,7 @@ from sievit.data.dataset import ImageDataset
 from sievit.data.truth import Truth
 from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import evaluate, timed_in_turns
-from sievit.files import digest, held, write_atomically
+from sievit.files import digest, held, write_atomically, write_json
 from sievit.measure.clock import median_and_p95
 from sievit.models.base import Model
 from sievit.models.build import load, model_file
@@ -292,7 +292,7 @@ class _Points:
         return {name: getattr(self, name) for name in ("settings", "checkpoints", "points", "failures")}
 
     def _write(self) -> None:
-        write_atomically(self.out / "sweep.json", (json.dumps(self.content(), indent=1) + "\n").encode())
+        write_json(self.out / "sweep.json", self.content())
         stages = max((len(point.get("left_at", ())) for point in self.points), default=0)
         first = self.points[0] if self.points else {}
         scores = [n for n, v in first.items() if isinstance(v, float) and n not in ("value", *COLUMNS, *TIMES)]

@@ -1,6 +1,5 @@
 """Semantic segmentation: a class for every pixel, in folders of label images or COCO's panoptic files."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
@@ -18,7 +17,7 @@ from sievit.data.label_files import read_palette
 from sievit.data.labels import LabelDataset
 from sievit.data.semantic import SemanticAugment, SemanticAugmentConfig
 from sievit.data.truth import Truth
-from sievit.files import write_atomically, write_png
+from sievit.files import write_json, write_png
 from sievit.models.segmenter import SegmenterConfig
 from sievit.tasks.base import CACHE, DataConfig, Metric, Region, Task, Writer, register_task
 from sievit.tasks.metrics import SegmentationMetric, encode_masks
@@ -227,5 +226,5 @@ class _LabelWriter(Writer[Tensor]):
     def finish(self, added: Mapping[str, dict[str, Any]]) -> str:
         pairs = enumerate(zip(self.classes, self.colours, strict=True))
         classes = [{"value": i, "name": name, "colour": list(colour)} for i, (name, colour) in pairs]
-        write_atomically(self.out / "classes.json", (json.dumps(classes, indent=2) + "\n").encode())
+        write_json(self.out / "classes.json", classes)
         return f"{len(added)} label images: {self.out / 'labels'}"

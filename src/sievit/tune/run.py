@@ -1,6 +1,5 @@
 """Tuning: leave tokens out where that pays on this device, at this size and batch, as far as the target asks for it."""
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from sievit.data.images import list_images, read_image, to_tensor
 from sievit.data.truth import Truth
 from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import evaluate
-from sievit.files import write_atomically
+from sievit.files import write_json
 from sievit.hub.file import require_free
 from sievit.measure.clock import median_and_p95
 from sievit.measure.modes import DENSE, RunMode
@@ -93,7 +92,7 @@ def tune(
         **({"failures": failures} if failures else {}),
     }
     _save_like(model, own.with_config(**vars(outcome.setup)), out)
-    write_atomically(report, (json.dumps(figures, indent=1) + "\n").encode())
+    write_json(report, figures)
     if progress is not None:
         show(figures)
     return figures
