@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from sievit.config import ConfigError, to_json
+from sievit.config import ConfigError, from_json, to_json
 from sievit.data.images import read_image, to_tensor
 from sievit.engine.bootstrap import differences, drawn
 from sievit.engine.evaluate import evaluate
@@ -26,7 +26,7 @@ from sievit.lab.corruptions import CORRUPTIONS, SEVERITIES, corrupting
 from sievit.lab.plan import checked, joined
 from sievit.models.build import load
 from sievit.models.inputs import InputConfig
-from sievit.policies import DToPConfig, KeepAllConfig, TopNormConfig
+from sievit.policies import DToPConfig, KeepAllConfig, PolicyConfig, TopNormConfig
 from sievit.tasks import task_of
 from sievit.tasks.detection import CocoData
 from sievit.tasks.segmentation import LabelsData
@@ -174,6 +174,26 @@ def test_what_was_finished_is_not_done_again(ablate, trainings, monkeypatch, tmp
     assert len(rows(ablate("--out", tmp_path).figures)) == 5
     assert trainings == ["dense-0", "norm-0"]
     assert (tmp_path / "figures" / "dense-0.json").stat().st_mtime_ns == before
+
+
+def test_at_a_share_of_the_dense_cost_the_dial_is_turned_and_nothing_trained_again(
+    ablate, trainings, start, monkeypatch, tmp_path
+) -> None:
+    ablate("--out", tmp_path, "--only", "norm", "--timed-images", 0)
+    found = rows(ablate("--out", tmp_path, "--only", "norm", "--at", 0.9, 0.75).figures)
+    assert trainings == ["dense-0", "norm-0"]
+    assert list(found) == ["dense", "norm", "norm_at_0.9", "norm_at_0.75"]  # the dense model has no dial
+    data, _ = open_data(Recipe(**vars(run.find_recipe(str(start / "recipe.json")))))
+    norm = tmp_path / "trainings" / "norm-0" / "best.safetensors"
+    for share in (0.9, 0.75):
+        policy = json.loads((tmp_path / "policies" / f"norm_at_{share}-0.json").read_text())
+        models = [load(norm, policy=each) for each in (from_json(PolicyConfig, policy), KeepAllConfig())]
+        costs = [sum(model.gflops(model([data[i][0]])).item() for i in range(len(data))) for model in models]
+        assert 0.97 * share < costs[0] / costs[1] <= share
+        assert found[f"norm_at_{share}"]["curve"] == "norm" and found[f"norm_at_{share}"]["ms"] > 0
+    assert sum(found["norm_at_0.75"]["keep"]) < sum(found["norm_at_0.9"]["keep"])
+    monkeypatch.setattr(run, "turned", refused)
+    assert rows(ablate("--out", tmp_path, "--only", "norm", "--at", 0.9, 0.75).figures) == found
 
 
 def test_two_processes_give_the_table_of_one(ablate, trainings, tmp_path) -> None:

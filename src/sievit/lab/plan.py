@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sievit.config import Config, ConfigError, Count
+from sievit.config import Config, ConfigError, Count, Share
 from sievit.engine.recipe import Recipe
 from sievit.models.build import build
 from sievit.models.inputs import ModelConfig
@@ -30,6 +30,7 @@ class Variant(Config):
         weights: the variant whose trained weights are taken, or `start`, in place of a training; then only what the
             recipe's model is run with counts: its policy, and the size of its images.
         corruption: name and severity of what is done to the images of the evaluation (`lab.corruptions`).
+        cost: the dial of the policy is turned until the model costs this share of the dense GFLOPs (`lab.cost`).
     """
 
     name: str
@@ -37,6 +38,7 @@ class Variant(Config):
     recipe: Recipe
     weights: str | None = None
     corruption: tuple[str, Count] | None = None
+    cost: Share | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.name, re.ASCII):

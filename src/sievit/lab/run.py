@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sievit import terminal
-from sievit.config import Config, ConfigError, Count, Natural, NonNegative, Positive, Seed, to_json
+from sievit.config import Config, ConfigError, Count, Natural, NonNegative, Positive, Seed, Share, from_json, to_json
 from sievit.data.dataset import ImageDataset
 from sievit.devices import device_name, pick_device
 from sievit.engine.batches import Batch, EpochBatches, Losses, training_loader
@@ -21,13 +21,14 @@ from sievit.engine.recipe import Recipe, TrainConfig, open_data
 from sievit.engine.train import train
 from sievit.files import HeldError, digest, held, write_json
 from sievit.lab.corruptions import corrupting
+from sievit.lab.cost import at_costs, turned
 from sievit.lab.plan import DENSE, START, Variant, checked
 from sievit.lab.plans import PLANS, find_plan
 from sievit.lab.table import Results, printed, written
 from sievit.measure.clock import Quartiles, clocked, median_and_p95
 from sievit.models.base import Model
 from sievit.models.build import build, load, model_file, read
-from sievit.policies import KeepAllConfig
+from sievit.policies import KeepAllConfig, PolicyConfig
 from sievit.recipes import recipe as find_recipe
 from sievit.tasks import task_of
 from sievit.text import first_line, read_json
@@ -74,6 +75,7 @@ def ablate(
     out: Path | None = None,
     seeds: tuple[Seed, ...] = (0,),
     only: tuple[str, ...] = (),
+    at: tuple[Share, ...] = (),
     index: Natural = 0,
     of: Count = 1,
     limit: Count | None = None,
@@ -96,6 +98,8 @@ def ablate(
         out: folder of everything; by default runs/ and the name of the plan.
         seeds: of the trainings, each variant with each.
         only: variants to run, instead of all of the plan.
+        at: run each trained policy that has a dial at these shares of the dense model's GFLOPs too, for a comparison
+            at equal cost; the dial is turned on 16 images of train.
         index: this process does the runs index, index + of, index + 2 of, ...
         of: number of processes.
         limit: evaluate on the first so many images.
@@ -114,9 +118,8 @@ def ablate(
     if training.threads:
         torch.set_num_threads(training.threads)
     base = _base(find_recipe(recipe), model_file(dense), training, data_root)
-    lab = _Lab(
-        out or Path("runs") / plan.rpartition(":")[2], base, _chosen(checked(find_plan(plan)(base)), only), limit
-    )
+    variants = at_costs(_chosen(checked(find_plan(plan)(base)), only), at)
+    lab = _Lab(out or Path("runs") / plan.rpartition(":")[2], base, variants, limit)
     if dry_run:
         return lab.estimate(seeds)
     for job in lab.jobs(seeds)[index::of]:
@@ -243,12 +246,13 @@ class _Lab:
             "recipe": recipe,
             "weights": row.weights,
             "corruption": corruption,
+            "cost": row.cost,
             "start": self.start,
             "limit": self.limit,
         }
 
     def _evaluate(self, row: Variant, seed: int, weights: Path) -> None:
-        model = self._model(row, weights)
+        model = self._model(row, weights, seed)
         _, data = open_data(row.recipe)
         if row.corruption is not None:
             data.transform = corrupting(*row.corruption)
@@ -267,9 +271,16 @@ class _Lab:
         text = f"{headline} {figures[headline]:.4f}, {figures['gflops']:.1f} GFLOPs"
         self.console.print(f"{_run_name(row.name, seed)}: {text}", soft_wrap=True)
 
-    def _model(self, row: Variant, weights: Path) -> Model:
+    def _model(self, row: Variant, weights: Path, seed: int) -> Model:
         model = load(weights, policy=row.recipe.model.policy, device=self.device)
-        return model.with_config(input=row.recipe.model.input)
+        model = model.with_config(input=row.recipe.model.input)
+        if row.cost is None:
+            return model
+        path = self.out / "policies" / f"{_run_name(row.name, seed)}.json"
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, to_json(turned(model, row.recipe, row.cost)))
+        return model.with_config(policy=from_json(PolicyConfig, read_json(path), where=str(path)))
 
     def _weights(self, row: Variant, seed: int) -> Path:
         if row.weights == START:
@@ -301,7 +312,7 @@ class _Lab:
             return known["times"]
         if not count:
             return {}
-        models = [self._model(row, self._weights(row, seed)) for row in self.variants]
+        models = [self._model(row, self._weights(row, seed), seed) for row in self.variants]
         _, data = open_data(self.variants[0].recipe)
         images = [data[i][0] for i in range(min(count, len(data)))]
         taken = timed_in_turns(models, images, console=self.console)
