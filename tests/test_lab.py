@@ -130,7 +130,12 @@ def test_the_table_holds_what_each_variant_does(ablate, trainings, start, tmp_pa
 
 
 def test_seeds_give_a_mean_a_spread_and_a_difference_of_pairs(ablate, tmp_path) -> None:
-    found = rows(ablate("--out", tmp_path, "--seeds", 0, 1, "--only", "norm").figures)
+    found = rows(ablate("--out", tmp_path, "--seeds", 0, 1, "--only", "norm", "--against", "norm").figures)
+    to_dense, to_norm = found["norm"]["miou_difference"], found["dense"]["miou_to_norm"]
+    assert [-to_norm[0], -to_norm[2], -to_norm[1]] == pytest.approx(to_dense, abs=1e-5)
+    assert found["norm"]["miou_to_norm"] is None
+    refusal = ablate("--out", tmp_path, "--only", "norm", "--against", "nor", status=2).err
+    assert "--against nor: the plan has dense, norm" in refusal
     assert list(found) == ["dense", "norm"] and found["norm"]["seeds"] == [0, 1]
     files = {
         (name, seed): json.loads((tmp_path / "figures" / f"{name}-{seed}.json").read_text())

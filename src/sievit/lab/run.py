@@ -76,6 +76,7 @@ def ablate(
     seeds: tuple[Seed, ...] = (0,),
     only: tuple[str, ...] = (),
     at: tuple[Share, ...] = (),
+    against: str | None = None,
     index: Natural = 0,
     of: Count = 1,
     limit: Count | None = None,
@@ -100,6 +101,7 @@ def ablate(
         only: variants to run, instead of all of the plan.
         at: run each trained policy that has a dial at these shares of the dense model's GFLOPs too, for a comparison
             at equal cost; the dial is turned on 16 images of train.
+        against: a variant that all others are compared with, besides the dense model.
         index: this process does the runs index, index + of, index + 2 of, ...
         of: number of processes.
         limit: evaluate on the first so many images.
@@ -119,6 +121,8 @@ def ablate(
         torch.set_num_threads(training.threads)
     base = _base(find_recipe(recipe), model_file(dense), training, data_root)
     variants = at_costs(_chosen(checked(find_plan(plan)(base)), only), at)
+    if against not in (None, *(variant.name for variant in variants)):
+        raise ConfigError(f"--against {against}: the plan has {', '.join(variant.name for variant in variants)}")
     lab = _Lab(out or Path("runs") / plan.rpartition(":")[2], base, variants, limit)
     if dry_run:
         return lab.estimate(seeds)
@@ -126,7 +130,7 @@ def ablate(
         lab.run(job)
     for seed in seeds:
         lab.evaluate_start(seed)
-    return lab.finish(seeds, timed_images)
+    return lab.finish(seeds, timed_images, against)
 
 
 def _base(recipe: Recipe, dense: Path, training: TrainingOptions, data_root: Path | None) -> Recipe:
@@ -287,10 +291,10 @@ class _Lab:
             return self.dense
         return self.out / "trainings" / _run_name(row.weights or row.name, seed) / "best.safetensors"
 
-    def finish(self, seeds: Sequence[int], timed_images: int) -> dict[str, Any]:
+    def finish(self, seeds: Sequence[int], timed_images: int, against: str | None) -> dict[str, Any]:
         """The table of what there is; of everything, the models are timed too."""
         there = [(row, seed) for row in self.variants for seed in seeds if self._has(row, seed)]
-        results = Results(self.out, task_of(self.variants[0].recipe.model))
+        results = Results(self.out, task_of(self.variants[0].recipe.model), against)
         for row, seed in there:
             results.add(row.name, row.curve, seed, read_json(self._path(row.name, seed)))
         missing = len(self.variants) * len(seeds) - len(there)

@@ -18,10 +18,14 @@ from sievit.tasks import Task
 
 
 class Results:
-    """Figures of all variants and seeds that are there."""
+    """Figures of all variants and seeds that are there.
 
-    def __init__(self, out: Path, task: Task) -> None:
-        self.out, self.task = out, task
+    Args:
+        against: a variant that all others are compared with, besides the dense model; None for none.
+    """
+
+    def __init__(self, out: Path, task: Task, against: str | None = None) -> None:
+        self.out, self.task, self.against = out, task, against
         self.files: dict[str, dict[int, dict[str, Any]]] = {}
         self.curves: dict[str, str] = {}
         self.times: dict[str, dict[str, float]] = {}
@@ -47,7 +51,9 @@ class Results:
                 values = [f[measure] for f in figures]
                 row[measure] = round(statistics.fmean(values), 5)
                 row[f"{measure}_spread"] = round(statistics.stdev(values), 5) if len(values) > 1 else None
-                row[f"{measure}_difference"] = self._difference(name, measure)
+                row[f"{measure}_difference"] = self._difference(name, DENSE, measure)
+                if self.against is not None:
+                    row[f"{measure}_to_{self.against}"] = self._difference(name, self.against, measure)
             row["gflops"] = round(statistics.fmean(f["gflops"] for f in figures), 3)
             shares = zip(*(f["keep"] for f in figures), strict=True)
             row["keep"] = [round(statistics.fmean(column), 4) for column in shares]
@@ -59,14 +65,14 @@ class Results:
                 row["realised"] = round(row["speedup"] * row["gflops"] / dense, 3)
         return found
 
-    def _difference(self, name: str, measure: str) -> list[float] | None:
-        """Of the variant minus the dense model, mean over the seeds that both have: value, low, high (paired bootstrap
-        over images)."""
-        both = sorted(self.files[name].keys() & self.files.get(DENSE, {}).keys())
-        if not both or name == DENSE:
+    def _difference(self, name: str, other: str, measure: str) -> list[float] | None:
+        """Of one variant minus another, mean over the seeds that both have: value, low, high (paired bootstrap over
+        images)."""
+        both = sorted(self.files[name].keys() & self.files.get(other, {}).keys())
+        if not both or name == other:
             return None
         apart = [
-            np.array(self.files[name][seed]["resampled"][measure]) - self.files[DENSE][seed]["resampled"][measure]
+            np.array(self.files[name][seed]["resampled"][measure]) - self.files[other][seed]["resampled"][measure]
             for seed in both
         ]
         return interval(np.mean(apart, axis=0))
@@ -104,14 +110,17 @@ def printed(results: Results) -> Table:
     table = Table(title=f"{results.out}", title_justify="left", box=SIMPLE)
     measure = results.measures[0] if results.files else results.task.shown[0]
     table.add_column("variant", no_wrap=True)
-    for column in (results.task.config.figures[measure], "to dense", "GFLOPs", "keep", "ms", "speed-up", "realised"):
+    compared = {"to dense": f"{measure}_difference"}
+    if results.against is not None:
+        compared[f"to {results.against}"] = f"{measure}_to_{results.against}"
+    for column in (results.task.config.figures[measure], *compared, "GFLOPs", "keep", "ms", "speed-up", "realised"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in results.rows() if results.files else []:
-        spread, difference = row[f"{measure}_spread"], row[f"{measure}_difference"]
+        spread, differences = row[f"{measure}_spread"], [row[name] for name in compared.values()]
         table.add_row(
             row["variant"],
             f"{100 * row[measure]:.1f}" + (f" ±{100 * spread:.1f}" if spread is not None else ""),
-            "" if difference is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in difference)),
+            *("" if d is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in d)) for d in differences),
             f"{row['gflops']:.1f}",
             f"{statistics.fmean(row['keep']):.0%}",
             f"{row['ms']:.0f}" if "ms" in row else "",
