@@ -259,12 +259,13 @@ def test_every_plan_that_ships_can_be_built(kind: str) -> None:
 def test_joined_plans_have_what_they_share_once() -> None:
     where = Path("nowhere")
     data = LabelsData(train_images=where, train_labels=where, val_images=where, val_labels=where)
-    model = tiny_segmenter(vit=tiny_vit(depth=12), out_indices=(5, 7, 11))
+    model = tiny_segmenter(vit=tiny_vit(depth=12), out_indices=(5, 7, 11), input=SIZE)
     recipe = Recipe(model=model, data=data, train=TrainConfig(steps=12))
     alone = [[variant.name for variant in find_plan(name)(recipe)] for name in ("reactivate", "rate", "gate")]
     together = [variant.name for variant in checked(find_plan("reactivate+rate+gate")(recipe))]
     assert sorted(together) == sorted({name for names in alone for name in names})
     assert sum(map(len, alone)) > len(together)
+    checked(find_plan("+".join(PLANS))(recipe))
     other = [Variant(name="svit", recipe=recipe)]
     refused("two variants called 'svit'", checked, joined([find_plan("rate")(recipe), other]))
 

@@ -113,7 +113,7 @@ def preserve(recipe: Recipe) -> list[Variant]:
     """Insight 1: tokens that are left out keep their features on the canvas, or leave it."""
     pairs: list[tuple[str, StagesConfig, dict[str, Any]]] = [
         ("dynamicvit", DynamicViTConfig(ratio_weight=10.0), _gates(recipe)),
-        ("evit", EViTConfig(fuse=False), {}),
+        ("evit_unfused", EViTConfig(fuse=False), {}),
         ("ats", ATSConfig(), {}),
     ]
     found = [_dense(recipe)]
