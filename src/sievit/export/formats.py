@@ -57,8 +57,11 @@ def _compiled(made: Made, path: Path, metadata: dict[str, Any]) -> None:
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     text = json.dumps(metadata).encode().hex()  # it is put into C++ as it is
-    # checks of sizes name symbols in their messages that the C++ does not have
-    options: dict[str, Any] = {"aot_inductor.metadata": {METADATA: text}, "scalar_asserts": False}
+    options: dict[str, Any] = {
+        "aot_inductor.metadata": {METADATA: text},
+        "scalar_asserts": False,  # they name symbols in their messages that the C++ does not have
+        "layout_optimization": False,  # two convolutions of a batch whose size depends on values are wrong with it
+    }
     try:
         torch._inductor.aoti_compile_and_package(made.exported, package_path=str(path), inductor_configs=options)
     except Exception as error:  # of whatever kind, it says what the compiler cannot do
