@@ -126,6 +126,16 @@ def test_commands_take_the_file_like_a_checkpoint(pair, scenes, command, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_detector_that_aotinductor_compiled_answers_as_the_model(scenes: Path, tmp_path: Path) -> None:
+    from sievit.export import export
+
+    path = detector(tmp_path / "model.safetensors")
+    figures = export(path, images=scenes / "images", out=tmp_path / "model.pt2", format="aoti", number=3)
+    assert figures["agree"] == 1
+    assert_same_answers(load(path), load(tmp_path / "model.pt2"))
+
+
+@pytest.mark.slow
 def test_a_program_of_torch_computes_the_tokens_that_take_part_alone(tmp_path: Path) -> None:
     from sievit.export.formats import write_program
 
