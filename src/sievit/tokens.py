@@ -151,7 +151,7 @@ class Tokens:
         whole = self.unmerge().patches
         others = (owner != torch.arange(owner.shape[1], device=owner.device)) & self.valid_or_all()
         added = (whole * others[..., None].to(whole.dtype)).flatten(0, 1)
-        sums = whole.flatten(0, 1).index_add(0, _rows(owner).flatten(), added).unflatten(0, owner.shape)
+        sums = whole.flatten(0, 1).index_add(0, _of_all(owner, owner.shape[1]), added).unflatten(0, owner.shape)
         number = torch.ones_like(owner).scatter_add(1, owner, others.long())
         return sums / number[..., None].to(whole.dtype)
 
@@ -203,13 +203,12 @@ def similarities(a: Float[Tensor, "b m d"], b: Float[Tensor, "b k d"]) -> Float[
 
 def taken(rows: Float[Tensor, "b n c"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k c"]:
     """(b, k, c): of each image the rows at these positions."""
-    first = rows.shape[1] * torch.arange(rows.shape[0], device=rows.device)[:, None]
-    return rows.flatten(0, 1).index_select(0, (index + first).flatten()).unflatten(0, index.shape)
+    return rows.flatten(0, 1).index_select(0, _of_all(index, rows.shape[1])).unflatten(0, index.shape)
 
 
-def _rows(index: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
-    """Positions on each canvas as positions on all of them, one behind the other."""
-    return index + index.shape[1] * torch.arange(index.shape[0], device=index.device)[:, None]
+def _of_all(index: Int[Tensor, "b k"], n: int) -> Int[Tensor, " bk"]:
+    """Positions on canvases of n tokens as positions on all of them, one behind the other."""
+    return (index + n * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()
 
 
 def chosen_first(keep: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:
