@@ -47,7 +47,7 @@ def draw_curves(points: list[dict[str, Any]], path: Path, *, measure: str, label
 
 def draw_variants(rows: list[dict[str, Any]], path: Path, *, measure: str, label: str, device: str) -> None:
     """Two panels, accuracy against GFLOPs and, where they were measured, against milliseconds: a point for each variant
-    with the interval of its difference to the dense model, and a line for each curve of several.
+    with the interval of its difference to the dense model, and a line for each curve of several, named at its end.
 
     Args:
         rows: of `lab.table`.
@@ -59,7 +59,8 @@ def draw_variants(rows: list[dict[str, Any]], path: Path, *, measure: str, label
     figure = _figure(5.6 * len(keys), 5.2)
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
     curves = list(dict.fromkeys(row["curve"] for row in rows))
-    names = [{**row, "model": row["curve"], "value": row["variant"]} for row in rows]
+    dearest = {row["curve"]: row for row in sorted(rows, key=lambda row: row["gflops"])}
+    names = [{**row, "model": curve, "value": curve} for curve, row in dearest.items()]
     for axes, (key, of_axis) in zip(panels, keys, strict=True):
         for i, curve in enumerate(curves):
             colour, points = COLOURS[i % len(COLOURS)], [row for row in rows if row["curve"] == curve]
