@@ -191,7 +191,7 @@ def test_at_a_share_of_the_dense_cost_the_dial_is_turned_and_nothing_trained_aga
     data, _ = open_data(Recipe(**vars(run.find_recipe(str(start / "recipe.json")))))
     norm = tmp_path / "trainings" / "norm-0" / "best.safetensors"
     for share in (0.9, 0.75):
-        policy = json.loads((tmp_path / "policies" / f"norm_at_{share}-0.json").read_text())
+        policy = json.loads((tmp_path / "figures" / f"norm_at_{share}-0.json").read_text())["policy"]
         models = [load(norm, policy=each) for each in (from_json(PolicyConfig, policy), KeepAllConfig())]
         costs = [sum(model.gflops(model([data[i][0]])).item() for i in range(len(data))) for model in models]
         assert 0.97 * share < costs[0] / costs[1] <= share

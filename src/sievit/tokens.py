@@ -152,8 +152,7 @@ class Tokens:
         others = (owner != torch.arange(owner.shape[1], device=owner.device)) & self.valid_or_all()
         added = (whole * others[..., None].to(whole.dtype)).flatten(0, 1)
         sums = whole.flatten(0, 1).index_add(0, _of_all(owner, owner.shape[1]), added).unflatten(0, owner.shape)
-        number = torch.ones_like(owner).scatter_add(1, owner, others.long())
-        return sums / number[..., None].to(whole.dtype)
+        return sums / self._sizes(owner).clamp(min=1)[..., None].to(whole.dtype)
 
     def leaders(self) -> Int[Tensor, "b n"] | None:
         """(b, n): the position of the token that each one is merged with or follows; None: each is for itself."""
@@ -174,8 +173,9 @@ class Tokens:
         None where each is for itself.
         """
         owner = self.leaders()
-        if owner is None:
-            return None
+        return None if owner is None else self._sizes(owner)
+
+    def _sizes(self, owner: Int[Tensor, "b n"]) -> Float[Tensor, "b n"]:
         weight = self.valid_or_all().to(torch.float32)
         return torch.zeros_like(weight).scatter_add(1, owner, weight)
 

@@ -11,9 +11,8 @@ from sievit.measure.modes import DENSE
 from sievit.models.base import Model
 from sievit.models.build import build
 from sievit.policies import PolicyConfig
+from sievit.tune import targets
 from sievit.tune.options import Tuning
-from sievit.tune.targets import MaxGFLOPs
-from sievit.tune.targets import Variant as Dialled
 from sievit.tune.workload import Workload
 
 IMAGES = 16
@@ -42,5 +41,5 @@ def turned(model: Model, recipe: Recipe, share: float) -> PolicyConfig:
     data.transform = None
     images = [data[i][0] for i in range(min(IMAGES, len(data)))]
     workload = Workload(model, [[image] for image in images])
-    limit = MaxGFLOPs(workload, share * workload.cost(DENSE).gflops)
-    return limit.find(Dialled(workload, "dynamic", model.policy.config, Tuning())).config
+    limit = targets.MaxGFLOPs(workload, share * workload.cost(DENSE).gflops)
+    return limit.find(targets.Variant(workload, "dynamic", model.policy.config, Tuning())).config

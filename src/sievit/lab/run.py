@@ -256,7 +256,9 @@ class _Lab:
         }
 
     def _evaluate(self, row: Variant, seed: int, weights: Path) -> None:
-        model = self._model(row, weights, seed)
+        model = self._model(row, weights)
+        if row.cost is not None:
+            model = model.with_config(policy=turned(model, row.recipe, row.cost))
         _, data = open_data(row.recipe)
         if row.corruption is not None:
             data.transform = corrupting(*row.corruption)
@@ -267,7 +269,7 @@ class _Lab:
         resampled = metric.resampled(drawn(figures["images"]))
         spread = {name: [round(float(x), 6) for x in values] for name, values in resampled.items()}
         content = {"variant": row.name, "seed": seed, "figures": figures, "resampled": spread}
-        content["settings"] = self._settings(row)
+        content |= {"settings": self._settings(row), "policy": to_json(model.config.policy)}
         path = self._path(row.name, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, content, indent=None)
@@ -275,16 +277,16 @@ class _Lab:
         text = f"{headline} {figures[headline]:.4f}, {figures['gflops']:.1f} GFLOPs"
         self.console.print(f"{_run_name(row.name, seed)}: {text}", soft_wrap=True)
 
-    def _model(self, row: Variant, weights: Path, seed: int) -> Model:
+    def _model(self, row: Variant, weights: Path) -> Model:
         model = load(weights, policy=row.recipe.model.policy, device=self.device)
-        model = model.with_config(input=row.recipe.model.input)
+        return model.with_config(input=row.recipe.model.input)
+
+    def _evaluated(self, row: Variant, seed: int) -> Model:
+        """The model of figures that are there, with its dial as it was turned for them."""
+        model, path = self._model(row, self._weights(row, seed)), self._path(row.name, seed)
         if row.cost is None:
             return model
-        path = self.out / "policies" / f"{_run_name(row.name, seed)}.json"
-        if not path.is_file():
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, to_json(turned(model, row.recipe, row.cost)))
-        return model.with_config(policy=from_json(PolicyConfig, read_json(path), where=str(path)))
+        return model.with_config(policy=from_json(PolicyConfig, read_json(path)["policy"], where=str(path)))
 
     def _weights(self, row: Variant, seed: int) -> Path:
         if row.weights == START:
@@ -316,7 +318,7 @@ class _Lab:
             return known["times"]
         if not count:
             return {}
-        models = [self._model(row, self._weights(row, seed), seed) for row in self.variants]
+        models = [self._evaluated(row, seed) for row in self.variants]
         _, data = open_data(self.variants[0].recipe)
         images = [data[i][0] for i in range(min(count, len(data)))]
         taken = timed_in_turns(models, images, console=self.console)
@@ -344,7 +346,7 @@ class _Lab:
         rows: list[dict[str, Any]] = []
         for row in self.variants:
             model = self._start_model(row)
-            cost = float(model.gflops(timed(model, [image])[0])[0])
+            cost = full * row.cost if row.cost is not None else float(model.gflops(timed(model, [image])[0])[0])
             seconds = number * pass_ms / 1e3 * cost / full
             if row.weights is None:
                 steps = total_steps(row.recipe.train, len(train_set) // row.recipe.train.batch_size)

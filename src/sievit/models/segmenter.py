@@ -252,6 +252,7 @@ class Segmenter(Model[Tensor]):
             return replace(output, losses={**output.losses, **more})
         scores, output = self._score(images, policy, self.config.execution if execution is None else execution)
         given = [(image.shape[-2], image.shape[-1]) for image in images]
+        # max, for argmax over the classes takes several times as long on a CPU
         labels = [resize(each[None], size)[0].max(0).indices for each, size in zip(scores, given, strict=True)]
         return replace(output, results=labels)
 

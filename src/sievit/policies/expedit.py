@@ -158,12 +158,12 @@ def _close(cell: Tensor, counts: tuple[int, int], reach: int) -> Bool[Tensor, "n
 
 
 def squared_distances(x: Float[Tensor, "b n c"], centres: Float[Tensor, "b k c"]) -> Float[Tensor, "b n k"]:
-    """(b, n, k), in float32, from a common origin, for precision."""
-    origin = centres.float().mean(1, keepdim=True)
-    x, centres = x.float() - origin, centres.float() - origin
-    with torch.autocast(x.device.type, enabled=False):  # small differences of large products
+    """(b, n, k) in float32; computed in float64, for they are small differences of large products."""
+    x, centres = x.double(), centres.double()
+    with torch.autocast(x.device.type, enabled=False):
         products = x @ centres.mT
-    return (x.square().sum(2, keepdim=True) + centres.square().sum(2)[:, None] - 2 * products).clamp(min=0)
+    apart = x.square().sum(2, keepdim=True) + centres.square().sum(2)[:, None] - 2 * products
+    return apart.clamp(min=0).float()
 
 
 def rebuilt(
