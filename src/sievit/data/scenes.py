@@ -4,6 +4,7 @@ A scene is a function of (seed, index, size). Colour says nothing about the clas
 another.
 """
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from PIL import Image
 
 from sievit.config import ConfigError, Count, Seed, check_range
 from sievit.data.masks import Patch, encode, tight_patch
-from sievit.files import write_json, write_png
+from sievit.files import write_atomically, write_png
 
 Edge = Annotated[int, Interval(ge=16, le=2**31 - 1)]
 """Height or width of a scene in pixels."""
@@ -107,7 +108,7 @@ def generate(out: Path, *, num_images: int, size: tuple[int, int] = (256, 256), 
         "annotations": [_annotation(instance, i, image, size) for i, (instance, image) in enumerate(objects, start=1)],
         "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)],
     }
-    write_json(annotations, content, indent=None)
+    write_atomically(annotations, json.dumps(content).encode())
 
 
 def _placed(

@@ -1,5 +1,6 @@
 """The demonstration: every token against those that a model picks, on photographs and on images of nuclei."""
 
+import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from sievit.data.truth import Truth
 from sievit.devices import device_name, pick_device
 from sievit.engine.evaluate import compare, timed
 from sievit.engine.recipe import default_data_root
-from sievit.files import write_json, write_png
+from sievit.files import write_atomically, write_png
 from sievit.hub.fetch import REPOSITORY
 from sievit.models.base import Model
 from sievit.models.build import load
@@ -183,4 +184,4 @@ def _write_thinned(annotations: Path, path: Path, count: int) -> None:
     ids = {image["id"] for image in kept}
     content |= {"images": kept, "annotations": [a for a in content["annotations"] if a["image_id"] in ids]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, content, indent=None)
+    write_atomically(path, json.dumps(content).encode())
