@@ -22,7 +22,15 @@ from sievit.models.base import Model
 from sievit.models.build import build, load, save
 from sievit.models.inputs import InputConfig
 from sievit.models.segmenter import Segmenter
-from sievit.policies import DToPConfig, EViTConfig, KeepAllConfig, PolicyConfig, SpreadConfig, SViTConfig
+from sievit.policies import (
+    DToPConfig,
+    EViTConfig,
+    KeepAllConfig,
+    PolicyConfig,
+    SpreadConfig,
+    SViTConfig,
+    TopNormConfig,
+)
 from sievit.tasks import task_of
 from tiny import refused, saved, scattered, tiny_detector, tiny_segmenter, tiny_vit
 
@@ -168,6 +176,16 @@ def test_a_static_program_has_no_shape_that_depends_on_a_value(policy: PolicyCon
     assert_same_answers(model, file)
     with pytest.raises(ConfigError, match="up to 128x128 pixels, and this is 136x64"):
         file.network(torch.rand(1, 3, 136, 64))
+
+
+def test_openvino_counts_the_tokens_of_a_static_program_in_32_bits(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    from sievit.export.formats import write_program
+
+    model = load(segmenter(TopNormConfig(first_block=1, shares=(0.7, 0.343)), tmp_path / "model.safetensors"))
+    made = program(model, canvas=(128, 128))
+    write_program(made, tmp_path / "a.xml", "openvino", {"config": to_json(model.config), **made.known})
+    assert_same_answers(model, load(tmp_path / "a.xml"))
 
 
 @only_segmenter

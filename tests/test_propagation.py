@@ -73,6 +73,7 @@ def test_a_count_is_a_whole_number_of_what_the_share_is_of() -> None:
     for total, share, multiple, count in ((10, 0.7, 1, 7), (3, 2 / 3, 1, 2), (80, 0.6, 1, 48), (10, 0.71, 4, 8)):
         assert counted(total, share, multiple) == count
     assert counted(torch.tensor([1024, 7]), 0.343).tolist() == [352, 3]
+    assert counted(torch.tensor(21_000, dtype=torch.int32), 0.9999) == 20_998  # as runtimes of 32 bits count
 
 
 def test_without_a_choice_without_a_token_and_for_merged_tokens_there_is_no_source() -> None:

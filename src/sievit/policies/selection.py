@@ -21,7 +21,9 @@ PAPER_SCHEDULE = (0.7, 0.7, 0.7, 0.49, 0.49, 0.49, 0.343, 0.343, 0.343)
 """SViT's share of tokens to keep, for blocks 3 to 11 of twelve."""
 
 ROUNDING = 1e-6
-"""Of shares, so that 0.7 of ten tokens are seven."""
+"""Of products with shares, so that 0.7 of ten tokens are seven."""
+UNIT = 10**5
+"""Of shares, as whole numbers."""
 
 
 def spread(shares: tuple[float, ...], *, first_block: int, depth: int) -> tuple[float, ...]:
@@ -45,11 +47,11 @@ def spread(shares: tuple[float, ...], *, first_block: int, depth: int) -> tuple[
 def counted(total: Any, share: float, multiple: int = 1) -> Any:
     """The `share` of `total`, rounded up, and up to a multiple; in whole numbers, of ints, SymInts and tensors.
 
-    Exported programs hold numbers like 0.6 in fewer digits, so that they would find another count.
+    Exported programs hold numbers like 0.6 in fewer digits, divide negative numbers otherwise, and some runtimes count
+    in 32 bits: with five digits of the share a total may be up to 21,000.
     """
-    unit = round(1 / ROUNDING) ** 2
-    count = (total * round(share * unit) + unit - 1 - round(ROUNDING * unit)) // unit
-    return -(-count // multiple) * multiple
+    part, unit = max(1, math.floor(share * UNIT + ROUNDING)), UNIT * multiple
+    return (total * part + unit - 1) // unit * multiple
 
 
 def select_top(
