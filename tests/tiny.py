@@ -235,3 +235,24 @@ def run_two_processes(file: str, folder: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+class Seen:
+    """The projections of a block, as they are given."""
+
+    def __init__(self, *, attention: Tensor | None = None, keys: Tensor | None = None, norms: Tensor | None = None):
+        self.given = {"attention": attention, "keys": keys, "norms": norms}
+
+    def _of(self, name: str) -> Tensor:
+        value = self.given[name]
+        assert value is not None, name
+        return value
+
+    def attention(self) -> Tensor:
+        return self._of("attention")
+
+    def keys(self) -> Tensor:
+        return self._of("keys")
+
+    def value_norms(self) -> Tensor:
+        return self._of("norms")

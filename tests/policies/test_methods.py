@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from sievit.policies import (
     ALGMConfig,
@@ -27,30 +26,9 @@ from sievit.policies.dynamicvit import Predictor
 from sievit.policies.expedit import pooled, rebuilt
 from sievit.tokens import Tokens, Trace
 from sievit.vit import ViT, ViTConfig
-from tiny import refused
+from tiny import Seen, refused
 
 DEPTH = 4
-
-
-class Seen:
-    """The projections of a block, as they are given."""
-
-    def __init__(self, *, attention: Tensor | None = None, keys: Tensor | None = None, norms: Tensor | None = None):
-        self.given = {"attention": attention, "keys": keys, "norms": norms}
-
-    def _of(self, name: str) -> Tensor:
-        value = self.given[name]
-        assert value is not None, name
-        return value
-
-    def attention(self) -> Tensor:
-        return self._of("attention")
-
-    def keys(self) -> Tensor:
-        return self._of("keys")
-
-    def value_norms(self) -> Tensor:
-        return self._of("norms")
 
 
 def canvas(values: Sequence[Sequence[float]], grid: tuple[int, int], prefix: int = 1) -> Tokens:
@@ -230,11 +208,12 @@ def test_dynamicvit_drops_in_stages_and_never_brings_back() -> None:
 def test_cropr_scores_by_the_attention_of_its_queries_and_teaches_the_backbone_nothing() -> None:
     scorer = Scorer(4, queries=2, labels=3).double()
     x = torch.randn(1, 5, 4, dtype=torch.float64)
+    products, values = scorer(x)
     real = torch.tensor([[True, True, True, True, False]])
-    attention, _ = scorer(x, real)
-    keys = scorer.key(scorer.norm(x[:, :4]))
-    torch.testing.assert_close(attention[:, :, :4], (scorer.queries @ keys.mT / math.sqrt(4)).float().softmax(2))
-    assert not attention[:, :, 4].any()
+    seen = (products[:, :, :4] / math.sqrt(4)).softmax(2).double() @ scorer.norm(x[:, :4])
+    torch.testing.assert_close(
+        scorer.labels_of(products, values, real), scorer.head((seen + scorer.mlp(seen)).mean(1)), atol=1e-6, rtol=1e-6
+    )
 
     vit = ViT(ViTConfig(grid=(4, 6), embed_dim=24, depth=DEPTH, num_heads=2)).train()
     policy = vit.build_policy(CroprConfig(first_block=1, shares=(0.5, 0.25), labels=4)).train()

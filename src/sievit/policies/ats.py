@@ -29,8 +29,9 @@ class ATS(StagesPolicy):
     """Adaptive token sampler (arXiv 2111.15667, section 3): significance is the attention of the class token (without
     one, of the mean query) times the norm of the value; sampled at fixed quantiles of its sum.
 
-    It decides between attention and MLP of each block, so that the rows of the attention that are thrown away are
-    computed, which the paper saves; all values of the tokens that stay are the paper's.
+    Here tokens are in their own order, and the first that reaches a quantile is taken; the released code sorts them by
+    significance, and takes the nearest. It decides between attention and MLP of each block, so that the rows of the
+    attention that are thrown away are computed, which the paper saves; all values of the tokens that stay are its own.
     """
 
     is_static = False

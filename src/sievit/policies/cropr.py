@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sievit.config import Count, NonNegative, variant
@@ -43,22 +43,25 @@ class Scorer(nn.Module):
         self.mlp = nn.Sequential(nn.LayerNorm(dim, eps=1e-5), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
         self.head = nn.Linear(dim, labels)
 
-    def forward(self, x: Float[Tensor, "b k c"], real: Tensor) -> tuple[Float[Tensor, "b q k"], Tensor]:
-        """The attention of each query to the `real` (b, k) tokens, and their normalised values."""
+    def forward(self, x: Float[Tensor, "b k c"]) -> tuple[Float[Tensor, "b q k"], Float[Tensor, "b k c"]]:
+        """The products of each query with the tokens' keys, and the normalised tokens."""
         x = self.norm(x)
-        logits = (self.queries @ self.key(x).mT).float() / x.shape[2] ** 0.5
-        return logits.masked_fill(~real[:, None], -torch.inf).softmax(2), x
+        return (self.queries @ self.key(x).mT).float(), x
 
-    def labels_of(self, attention: Float[Tensor, "b q k"], x: Float[Tensor, "b k c"]) -> Float[Tensor, "b labels"]:
-        """Logits of the labels in the image."""
-        seen = attention.to(x.dtype) @ x
+    def labels_of(
+        self, products: Float[Tensor, "b q k"], x: Float[Tensor, "b k c"], real: Bool[Tensor, "b k"]
+    ) -> Float[Tensor, "b labels"]:
+        """Logits of the labels in the image, from the attention to the `real` tokens."""
+        logits = (products / x.shape[2] ** 0.5).masked_fill(~real[:, None], -torch.inf)
+        seen = logits.softmax(2).to(x.dtype) @ x
         return self.head((seen + self.mlp(seen)).mean(1))
 
 
 @register(CroprConfig)
 class Cropr(StagesPolicy):
-    """Token Cropr (arXiv 2412.00965, section 3): the score of a token is the attention that the queries of a scorer
-    give to it; the scorer learns with an auxiliary head, of which no gradient reaches the backbone.
+    """Token Cropr (arXiv 2412.00965, section 3): the score of a token is the sum of the products of its key with the
+    queries of a scorer, before the softmax; the scorer learns with an auxiliary head, of which no gradient reaches the
+    backbone.
 
     The auxiliary task is which labels are in the image, for every kind of model whose targets have `labels`; the paper
     has one of its own for each task. Head and aggregation run in training alone.
@@ -77,11 +80,11 @@ class Cropr(StagesPolicy):
         x, real, back = of_left(tokens)
         scorer = self.scorers[self.stages.index(index)]
         assert isinstance(scorer, Scorer)
-        attention, values = scorer(x.detach(), real)
+        products, values = scorer(x.detach())
         notes = {"macs": self._macs(real.sum(1))}
         if self.training:
-            notes["labels"] = scorer.labels_of(attention, values)
-        return back(attention.detach().sum(1)), notes
+            notes["labels"] = scorer.labels_of(products, values, real)
+        return back(products.detach().sum(1)), notes
 
     def _macs(self, computed: Tensor) -> Float[Tensor, " b"]:
         """Keys, k c^2, and products with the queries, q k c."""

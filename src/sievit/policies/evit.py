@@ -27,8 +27,9 @@ class EViT(StagesPolicy):
     """EViT (arXiv 2202.07800, section 3): in the first block of each stage, between attention and MLP, the tokens with
     the most attention of the class token stay, and the others become one extra token.
 
-    The fused tokens of earlier stages stay beside it, where the paper's code ranks them with the others. The mean query
-    stands in where there is no class token.
+    The fused tokens of earlier stages stay beside it, where the released code ranks them with the others; and it is the
+    weighted mean, where that code does not divide by the sum of the weights. The mean query stands in where there is no
+    class token.
     """
 
     inside = True
