@@ -5,7 +5,8 @@
 The moving camera pans over a photograph for 60 frames, then cuts to the next. The still one has a patch of another
 photograph moving through the picture, and cuts twice; both have noise. Every frame is computed as an image of its own
 and with reuse at each setting, in turns. A line of the file is one video at one setting: sums over frames, so that
-lines of several parts of a video can be added; `--table` prints what the lines of a file come to.
+lines of several parts of a video can be added; `--table` prints what the lines of a file come to, and
+`--plot` draws it.
 """
 
 import json
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from sievit.config import to_json
 from sievit.data.images import list_images, read_image
 from sievit.models.inputs import as_tensor
 from sievit.policies.reuse import ReuseConfig
+from sievit.report.plot import draw_curves
 
 SIZE, PATCH, NOISE = 448, 96, 1.0
 PAN = 60
@@ -72,6 +75,7 @@ def main(
     stop: int = 300,
     min_size: int | None = None,
     table: bool = False,
+    plot: Path | None = None,
 ) -> None:
     """Append lines to the file `out`, and print the table of all its lines.
 
@@ -79,6 +83,7 @@ def main(
         start, stop: the frames of the video.
         min_size: of what the network sees, in pixels, instead of the model's own.
         table: print alone.
+        plot: a PNG of the table: a curve for each video, over what is not the same in all its settings.
     """
     if not table:
         loaded = sievit.load(model)
@@ -93,7 +98,7 @@ def main(
             for line in measured(loaded, frames(name, photographs, start, stop), [None, *configs]):
                 with out.open("a") as file:
                     file.write(json.dumps({**part, **line}) + "\n")
-    show([json.loads(line) for line in out.read_text().splitlines()])
+    show([json.loads(line) for line in out.read_text().splitlines()], plot)
 
 
 @torch.no_grad()
@@ -125,7 +130,7 @@ def measured(
             yield {"reuse": config and to_json(config), **sums, "both": both.tolist(), "either": either.tolist()}
 
 
-def show(lines: list[dict]) -> None:
+def show(lines: list[dict], plot: Path | None) -> None:
     """What a frame takes, and how its labels agree with the full computation's, of each video and threshold."""
     print("model                video    threshold refresh frames computed  GFLOPs   mIoU  pixels     ms")
     groups: dict[tuple, list[dict]] = {}
@@ -133,13 +138,20 @@ def show(lines: list[dict]) -> None:
         reuse = line["reuse"] or {"threshold": "off", "refresh": ""}
         key = Path(line["model"]).stem, line["video"], reuse["threshold"], reuse["refresh"]
         groups.setdefault(key, []).append(line)
+    points = []
     for (model, video, threshold, refresh), parts in groups.items():
         number = sum(part["frames"] for part in parts)
-        computed, gflops, ms = (sum(part[key] for part in parts) / number for key in ("computed", "gflops", "ms"))
+        computed, gflops = (sum(part[key] for part in parts) / number for key in ("computed", "gflops"))
+        ms = median(part["ms"] / part["frames"] for part in parts)
         both, either = (np.sum([part[key] for part in parts], axis=0) for key in ("both", "either"))
         miou, pixels = (both[either > 0] / either[either > 0]).mean(), 2 * both.sum() / (both + either).sum()
         text = f"{model:<20} {video:<8} {threshold:>9} {refresh:>7} {number:>6} {computed:>8.3f} {gflops:>7.2f}"
         print(f"{text} {miou:>6.3f} {pixels:>7.4f} {ms:>6.0f}")
+        value = refresh if len({key[3] for key in groups if key[1] == video}) > 2 else threshold
+        figures = {"gflops": gflops, "ms_per_image": ms, "miou": miou}
+        points.append({"model": f"{video} camera", "value": value or "off", **figures})
+    if plot:
+        draw_curves(points, plot, measure="miou", label="mIoU against the full computation", device="CPU")
 
 
 if __name__ == "__main__":
