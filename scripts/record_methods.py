@@ -10,6 +10,7 @@ CODE is a folder with clones, called as here. Only code under MIT and Apache-2.0
     algm-segmenter  github.com/tue-mps/algm-segmenter       674eaa2
     ATS             github.com/adaptivetokensampling/ATS    9271257
     cropr           github.com/benbergner/cropr             2f8b624
+    Expedit-Segmenter  github.com/Expedit-LargeScale-Vision-Transformer/Expedit-Segmenter  63f4066
 """
 
 import ast
@@ -154,6 +155,15 @@ def cropr(code: Path) -> dict[str, Tensor]:
     return {"tokens": tokens, "scores": scores, "seen": seen, **weights(scorer)}
 
 
+def expedit(code: Path) -> dict[str, Tensor]:
+    """The centres of a grid of six by six after one round."""
+    names = parts(code / "Expedit-Segmenter/mmseg/ops/cluster.py")
+    cluster = names["TokenClusteringBlock"]((3, 3), n_iters=1, temperture=0.2, window_size=3)
+    tokens = torch.randn(1, 36, 8)
+    centres, _ = cluster(tokens.mT.unflatten(2, (6, 6)))
+    return {"tokens": tokens, "centres": centres}
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {f"weights.{name}": value for name, value in model.state_dict().items()}
 
@@ -161,7 +171,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 if __name__ == "__main__":
     code, out = map(Path, sys.argv[1:])
     out.mkdir(parents=True, exist_ok=True)
-    for record in (dynamicvit, evit, evo_vit, ats, algm, cropr):
+    for record in (dynamicvit, evit, evo_vit, ats, algm, cropr, expedit):
         torch.manual_seed(1)
         with torch.no_grad():
             found = {name: value.contiguous() for name, value in record(code).items()}

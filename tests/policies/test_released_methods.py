@@ -12,9 +12,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sievit.convert import from_timm
-from sievit.policies import ALGMConfig, ATSConfig, DynamicViTConfig, EViTConfig, Policy, PolicyConfig, build_policy
+from sievit.policies import (
+    ALGMConfig,
+    ATSConfig,
+    DynamicViTConfig,
+    EViTConfig,
+    ExpeditConfig,
+    Policy,
+    PolicyConfig,
+    build_policy,
+)
 from sievit.policies.cropr import Scorer
 from sievit.policies.dynamicvit import DynamicViT
+from sievit.policies.expedit import pooled, squared_distances
 from sievit.policies.selection import fused
 from sievit.tokens import Tokens, Trace
 from sievit.vit import ViT
@@ -123,3 +133,18 @@ def test_cropr_scores_tokens_as_the_released_one() -> None:
     with torch.inference_mode():
         products, _ = scorer(given["tokens"])
     torch.testing.assert_close(products.sum(1), given["scores"], atol=1e-5, rtol=1e-5)
+
+
+def test_expedit_finds_the_centres_of_the_released_one_at_the_same_temperature() -> None:
+    """The released one is an inverse and of the distances themselves, here it is relative to their mean."""
+    given, _ = recorded("expedit")
+    tokens = Tokens(given["tokens"], (6, 6)).select(None)
+    rows = torch.arange(6)
+    cell = ((rows // 2)[:, None] * 3 + rows // 2).flatten()
+    start = pooled(tokens.patches, cell[None], tokens.valid_or_all(), 9)
+    far = (cell[:, None] // 3 - torch.arange(9) // 3).abs().maximum((cell[:, None] % 3 - torch.arange(9) % 3).abs()) > 1
+    mean = squared_distances(tokens.patches, start)[0][~far].mean().item()
+    policy = built(ExpeditConfig(first_block=1, side=0.5, neighbours=3, rounds=1, temperature=1 / (0.2 * mean)))
+    chosen, _ = policy.before_block(1, tokens, Trace.start(tokens))
+    assert chosen.keep is not None
+    torch.testing.assert_close(chosen.patches[chosen.keep], given["centres"][0], atol=1e-5, rtol=1e-5)
