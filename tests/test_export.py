@@ -188,6 +188,16 @@ def test_openvino_counts_the_tokens_of_a_static_program_in_32_bits(tmp_path: Pat
     assert_same_answers(model, load(tmp_path / "a.xml"))
 
 
+def test_a_file_that_does_not_agree_is_not_written(scenes: Path, tmp_path: Path, monkeypatch) -> None:
+    from sievit.export import export
+
+    path = segmenter(GATES, tmp_path / "model.safetensors")
+    monkeypatch.setattr(type(task_of(load(path).config)), "agreed", (1.1, "pixels"))
+    with pytest.raises(ConfigError, match=r"most in .*000000.png; it was not written"):
+        export(path, images=scenes / "images", out=tmp_path / "a.onnx", number=1)
+    assert [each.name for each in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 @only_segmenter
 def test_openvino_runs_it_too(pair, tmp_path: Path) -> None:
     pytest.importorskip("openvino")

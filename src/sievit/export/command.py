@@ -105,11 +105,11 @@ def _write(
     written = [part]
     try:
         written = write_program(made, part, format, metadata, precision=precision)
-        figures = _compared(eager, load_exported(part), paths, console)
+        figures, worst = _compared(eager, load_exported(part), paths, console)
         if precision == "float32" and figures["agree"] < least:
             raise ConfigError(
-                f"{1 - figures['agree']:.3%} of the {what} of the file are not as the model finds them; it was not "
-                "written"
+                f"{1 - figures['agree']:.3%} of the {what} of the file are not as the model finds them, most in "
+                f"{worst}; it was not written (--images and --number choose what it is compared on)"
             )
         megabytes = sum(each.stat().st_size for each in written) / 2**20
         for each in reversed(written):
@@ -141,8 +141,8 @@ def _static(path: Path, eager: Model, paths: list[Path]) -> tuple[Model, Size]:
     return load(path, policy=static, compile=False), (height, width)
 
 
-def _compared(eager: Model, file: Model, paths: list[Path], console: Any) -> dict[str, Any]:
-    """How far the results of some images agree, and the times of both in turns."""
+def _compared(eager: Model, file: Model, paths: list[Path], console: Any) -> tuple[dict[str, Any], Path]:
+    """How far the results of some images agree, and the times of both in turns; and the image that agrees least."""
     images = [to_tensor(read_image(path)) for path in paths]
     options: dict[str, Any] = {"console": console, "title": "comparing", "kept": lambda answer: answer.results[0]}
     taken = timed_in_turns([file, eager], images, **options)
@@ -150,4 +150,5 @@ def _compared(eager: Model, file: Model, paths: list[Path], console: Any) -> dic
     pairs = [agreement(own, mine) for (_, mine), (_, own) in zip(*taken, strict=True)]
     same, total = (sum(column) for column in zip(*pairs, strict=True))
     medians = [round(statistics.median(elapsed for elapsed, _ in of_model), 2) for of_model in taken]
-    return {"agree": round(same / total, 6) if total else 1.0, "ms": medians[0], "model_ms": medians[1]}
+    worst = max(zip(pairs, paths, strict=True), key=lambda each: each[0][1] - each[0][0])[1]
+    return {"agree": round(same / total, 6) if total else 1.0, "ms": medians[0], "model_ms": medians[1]}, worst
