@@ -138,13 +138,13 @@ def propagate(recipe: Recipe) -> list[Variant]:
         }
         gates = replace(SVIT, targets=tuple(s for s in shares for _ in range(3)))
         for moved in (False, True):
-            name = f"{'propagate' if moved else 'stay'}_{shares[-1]:g}"
+            name, stay = f"{'propagate' if moved else 'stay'}_{shares[-1]:g}", "" if moved else ", stay"
             for kind, policy in each.items():
-                config, curve = replace(policy, propagate=moved), f"{kind}, untrained"
+                config, curve = replace(policy, propagate=moved), f"{kind}{stay}, untrained"
                 found.append(with_weights(start, f"{kind}_{name}_untrained", curve=curve, policy=config))
-                found.append(trained(recipe, f"{kind}_{name}", config, curve=kind))
+                found.append(trained(recipe, f"{kind}_{name}", config, curve=f"{kind}{stay}"))
             config = replace(gates, propagate=moved)
-            found.append(trained(recipe, f"svit_{name}", config, curve="svit", **_drawing(recipe)))
+            found.append(trained(recipe, f"svit_{name}", config, curve=f"svit{stay}", **_drawing(recipe)))
     return found
 
 
