@@ -29,8 +29,6 @@ from timm.layers import DropPath, Mlp, lecun_normal_, to_2tuple, trunc_normal_, 
 from torch import Tensor, nn
 
 SMALL: dict[str, Any] = {"img_size": 28, "patch_size": 2, "embed_dim": 8, "depth": 4, "num_heads": 2, "num_classes": 0}
-
-
 KNOWN: dict[str, Any] = {
     "torch": torch,
     "nn": nn,

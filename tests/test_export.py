@@ -110,7 +110,7 @@ def test_the_file_answers_as_the_model_does_at_every_size_and_batch(pair) -> Non
 
 
 @pytest.mark.parametrize(
-    "policy", [replace(GATES, dither=True, propagate=True), SpreadConfig(first_block=1, shares=(0.8, 0.6))]
+    "policy", [replace(GATES, dither=True, propagate=True), SpreadConfig(first_block=1, shares=(0.6, 0.3))]
 )
 def test_tokens_that_follow_others_do_so_in_the_file(policy, scenes, tmp_path) -> None:
     from sievit.export import export
@@ -163,7 +163,7 @@ def test_a_program_of_torch_computes_the_tokens_that_take_part_alone(tmp_path: P
         assert len(images) > 1 or own.get_total_flops() <= counter.get_total_flops() < 1.02 * own.get_total_flops()
 
 
-@pytest.mark.parametrize("policy", [DToPConfig(static_left=(0.3, 0.5)), SpreadConfig(first_block=1, shares=(0.8, 0.6))])
+@pytest.mark.parametrize("policy", [DToPConfig(static_left=(0.3, 0.5)), SpreadConfig(first_block=1, shares=(0.6, 0.3))])
 def test_a_static_program_has_no_shape_that_depends_on_a_value(policy: PolicyConfig, tmp_path: Path) -> None:
     from sievit.export.formats import write_program
 

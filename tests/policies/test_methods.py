@@ -205,7 +205,7 @@ def test_dynamicvit_drops_in_stages_and_never_brings_back() -> None:
     assert len(gates) == 2 and not ((gates[1] > 0.5) & (gates[0] < 0.5)).any()
 
 
-def test_cropr_scores_by_the_attention_of_its_queries_and_teaches_the_backbone_nothing() -> None:
+def test_cropr_learns_by_the_attention_of_its_queries_and_teaches_the_backbone_nothing() -> None:
     scorer = Scorer(4, queries=2, labels=3).double()
     x = torch.randn(1, 5, 4, dtype=torch.float64)
     products, values = scorer(x)
