@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from sievit.config import ConfigError, to_json
+from sievit.config import ConfigError, kind_of, to_json
 from sievit.export.onnx import _in_8_bits, _in_16_bits
 from sievit.export.program import program
 from sievit.models.base import Model
@@ -23,12 +23,16 @@ from sievit.models.build import build, load, save
 from sievit.models.inputs import InputConfig
 from sievit.models.segmenter import Segmenter
 from sievit.policies import (
+    ALGMConfig,
+    ATSConfig,
     DToPConfig,
     EViTConfig,
+    EvoViTConfig,
     KeepAllConfig,
     PolicyConfig,
     SpreadConfig,
     SViTConfig,
+    ToMeConfig,
     TopNormConfig,
 )
 from sievit.tasks import task_of
@@ -118,6 +122,28 @@ def test_tokens_that_follow_others_do_so_in_the_file(policy, scenes, tmp_path) -
     path = segmenter(policy, tmp_path / "model.safetensors")
     assert export(path, images=scenes / "images", out=tmp_path / "model.onnx", number=2)["agree"] == 1
     assert_same_answers(load(path), load(tmp_path / "model.onnx"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ALGMConfig(local_block=0, global_block=1, threshold=0.3),
+        ATSConfig(first_block=1, shares=(0.6, 0.4)),
+        EViTConfig(first_block=1, shares=(0.6, 0.4)),
+        EvoViTConfig(first_block=1, shares=(0.5,)),
+        ToMeConfig(share=0.15),
+    ],
+    ids=kind_of,
+)
+def test_policies_that_decide_inside_of_a_block_do_so_in_the_file(policy, suffix, scenes, tmp_path) -> None:
+    from sievit.export import export
+
+    path, out = segmenter(policy, tmp_path / "model.safetensors"), tmp_path / f"model{suffix}"
+    kind: Any = "onnx" if suffix == ".onnx" else "openvino"
+    assert export(path, images=scenes / "images", out=out, format=kind, number=2)["agree"] == 1
+    assert_same_answers(load(path), load(out))
 
 
 def test_commands_take_the_file_like_a_checkpoint(pair, scenes, command, tmp_path) -> None:
@@ -300,8 +326,8 @@ def test_mistakes(scenes, tmp_path, command, monkeypatch) -> None:
         assert (
             message in command("export", checkpoint, *images, "--out", tmp_path / f"a.{suffix}", *options, status=2).err
         )
-    evit = segmenter(EViTConfig(first_block=1, shares=(0.5,)), tmp_path / "evit.safetensors")
-    assert "decides inside blocks" in command("export", evit, *images, *out, status=2).err
+    tome = segmenter(ToMeConfig(share=0.15), tmp_path / "tome.safetensors")
+    assert "has no static counts" in command("export", tome, *images, *out, "--mode", "static", status=2).err
     assert not list(tmp_path.glob("*.onnx")) and not list(tmp_path.glob(".*.onnx"))
 
     (tmp_path / "damaged.onnx").write_bytes(b"no model")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -209,6 +210,18 @@ def taken(rows: Float[Tensor, "b n c"], index: Int[Tensor, "b k"]) -> Float[Tens
 def _of_all(index: Int[Tensor, "b k"], n: int) -> Int[Tensor, " bk"]:
     """Positions on canvases of n tokens as positions on all of them, one behind the other."""
     return (index + n * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()
+
+
+def most_of(keep: Bool[Tensor, "b n"]) -> Any:
+    """How many are chosen in the image with the most of them, for a shape to depend on; in a program at least two, for
+    it is made for no shape of 0 or 1."""
+    most = keep.sum(1).max()
+    if not torch.compiler.is_exporting():
+        return int(most)
+    size = most.clamp(min=2).item()
+    torch._check(size >= 2)
+    torch._check(size <= keep.shape[1])
+    return size
 
 
 def chosen_first(keep: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:

@@ -29,8 +29,8 @@ class Made:
         outputs: of a segmenter `scores` (b, k, H, W), logits or those of attention-to-mask heads; of a detector
             `boxes` (b, d, 4) on the pixels of `images`, `labels` (b, d), `scores` (b, d), best first, both zero where
             there is no detection, and `masks` (b, d, m, m), probabilities inside the box; of both `keep` (b, depth, n),
-            which grid tokens took part in each block, `macs` (b,), multiply-adds of the policy, and `exited`
-            (b, stages, n), tokens that left (DToP).
+            which grid tokens took part in each block, `macs` (b,), multiply-adds of the policy, `exited`
+            (b, stages, n), tokens that left (DToP), and `mlp` (b, depth, n), of policies that decide inside blocks.
         known: what traces of the program have beside that: `prefix`, per block the prefix tokens of attention and MLP;
             `heads`, the blocks behind which heads were computed; `stages`, those behind which tokens leave; `canvas`,
             the (height, width) of a static program.
@@ -72,8 +72,6 @@ def program(model: Model, *, canvas: Size | None = None) -> Made:
     with torch.inference_mode():
         _, trace = model.network(images)
     name = type(model.policy).__name__
-    if any(not torch.equal(*pair) for pair in zip(trace.keep, trace.mlp, strict=True)):
-        raise ConfigError(f"{name} decides inside blocks, and has no program yet")
     args, shapes = {"images": images}, {"images": free}
     if net.static or net.sized:
         args["sizes"], shapes["sizes"] = torch.tensor([size, (size[0] - 1, size[1] // 2)]), {0: batch}

@@ -66,7 +66,7 @@ class SegmenterProgram(Program):
 
     def forward(self, images: Tensor, sizes: Tensor | None = None) -> dict[str, Tensor]:
         scores, trace = self.net(images, sizes, execution=self.mode)
-        return {"scores": scores, **_of_trace(trace, self.net.policy.cost(trace))}
+        return {"scores": scores, **_of_trace(trace, self.net.policy)}
 
 
 class DetectorProgram(Program):
@@ -87,11 +87,13 @@ class DetectorProgram(Program):
         features, trace = self.backbone(images, sizes if self.hidden else None, execution=self.mode)
         found = find(self.head, features, (images.shape[2], images.shape[3]), sizes, fixed=self.static)
         there = {name: value for name, value in found._asdict().items() if value is not None}
-        return {**there, **_of_trace(trace, self.backbone.policy.cost(trace))}
+        return {**there, **_of_trace(trace, self.backbone.policy)}
 
 
-def _of_trace(trace: Trace, macs: Tensor) -> dict[str, Tensor]:
-    found = {"keep": torch.stack(trace.keep, dim=1), "macs": macs.float()}
+def _of_trace(trace: Trace, policy: Policy) -> dict[str, Tensor]:
+    found = {"keep": torch.stack(trace.keep, dim=1), "macs": policy.cost(trace).float()}
+    if any(map(policy.decides_inside, range(len(trace.mlp)))):
+        found["mlp"] = torch.stack(trace.mlp, dim=1)
     return {**found, "exited": torch.stack(trace.exited, dim=1)} if trace.exited else found
 
 
@@ -206,10 +208,10 @@ def _on_canvas_of(images: Tensor, canvas: Sequence[int]) -> Tensor:
 
 def _trace(known: dict[str, Any], found: dict[str, Tensor], grid: tuple[int, int], valid: Tensor) -> Trace:
     """The trace that the outputs of a program tell of."""
-    keep = found["keep"].bool().unbind(1)
+    keep, mlp = (found[name].bool().unbind(1) for name in ("keep", "mlp" if "mlp" in found else "keep"))
     aux: list[dict[str, Tensor]] = [{} for _ in range(len(keep) + 1)]
     aux[0]["exported"] = found["macs"].double()
     for i, block in enumerate(known["stages"]):
         aux[block + 1]["exited"] = found["exited"][:, i].bool()
     prefix = tuple((before, after) for before, after in known["prefix"])
-    return Trace(grid, valid, keep, keep, prefix, tuple(aux))
+    return Trace(grid, valid, keep, mlp, prefix, tuple(aux))

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sievit.tokens import Tokens, Trace, chosen_first, similarities, taken
+from sievit.tokens import Tokens, Trace, chosen_first, most_of, similarities, taken
 
 
 def again(index: int, tokens: Tokens, trace: Trace) -> Tokens:
@@ -32,11 +32,11 @@ def matched(
         multiply-adds.
     """
     left: Bool[Tensor, "b n"] = tokens.valid_or_all() if tokens.keep is None else tokens.keep
-    order = chosen_first(left)[:, : int(left.sum(1).max()) if most is None else most]
+    order = chosen_first(left)[:, : most_of(left) if most is None else most]
     first, second = order[:, ::2], order[:, 1::2]
     best = rows.new_full(left.shape, -torch.inf)
     owner = torch.arange(left.shape[1], device=left.device).repeat(left.shape[0], 1)
-    macs = float(first.shape[1] * second.shape[1] * rows.shape[2]) * torch.ones_like(best[:, 0], dtype=torch.float64)
+    macs = _pairs(left) * rows.shape[2]
     if not torch.compiler.is_exporting() and not second.shape[1]:
         return best, owner, macs
     alike = similarities(taken(rows, first), taken(rows, second))
@@ -48,5 +48,10 @@ def matched(
 
 def matching_macs(tokens: Tokens, channels: int) -> Float[Tensor, " b"]:
     """(b,): of a matching of all tokens by vectors of so many channels."""
-    n = tokens.valid_or_all().sum(1).double()
-    return (n / 2).ceil() * (n / 2).floor() * channels
+    return _pairs(tokens.valid_or_all()) * channels
+
+
+def _pairs(left: Bool[Tensor, "b n"]) -> Float[Tensor, " b"]:
+    """(b,): pairs of one token of each of the two sets."""
+    n = left.sum(1).double()
+    return (n / 2).ceil() * (n / 2).floor()

@@ -5,13 +5,12 @@ Letters: b images, n = h*w grid tokens, p prefix tokens, t packed tokens, c chan
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sievit.tokens import Tokens, chosen_first
+from sievit.tokens import Tokens, chosen_first, most_of
 from sievit.vit.block import Block, Heads
 from sievit.vit.execution import Execution
 from sievit.vit.packed import (
@@ -121,14 +120,10 @@ def _bucketed(tokens: Tokens, keep: Bool[Tensor, "b n"]) -> Tokens:
 
     A program that is exported has no buckets: it computes so many tokens as the image with the most of them.
     """
-    n, most = keep.shape[1], keep.sum(1).max()
-    if torch.compiler.is_exporting():
-        size: Any = most.clamp(min=2).item()  # programs are made for no shape of 0 or 1
-        torch._check(size >= 2)
-        torch._check(size <= n)
-    else:
+    n, size = keep.shape[1], most_of(keep)
+    if not torch.compiler.is_exporting():
         step = -(-n // BUCKETS)
-        size = min(n, -(-int(most) // step) * step)
+        size = min(n, -(-size // step) * step)
     return tokens.select_order(chosen_first(keep)[:, :size], keep)
 
 

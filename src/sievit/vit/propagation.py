@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sievit.policies.base import Notes
-from sievit.tokens import Tokens, chosen_first, similarities, taken
+from sievit.tokens import Tokens, chosen_first, most_of, similarities, taken
 
 
 def with_source(tokens: Tokens, notes: Notes) -> tuple[Tokens, Notes]:
@@ -76,10 +76,4 @@ def _counts(tokens: Tokens) -> tuple[Int[Tensor, "b n"], Any, Any]:
     if tokens.order is not None:
         most = tokens.order.shape[1]
         return order, most, most if tokens.real is None else 0
-    kept = tokens.keep.sum(1)
-    if torch.compiler.is_exporting():
-        most = kept.max().clamp(min=2).item()  # programs are made for no shape of 0 or 1
-        torch._check(most >= 2)
-        torch._check(most <= order.shape[1])
-        return order, most, 0
-    return order, int(kept.max()), int(kept.min())
+    return order, most_of(tokens.keep), 0 if torch.compiler.is_exporting() else int(tokens.keep.sum(1).min())
