@@ -5,8 +5,6 @@ Letters: b images, n = h*w grid tokens, p prefix tokens, t = p+n tokens, c chann
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
-from operator import or_
 from typing import Any
 
 import torch
@@ -213,15 +211,14 @@ def _of_all(index: Int[Tensor, "b k"], n: int) -> Int[Tensor, " bk"]:
 
 
 def most_of(keep: Bool[Tensor, "b n"]) -> Any:
-    """How many are chosen in the image with the most of them, for a shape to depend on; in a program at least two, for
-    it is made for no shape of 0 or 1."""
-    most = keep.sum(1).max()
+    """How many are chosen in the image with the most of them; in a program, made for no shape of 0 or 1, at least 2."""
+    most: Any = keep.sum(1).max()
     if not torch.compiler.is_exporting():
         return int(most)
-    size = most.clamp(min=2).item()
-    torch._check(size >= 2)
-    torch._check(size <= keep.shape[1])
-    return size
+    most = most.clamp(min=2).item()
+    torch._check(most >= 2)
+    torch._check(most <= keep.shape[1])
+    return most
 
 
 def chosen_first(keep: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:
@@ -380,7 +377,7 @@ class Trace:
     def _with(self, *names: str) -> Int[Tensor, "depth b"]:
         """(depth, b) int: tokens of each block's attention and those of these notes, prefix included."""
         pairs = zip(self.keep, self.aux[: len(self.keep)], strict=True)
-        masks = [reduce(or_, (aux[name] for name in names if name in aux), keep) for keep, aux in pairs]
+        masks = [torch.stack([keep, *(aux[name] for name in names if name in aux)]).any(0) for keep, aux in pairs]
         return _counted(masks, [before for before, _ in self.prefix])
 
     def shares(self) -> Float[Tensor, "depth b"]:
@@ -397,9 +394,5 @@ def _counted(masks: Sequence[Bool[Tensor, "b n"]], prefix: Sequence[int]) -> Int
 def _joined(name: str, parts: Sequence[dict[str, Tensor]], traces: Sequence[Trace]) -> Tensor:
     """One thing that batches remember of one block, for all their images."""
     known = next(part[name] for part in parts if name in part)
-    return torch.cat(
-        [
-            part[name] if name in part else known.new_zeros(len(trace.valid), *known.shape[1:])
-            for part, trace in zip(parts, traces, strict=True)
-        ]
-    )
+    pairs = zip(parts, traces, strict=True)
+    return torch.cat([part.get(name, known.new_zeros(len(trace.valid), *known.shape[1:])) for part, trace in pairs])
