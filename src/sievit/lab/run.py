@@ -343,10 +343,13 @@ class _Lab:
         answer, pass_ms = timed(dense, [image])
         full = float(dense.gflops(answer)[0])
         step = self._seconds_per_step(control, train_set)
+        costs = {control.model: full}
         rows: list[dict[str, Any]] = []
         for row in self.variants:
-            model = self._start_model(row)
-            cost = full * row.cost if row.cost is not None else float(model.gflops(timed(model, [image])[0])[0])
+            if row.recipe.model not in costs:
+                model = self._start_model(row)
+                costs[row.recipe.model] = float(model.gflops(timed(model, [image])[0])[0])
+            cost = full * row.cost if row.cost is not None else costs[row.recipe.model]
             seconds = number * pass_ms / 1e3 * cost / full
             if row.weights is None:
                 steps = total_steps(row.recipe.train, len(train_set) // row.recipe.train.batch_size)
