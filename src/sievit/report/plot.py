@@ -173,7 +173,7 @@ def _style(axes: Any, label: str) -> None:
 
 
 def _name_points(axes: Any, points: list[dict[str, Any]], models: list[str], key: str, measure: str) -> None:
-    """Each point's value beside it, where it covers the least of curves, points and other values."""
+    """Each point's value beside it, within the axes, where it covers the least of curves, points and other values."""
     scale, steps = axes.figure.dpi / 72, np.linspace(0, 1, 61)[1:-1, None, None]
     occupied = np.empty((0, 2))
     for line in axes.get_lines():
@@ -188,7 +188,8 @@ def _name_points(axes: Any, points: list[dict[str, Any]], models: list[str], key
         size = scale * TEXT * np.array([0.62 * len(text), 1.0])
         centres = [np.array([x + dx * (size[0] / 2 + 5 * scale), y + dy * scale]) for dx, dy in BESIDE]
         covered = [(abs(occupied - centre) < size / 2 + 2).all(1).sum() for centre in centres]
-        cx, cy = centres[int(np.argmin(covered))]
+        beyond = [max(0, axes.bbox.x0 - c[0] + size[0] / 2, c[0] + size[0] / 2 - axes.bbox.x1) for c in centres]
+        cx, cy = centres[int(np.argmin(np.add(covered, beyond)))]
         corners = [(cx + size[0] * u / 8, cy + size[1] * v / 4) for u in range(-4, 5) for v in (-2, 0, 2)]
         occupied = np.concatenate([occupied, corners, corners])
         at = ((cx - x) / scale, (cy - y) / scale)
