@@ -363,8 +363,11 @@ def test_a_blur_is_a_mean_of_what_is_around() -> None:
 
 def test_corrupted_images_are_evaluated_and_counted(ablate, monkeypatch, tmp_path) -> None:
     def plan(recipe: Recipe) -> list[Variant]:
-        dense = trained(recipe, "dense")
-        return [dense, with_weights(dense, "bad", corruption=("contrast", 5)), with_weights(dense, "same")]
+        dense, bad = trained(recipe, "dense"), ("contrast", 5)
+        policy = TopNormConfig(first_block=1, shares=(0.3,))
+        found = [dense, with_weights(dense, "same"), with_weights(dense, "norm", policy=policy)]
+        found.append(with_weights(dense, "bad", curve="dense", corruption=bad))
+        return [*found, with_weights(dense, "norm_bad", policy=policy, curve="norm", corruption=bad)]
 
     monkeypatch.setattr(run, "find_plan", lambda name: plan)
     seen = {}
@@ -374,6 +377,14 @@ def test_corrupted_images_are_evaluated_and_counted(ablate, monkeypatch, tmp_pat
         return evaluate(model, data, title=title, **options)
 
     monkeypatch.setattr(run, "evaluate", noted)
-    found = rows(ablate("--out", tmp_path).figures)
+    content = ablate("--out", tmp_path).figures
+    found = rows(content)
     assert seen["bad"] < 0.7 * seen["dense"] and seen["same"] == seen["dense"]
-    assert found["same"]["miou_difference"] == [0, 0, 0]
+    assert found["same"]["miou_difference"] == [0, 0, 0] and "ms" in found["norm"] and "ms" not in found["norm_bad"]
+    for name, control in (("norm", "dense"), ("norm_bad", "bad"), ("bad", "dense")):  # each beside the same images
+        apart = found[name]["miou"] - found[control]["miou"]
+        assert found[name]["miou_difference"][0] == pytest.approx(apart, abs=2e-5)
+    means = [(row["curve"], row["severity"], row["miou"]) for row in content["severities"]]
+    assert means == [("dense", 5, found["bad"]["miou"]), ("norm", 5, found["norm_bad"]["miou"])]
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert pictures == ["ablation.png", "corruptions.png"]

@@ -64,7 +64,11 @@ def ablation(folder: Path, data: Path) -> Path:
         rows.append({"variant": name, "curve": name.split("_")[0], "seeds": [0], **measures, **costs})
         (folder / "figures").mkdir(exist_ok=True)
         write_json(folder / "figures" / f"{name}-0.json", {"figures": {"iou": [score] * len(CLASSES)}})
-    write_json(folder / "ablation.json", {"measures": ["miou"], "variants": rows})
+    fog = {"curve": "exits", "miou": 0.3, "miou_difference": [-0.1, -0.2, 0.0], "gflops": 3.5}
+    of_one = {"corruption": ["fog", 3], "seeds": [0], "miou_spread": None, "keep": [1.0, 0.9]}
+    content = {"measures": ["miou"], "variants": [*rows, {"variant": "exits_fog_3", **fog, **of_one}]}
+    content["severities"] = [fog | {"severity": 3, "corruptions": 1}]
+    write_json(folder / "ablation.json", content)
     return folder
 
 
@@ -218,11 +222,11 @@ def test_the_keyboard_sorts_selects_filters_and_slides(browser: Any, pages: dict
     view = browser.new_page(viewport={"width": 1200, "height": 900})
     view.goto(pages["methods"][0].as_uri())
     rows = view.locator("section[aria-label='All variants'] tbody tr")
-    view.get_by_role("button", name="GFLOPs", exact=True).focus()
+    view.get_by_label("All variants").get_by_role("button", name="GFLOPs", exact=True).focus()
     view.keyboard.press("Enter")
-    assert rows.evaluate_all(NAMES) == ["dense", "exits", "half", "exits_0.8"]
+    assert rows.evaluate_all(NAMES) == ["dense", "exits_fog_3", "exits", "half", "exits_0.8"]
     view.keyboard.press("Space")
-    assert rows.evaluate_all(NAMES) == ["exits_0.8", "half", "exits", "dense"]
+    assert rows.evaluate_all(NAMES) == ["exits_0.8", "half", "exits", "exits_fog_3", "dense"]
     assert view.locator("th[aria-sort=ascending]").inner_text().startswith("GFLOPs")
     first = view.locator("svg[aria-label^='Accuracy against GFLOPs'] .point").first
     first.focus()

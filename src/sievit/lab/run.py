@@ -306,19 +306,20 @@ class _Lab:
             with held(self.out / "claims" / "times"):
                 results.times = self._times(seeds[0], timed_images)
         written(results, device=device_name(self.device))
-        terminal.console(stderr=False).print(printed(results))
+        for table in printed(results):
+            terminal.console(stderr=False).print(table)
         return results.content()
 
     def _times(self, seed: int, count: int) -> dict[str, dict[str, float]]:
-        """Milliseconds of all variants on the same images, in turns."""
-        path = self.out / "times.json"
-        names, digests = [row.name for row in self.variants], [digest(self._weights(r, seed)) for r in self.variants]
+        """Milliseconds of all variants on the same images, in turns; on corrupted images no model is timed again."""
+        path, timed_rows = self.out / "times.json", [row for row in self.variants if row.corruption is None]
+        names, digests = [row.name for row in timed_rows], [digest(self._weights(r, seed)) for r in timed_rows]
         made = {"names": names, "weights": digests, "images": count}
         if path.is_file() and (known := read_json(path))["made"] == made:
             return known["times"]
         if not count:
             return {}
-        models = [self._evaluated(row, seed) for row in self.variants]
+        models = [self._evaluated(row, seed) for row in timed_rows]
         _, data = open_data(self.variants[0].recipe)
         images = [data[i][0] for i in range(min(count, len(data)))]
         taken = timed_in_turns(models, images, console=self.console)

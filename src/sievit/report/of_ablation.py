@@ -35,6 +35,7 @@ def ablation_sections(folder: Path) -> list[dict[str, Any]]:
             labels |= {name: task.config.figures[name] for name in labels if name in task.config.figures}
         classes = () if task is None else task.config.classes
         parts = [_summary(rows, labels), *_fronts(rows, labels), _variants(rows, labels)]
+        corrupted = _severities(content.get("severities", []), labels)
         per_class, blocks = _by_class(folder, rows, classes), _by_block(rows)
     drawn = []
     if task is not None:
@@ -46,6 +47,7 @@ def ablation_sections(folder: Path) -> list[dict[str, Any]]:
     )
     return [
         section("Variants", parts, text=text),
+        section("Corrupted images", [corrupted]),
         section("Classes and blocks", [per_class, blocks]),
         section("Trainings", drawn),
     ]
@@ -55,7 +57,9 @@ def _summary(rows: list[Row], labels: dict[str, str]) -> Part:
     """The cheapest variant that loses nothing that the interval could show, beside the dense model."""
     measure, label = next(iter(labels.items()))
     dense = next((row for row in rows if row[f"{measure}_difference"] is None), None)
-    equal = [row for row in rows if (apart := row[f"{measure}_difference"]) and apart[2] >= 0]
+    equal = [
+        row for row in rows if "corruption" not in row and (apart := row[f"{measure}_difference"]) and apart[2] >= 0
+    ]
     items = [("variants", str(len(rows)), f"seeds of each: {max(len(row['seeds']) for row in rows)}" if rows else "")]
     if dense is not None:
         items.append((f"dense, {label}", f"{100 * dense[measure]:.1f}", f"{dense['gflops']:.1f} GFLOPs"))
@@ -68,7 +72,9 @@ def _summary(rows: list[Row], labels: dict[str, str]) -> Part:
 
 def _fronts(rows: list[Row], labels: dict[str, str]) -> list[Part | None]:
     """Accuracy against GFLOPs, and against milliseconds where all were timed."""
-    keys = [("gflops", "GFLOPs per image"), *([("ms", "ms per image")] if all("ms" in row for row in rows) else [])]
+    keys = [("gflops", "GFLOPs per image")]
+    if all("ms" in row or "corruption" in row for row in rows):
+        keys.append(("ms", "ms per image"))
     return [
         chart(
             f"Accuracy against {x.split()[0]}",
@@ -86,6 +92,8 @@ def _choice(rows: list[Row], key: str, measure: str, label: str) -> Part | None:
     """A series for each curve, sorted by cost."""
     series: dict[str, list[dict[str, Any]]] = {}
     for index, row in enumerate(rows):
+        if "corruption" in row:
+            continue
         point = {"x": row[key], "y": 100 * row[measure], "name": row["variant"], "row": index, "label": True}
         if (apart := row[f"{measure}_difference"]) is not None:
             low, high = (100 * (row[measure] - apart[0] + end) for end in apart[1:])
@@ -117,6 +125,21 @@ def _variants(rows: list[Row], labels: dict[str, str]) -> Part | None:
         spent = [row["gflops"], statistics.fmean(row["keep"]), *map(row.get, ("ms", "speedup", "realised"))]
         cells.append([row["variant"], *values[0], *spent, *chain(*values[1:]), len(row["seeds"]), row["curve"]])
     return table("All variants", heads, cells, name="variants")
+
+
+def _severities(rows: list[Row], labels: dict[str, str]) -> Part | None:
+    """Means over the corruptions, for each model and severity."""
+    note = "difference to the dense model on the same images; of that one to itself on clean images"
+    scores = [
+        [column(f"{label} in %", **PERCENT), column("to dense", **PERCENT, sign=True, note=note)]
+        for label in labels.values()
+    ]
+    heads = [column("variant"), column("severity", digits=0), column("corruptions", digits=0), column("GFLOPs")]
+    cells = []
+    for row in rows:
+        values = [row.get(f"{name}{end}") for name in labels for end in ("", "_difference")]
+        cells.append([row["curve"], row["severity"], row["corruptions"], row["gflops"], *values])
+    return table("Means over corruptions", [*heads, *chain(*scores)], cells)
 
 
 def _by_class(folder: Path, rows: list[Row], classes: tuple[str, ...]) -> Part | None:

@@ -82,6 +82,44 @@ def draw_variants(rows: list[dict[str, Any]], path: Path, *, measure: str, label
     _write(figure, path)
 
 
+def draw_corruptions(rows: list[dict[str, Any]], path: Path, *, measure: str, label: str) -> None:
+    """A line for each corruption: accuracy, and GFLOPs, of each curve at each severity, the strongest one filled.
+
+    Args:
+        rows: of `lab.table`, those with a `corruption`, which is a name and a severity.
+        measure, label: what the accuracy is called in the rows, and in the picture.
+    """
+    kinds = list(dict.fromkeys(row["corruption"][0] for row in rows))
+    curves = list(dict.fromkeys(row["curve"] for row in rows))
+    severities = sorted({row["corruption"][1] for row in rows})
+    figure = _figure(10.0, 1.6 + 0.3 * len(kinds))
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, key, scale, of_axis in (
+        (panels[0], measure, 100, f"{label} in %"),
+        (panels[1], "gflops", 1, "GFLOPs per image (mean)"),
+    ):
+        for i, curve in enumerate(curves):
+            for severity in severities:
+                points = [row for row in rows if row["curve"] == curve and row["corruption"][1] == severity]
+                axes.plot(
+                    [scale * row[key] for row in points],
+                    [kinds.index(row["corruption"][0]) + 0.2 * (i - (len(curves) - 1) / 2) for row in points],
+                    linestyle="none",
+                    marker=MARKERS[i % len(MARKERS)],
+                    markersize=5,
+                    color=COLOURS[i % len(COLOURS)],
+                    markerfacecolor=COLOURS[i % len(COLOURS)] if severity == severities[-1] else "w",
+                    label=f"{curve}, severity {severity}",
+                )
+        _style(axes, of_axis)
+        axes.margins(y=0.03)
+    panels[0].set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
+    panels[0].invert_yaxis()
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(curves), frameon=False, labelcolor=INK)
+    _write(figure, path)
+
+
 def draw_shares(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """A row for each part of the images, a cell for each block: the share of its tokens that was computed, `keep`."""
     names, shares = list(rows), np.array([row["keep"] for row in rows.values()])
