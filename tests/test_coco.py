@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from sievit.data.coco import CocoDetection
 from sievit.data.dataset import collate, sample_generator
 from sievit.data.masks import Masks, decode, decode_counts, encode, tight_patch
 from sievit.data.transforms import Augment, AugmentConfig
-from tiny import refused
+from sievit.heads.config import AnchorConfig
+from sievit.tasks.detection import DetectionTask
+from tiny import refused, tiny_detector, tiny_head
 
 SIZE = (40, 50)
 MASKS = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=24))
@@ -322,3 +325,29 @@ def test_real_files(data_root: Path):
                     rle = coco_mask.frPyObjects(rle, *image.shape[1:])
                 rle = coco_mask.merge(rle) if isinstance(rle, list) else rle
                 assert (coco_mask.decode(rle) == mask).all()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        # to the model objects are twice as large: 12 pixels, and 60 to 80
+        ((12, 80, 80, 80, 80), None),
+        ((12, 12, 12, 12, 12), "50% of the training objects (mean over classes; tree 100%, pole 0%)"),
+        ((300, 300, 300, 300, 300), "of 0.25 times the size it is 50%: --model.head.anchors.sizes.0 to .4, 75 75"),
+    ],
+)
+def test_of_objects_that_no_anchor_fits_a_training_says_so(
+    sizes: tuple[float, ...], said: str | None, tmp_path: Path
+) -> None:
+    images = [{"id": i, "file_name": f"{i}.png", "height": 32, "width": 48} for i in (1, 2)]
+    boxes = [(1, 1, [2, 2, 30, 30]), (1, 1, [0, 0, 40, 30]), (2, 1, [0, 0, 38, 32]), (2, 2, [1, 1, 6, 6])]
+    objects = [
+        {"id": i, "image_id": image, "category_id": category, "bbox": box, "iscrowd": 0, "area": box[2] * box[3]}
+        for i, (image, category, box) in enumerate(boxes)
+    ]
+    categories = [{"id": 1, "name": "tree"}, {"id": 2, "name": "pole"}]
+    data = CocoDetection(tmp_path, {"images": images, "annotations": objects, "categories": categories})
+    head = replace(tiny_head(), anchors=AnchorConfig(sizes=tuple((size,) for size in sizes)))
+    config = tiny_detector(classes=("tree", "pole"), head=head)  # the short edge becomes 64
+    remarks = DetectionTask(config).remarks(data)
+    assert (not remarks) if said is None else said in remarks[0]

@@ -74,6 +74,11 @@ class CocoDetection(ImageDataset):
         images = (self.annotations.images[place] for place in self._places)
         return tuple((image["height"], image["width"]) for image in images)
 
+    @property
+    def objects(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Of every index the boxes (k, 4) float32, xyxy pixels, and labels (k,) of its targets."""
+        return tuple((self._boxes(place), self._labels_of(place)) for place in self._places)
+
     def path(self, index: int) -> Path:
         return self.root / self.annotations.images[self._places[index]]["file_name"]
 
@@ -81,14 +86,10 @@ class CocoDetection(ImageDataset):
         place = self._places[index]
         record = self.annotations.images[place]
         size = (record["height"], record["width"])
-        objects = [a for a in self.annotations.objects[place] if self._crowds or not _crowd(a)]
-        boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        boxes[:, 0::2].clamp_(0, size[1])
-        boxes[:, 1::2].clamp_(0, size[0])
+        objects = self._objects(place)
         target: Target = {
-            "boxes": boxes,
-            "labels": torch.tensor([self._labels[a["category_id"]] for a in objects], dtype=torch.int64),
+            "boxes": self._boxes(place),
+            "labels": self._labels_of(place),
             "iscrowd": torch.tensor([a["iscrowd"] for a in objects], dtype=torch.int64),
             "area": torch.tensor([a["area"] for a in objects], dtype=torch.float32),
             "image_id": record["id"],
@@ -97,6 +98,20 @@ class CocoDetection(ImageDataset):
         if self.with_masks:
             target["masks"] = Masks(tuple(decode(a["segmentation"], size) for a in objects), size)
         return image, target
+
+    def _objects(self, place: int) -> list[dict[str, Any]]:
+        return [a for a in self.annotations.objects[place] if self._crowds or not _crowd(a)]
+
+    def _boxes(self, place: int) -> Tensor:
+        record = self.annotations.images[place]
+        boxes = torch.tensor([a["bbox"] for a in self._objects(place)], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes[:, 0::2].clamp_(0, record["width"])
+        boxes[:, 1::2].clamp_(0, record["height"])
+        return boxes
+
+    def _labels_of(self, place: int) -> Tensor:
+        return torch.tensor([self._labels[a["category_id"]] for a in self._objects(place)], dtype=torch.int64)
 
     def _use_masks(self, with_masks: bool | None, advice: str | None) -> bool:
         annotations = [a for objects in self.annotations.objects for a in objects]

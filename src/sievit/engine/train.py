@@ -178,6 +178,8 @@ class _Run:
         self.console.print(f"{self.folder.path}: training {counts[0]:,} of {counts[1]:,} parameters", soft_wrap=True)
         if hint := slow_bfloat16(self.recipe.train, self.fabric.device):
             self.console.print(hint, soft_wrap=True)
+        for remark in task_of(self.recipe.model).remarks(self.train_set):
+            self.console.print(remark, soft_wrap=True)
 
     def loop(self, stop: Stop) -> dict:
         """Train to the last epoch, validating and saving on the way."""

@@ -3,7 +3,7 @@
 Lengths are pixels of the network's input, boxes are xyxy.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sievit.config import Config, ConfigError, Count, Natural, NonNegative, Positive, Share
@@ -35,6 +35,10 @@ class AnchorConfig(Config):
             raise ConfigError("anchors.sizes must hold the same number of sizes on every level: they share one head")
         if self.strides is not None and len(self.strides) != 5:
             raise ConfigError(f"anchors.strides has {len(self.strides)} levels; give 5, or None to infer them")
+
+    def scaled(self, factor: float) -> "AnchorConfig":
+        """The same with sizes that are so many times as large."""
+        return replace(self, sizes=tuple(tuple(factor * size for size in sizes) for sizes in self.sizes))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
-from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
 from sievit.heads import boxes as box_ops
-from sievit.heads.config import MaskRCNNConfig
+from sievit.heads.config import AnchorConfig, MaskRCNNConfig
 
 
 def base_anchors(sizes: tuple[float, ...], ratios: tuple[float, ...]) -> Tensor:
@@ -19,6 +19,16 @@ def base_anchors(sizes: tuple[float, ...], ratios: tuple[float, ...]) -> Tensor:
     root, size = torch.tensor(ratios).sqrt()[:, None], torch.tensor(sizes)
     half = torch.stack([(1 / root * size).flatten(), (root * size).flatten()], dim=1) / 2
     return torch.cat([-half, half], dim=1)
+
+
+def best_overlaps(config: AnchorConfig, boxes: Tensor) -> Tensor:
+    """(k,): the overlap (IoU) of each box (k, 4) xyxy with the anchor that fits it best, if that one stood upon it.
+
+    No anchor on its grid overlaps it more.
+    """
+    anchors = base_anchors(tuple(size for sizes in config.sizes for size in sizes), config.ratios)
+    centred = boxes - (boxes[:, :2] + boxes[:, 2:]).repeat(1, 2) / 2
+    return box_iou(centred, anchors).amax(1)
 
 
 class RegionProposals(nn.Module):

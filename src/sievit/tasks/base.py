@@ -117,6 +117,10 @@ class Task(ABC, Generic[R]):
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    def remarks(self, train: Any) -> list[str]:
+        """What whoever trains on this data set should know beforehand, a sentence each."""
+        return []
+
     @abstractmethod
     def open(self, images: Path, truth: Truth) -> ImageDataset:
         """The images of a folder with their annotations, to evaluate the model on.

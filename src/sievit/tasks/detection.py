@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -19,11 +20,14 @@ from sievit.data.coco_json import CocoFile
 from sievit.data.transforms import Augment, AugmentConfig
 from sievit.data.truth import Truth
 from sievit.files import writing
+from sievit.heads.rpn import best_overlaps
 from sievit.models.detector import DetectorConfig
 from sievit.tasks.base import CACHE, DataConfig, Metric, Region, Task, Writer, register_task
 from sievit.tasks.metrics import CocoMetric, coco_results, encode_masks
 from sievit.text import is_text
 
+MISSED = 0.05
+"""Share of the training objects without an anchor, mean over classes, from which on it is said."""
 Detections = dict[str, Tensor]
 """torchvision's: boxes (d, 4) xyxy pixels, labels (d,) from 1, scores (d,), masks (d, 1, h, w) if there are any."""
 
@@ -93,6 +97,30 @@ class DetectionTask(Task[Detections]):
                     f"{data.train_annotations.name}"
                 )
         return train, val
+
+    def remarks(self, train: CocoDetection) -> list[str]:
+        """Of objects that no anchor fits, which proposals learn nothing of: how many there are, and a way out."""
+        anchors, least = self.config.head.anchors, self.config.head.rpn.low_quality_iou
+        scales = [self.config.input.test_size(size)[0] / size[0] for size in train.sizes]
+        boxes = torch.cat([scale * boxes for scale, (boxes, _) in zip(scales, train.objects, strict=True)])
+        labels = torch.cat([labels for _, labels in train.objects])
+
+        def missed(factor: float) -> dict[int, float]:
+            out = (best_overlaps(anchors.scaled(factor), boxes) < least).float()
+            return {label: out[labels == label].mean().item() for label in labels.unique().tolist()}
+
+        by_class, means = missed(1), {f: fmean(missed(f).values()) for f in (1, 0.25, 0.35, 0.5, 0.7, 1.4, 2, 2.8, 4)}
+        if means[1] < MISSED:
+            return []
+        worst = sorted(by_class, key=lambda label: -by_class[label])[:3]
+        named = ", ".join(f"{self.config.classes[label - 1]} {by_class[label]:.0%}" for label in worst)
+        text = f"{means[1]:.0%} of the training objects (mean over classes; {named}) overlap no anchor by {least:g}"
+        best = min(means, key=lambda factor: means[factor])
+        way_out = "other sizes hardly help, other shapes may: --model.head.anchors.ratios"
+        if means[best] <= 0.6 * means[1]:
+            sizes = " ".join(f"{size:.0f}" for level in anchors.scaled(best).sizes for size in level)
+            way_out = f"of {best:g} times the size it is {means[best]:.0%}: --model.head.anchors.sizes.0 to .4, {sizes}"
+        return [f"{text} at the size of the model's images, and proposals cannot learn them; {way_out}"]
 
     def classes_of(self, data: CocoData, root: Path) -> DetectorConfig:
         if not data.own_classes:
