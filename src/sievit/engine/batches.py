@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
@@ -26,7 +25,11 @@ class Batch:
     """Images and targets. No container that Fabric converts, for it would round boxes to the precision of training."""
 
     def __init__(self, images: list[Tensor], targets: list[dict[str, Any]], device: torch.device) -> None:
-        self.images, self.targets = move_data_to_device((images, targets), device)
+        self.images = [image.to(device) for image in images]
+        self.targets = [
+            {name: value.to(device) if hasattr(value, "to") else value for name, value in target.items()}
+            for target in targets
+        ]
 
 
 class Losses(nn.Module):
