@@ -351,3 +351,5 @@ def test_of_objects_that_no_anchor_fits_a_training_says_so(
     config = tiny_detector(classes=("tree", "pole"), head=head)  # the short edge becomes 64
     remarks = DetectionTask(config).remarks(data)
     assert (not remarks) if said is None else said in remarks[0]
+    data = CocoDetection(tmp_path, {"images": images, "annotations": [], "categories": categories})
+    assert DetectionTask(config).remarks(data) == []

@@ -104,20 +104,24 @@ class DetectionTask(Task[Detections]):
         scales = [self.config.input.test_size(size)[0] / size[0] for size in train.sizes]
         boxes = torch.cat([scale * boxes for scale, (boxes, _) in zip(scales, train.objects, strict=True)])
         labels = torch.cat([labels for _, labels in train.objects])
+        if not len(boxes):
+            return []
 
         def missed(factor: float) -> dict[int, float]:
             out = (best_overlaps(anchors.scaled(factor), boxes) < least).float()
             return {label: out[labels == label].mean().item() for label in labels.unique().tolist()}
 
-        by_class, means = missed(1), {f: fmean(missed(f).values()) for f in (1, 0.25, 0.35, 0.5, 0.7, 1.4, 2, 2.8, 4)}
-        if means[1] < MISSED:
+        by_class = missed(1)
+        here = fmean(by_class.values())
+        if here < MISSED:
             return []
+        means = {factor: fmean(missed(factor).values()) for factor in (0.25, 0.35, 0.5, 0.7, 1.4, 2, 2.8, 4)}
         worst = sorted(by_class, key=lambda label: -by_class[label])[:3]
         named = ", ".join(f"{self.config.classes[label - 1]} {by_class[label]:.0%}" for label in worst)
-        text = f"{means[1]:.0%} of the training objects (mean over classes; {named}) overlap no anchor by {least:g}"
+        text = f"{here:.0%} of the training objects (mean over classes; {named}) overlap no anchor by {least:g}"
         best = min(means, key=lambda factor: means[factor])
         way_out = "other sizes hardly help, other shapes may: --model.head.anchors.ratios"
-        if means[best] <= 0.6 * means[1]:
+        if means[best] <= 0.6 * here:
             sizes = " ".join(f"{size:.0f}" for level in anchors.scaled(best).sizes for size in level)
             way_out = f"of {best:g} times the size it is {means[best]:.0%}: --model.head.anchors.sizes.0 to .4, {sizes}"
         return [f"{text} at the size of the model's images, and proposals cannot learn them; {way_out}"]
