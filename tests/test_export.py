@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sievit.config import ConfigError, kind_of, to_json
-from sievit.export.onnx import _in_8_bits, _in_16_bits
-from sievit.export.program import program
+from sievit.export.onnx import _in_8_bits, _in_16_bits, onnx_bytes
+from sievit.export.program import Made, program
 from sievit.models.base import Model
 from sievit.models.build import build, load, save
 from sievit.models.inputs import InputConfig
@@ -28,6 +29,7 @@ from sievit.policies import (
     DToPConfig,
     EViTConfig,
     EvoViTConfig,
+    ExpeditConfig,
     KeepAllConfig,
     PolicyConfig,
     SpreadConfig,
@@ -35,6 +37,7 @@ from sievit.policies import (
     ToMeConfig,
     TopNormConfig,
 )
+from sievit.rows import with_sums
 from sievit.tasks import task_of
 from tiny import refused, saved, scattered, tiny_detector, tiny_segmenter, tiny_vit
 
@@ -189,19 +192,52 @@ def test_a_program_of_torch_computes_the_tokens_that_take_part_alone(tmp_path: P
         assert len(images) > 1 or own.get_total_flops() <= counter.get_total_flops() < 1.02 * own.get_total_flops()
 
 
-@pytest.mark.parametrize("policy", [DToPConfig(static_left=(0.3, 0.5)), SpreadConfig(first_block=1, shares=(0.6, 0.3))])
-def test_a_static_program_has_no_shape_that_depends_on_a_value(policy: PolicyConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("policy", "computed"),
+    [
+        (DToPConfig(static_left=(0.3, 0.5)), 128),
+        (SpreadConfig(first_block=1, shares=(0.6, 0.3)), 77),
+        (ExpeditConfig(first_block=1), 144),
+        (replace(GATES, propagate=True, static_shares=(0.6, 0.4)), 103),
+    ],
+)
+def test_a_static_program_has_no_shape_that_depends_on_a_value_and_adds_at_no_position(
+    policy: PolicyConfig, computed: int, tmp_path: Path
+) -> None:
     from sievit.export.formats import write_program
 
     model = load(segmenter(policy, tmp_path / "model.safetensors"))
     made = program(model, canvas=(128, 128))
     asked = [str(node.target) for node in made.exported.graph.nodes]
-    assert not [name for name in asked if "nonzero" in name or "_local_scalar_dense" in name]
+    no = ("nonzero", "_local_scalar_dense", "index_add", "scatter_add", "scatter_reduce", "index_put")
+    assert not [name for name in asked if any(each in name for each in no)]
+    mlp = [n for n in made.exported.graph.nodes if "linear" in str(n.target) and "blocks_2_mlp_fc1" in str(n.args[1])]
+    assert [n.args[0].meta["val"].shape[1] - 1 for n in mlp] == [computed]
     write_program(made, tmp_path / "a.pt2", "torch-export", {"config": to_json(model.config), **made.known})
     file = load(tmp_path / "a.pt2")
     assert_same_answers(model, file)
     with pytest.raises(ConfigError, match="up to 128x128 pixels, and this is 136x64"):
         file.network(torch.rand(1, 3, 136, 64))
+
+
+def test_onnx_runtime_adds_at_equal_positions_as_torch_does() -> None:
+    """Its ScatterND loses some of what two threads add to one row."""
+    import onnxruntime
+
+    class Sums(torch.nn.Module):
+        def forward(self, values: Tensor, owner: Tensor, others: Tensor) -> Tensor:
+            return with_sums(values, owner, others)
+
+    values, owner = torch.rand(1, 1600, 384), torch.randint(0, 800, (1, 1600))
+    given, names = (values, owner, torch.ones(1, 1600) == 1), ("values", "owner", "others")
+    exported = torch.export.export(Sums(), given)
+    content = onnx_bytes(Made(exported, names, ("sums",), {}), {})
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    for _ in range(40):
+        (sums,) = session.run(None, {name: each.numpy() for name, each in zip(names, given, strict=True)})
+        torch.testing.assert_close(torch.from_numpy(sums), with_sums(*given))
 
 
 def test_openvino_counts_the_tokens_of_a_static_program_in_32_bits(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_imports_point_downwards(name: str):
 def test_a_policy_knows_the_canvas_and_no_other_policy(name: str):
     allowed = {
         "sievit.tokens",
+        "sievit.rows",
         "sievit.config",
         "sievit.distributed",
         "sievit.policies.base",

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from sievit.rows import chosen_first, is_fixed, most_of, taken, with_products, with_sums
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
@@ -148,10 +150,24 @@ class Tokens:
     def _means(self, owner: Int[Tensor, "b n"]) -> Float[Tensor, "b n c"]:
         """(b, n, c): of each token that stands for others the mean of its group; of the rest what they are."""
         whole = self.unmerge().patches
+        return self._sums(whole, owner) / self._sizes(owner).clamp(min=1)[..., None].to(whole.dtype)
+
+    def _sums(self, values: Float[Tensor, "b n d"], owner: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        """(b, n, d): of each token that stands for others the sum of its group; of the rest what they are."""
         others = (owner != torch.arange(owner.shape[1], device=owner.device)) & self.valid_or_all()
-        added = (whole * others[..., None].to(whole.dtype)).flatten(0, 1)
-        sums = whole.flatten(0, 1).index_add(0, _of_all(owner, owner.shape[1]), added).unflatten(0, owner.shape)
-        return sums / self._sizes(owner).clamp(min=1)[..., None].to(whole.dtype)
+        if self.order is None or not is_fixed(owner):
+            return with_sums(values, owner, others)
+        order, most, fewest = self.counts()
+        return with_products(values, owner, others, owners=order[:, :most], rest=order[:, fewest:])
+
+    def counts(self) -> tuple[Int[Tensor, "b n"], Any, Any]:
+        """The positions with the chosen ones first, and how many of them the images have at most and at least."""
+        assert self.keep is not None
+        order = chosen_first(self.keep)
+        if self.order is not None:
+            most = self.order.shape[1]
+            return order, most, most if self.real is None else 0
+        return order, most_of(self.keep), 0 if torch.compiler.is_exporting() else int(self.keep.sum(1).min())
 
     def leaders(self) -> Int[Tensor, "b n"] | None:
         """(b, n): the position of the token that each one is merged with or follows; None: each is for itself."""
@@ -175,8 +191,8 @@ class Tokens:
         return None if owner is None else self._sizes(owner)
 
     def _sizes(self, owner: Int[Tensor, "b n"]) -> Float[Tensor, "b n"]:
-        weight = self.valid_or_all().to(torch.float32)
-        return torch.zeros_like(weight).scatter_add(1, owner, weight)
+        weight = self._sums(self.valid_or_all()[..., None].to(torch.float32), owner)[..., 0]
+        return weight * (owner == torch.arange(owner.shape[1], device=owner.device))
 
     def taking_part(self) -> Bool[Tensor, "b t"] | None:
         """(b, p+n) bool: what the next block computes, prefix included; None when it is everything."""
@@ -192,41 +208,6 @@ class Tokens:
         if self.valid is not None:
             return self.valid
         return self.x.new_ones(self.x.shape[0], self.grid[0] * self.grid[1], dtype=torch.bool)
-
-
-def similarities(a: Float[Tensor, "b m d"], b: Float[Tensor, "b k d"]) -> Float[Tensor, "b m k"]:
-    """(b, m, k): the products of all rows, with all their digits under autocast too, since close calls need them."""
-    with torch.autocast(a.device.type, enabled=False):
-        return a @ b.mT
-
-
-def taken(rows: Float[Tensor, "b n c"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k c"]:
-    """(b, k, c): of each image the rows at these positions."""
-    return rows.flatten(0, 1).index_select(0, _of_all(index, rows.shape[1])).unflatten(0, index.shape)
-
-
-def _of_all(index: Int[Tensor, "b k"], n: int) -> Int[Tensor, " bk"]:
-    """Positions on canvases of n tokens as positions on all of them, one behind the other."""
-    return (index + n * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()
-
-
-def most_of(keep: Bool[Tensor, "b n"]) -> Any:
-    """How many are chosen in the image with the most of them; in a program, made for no shape of 0 or 1, at least 2."""
-    most: Any = keep.sum(1).max()
-    if not torch.compiler.is_exporting():
-        return int(most)
-    most = most.clamp(min=2).item()
-    torch._check(most >= 2)
-    torch._check(most <= keep.shape[1])
-    return most
-
-
-def chosen_first(keep: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:
-    """(b, n) int64: the positions of the chosen tokens, in their order, and behind them those of all others."""
-    kept = keep.to(torch.int64)
-    total, rank = kept.sum(1, keepdim=True), kept.cumsum(1)
-    place = torch.arange(keep.shape[1], device=keep.device).expand_as(kept)
-    return torch.zeros_like(kept).scatter(1, torch.where(keep, rank - 1, total + place - rank), place)
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ def onnx_bytes(made: Made, metadata: dict[str, Any], *, precision: Precision = "
             products in 8 bits per channel, and what goes in is rounded to 8 bits when they run.
     """
     table: Any = {
+        torch.ops.aten.index_add.default: _index_add,
         torch.ops.aten.sort.stable: _sort,
         torch.ops.sievit.nms.default: _nms,
         torch.ops.torchvision.roi_align.default: _roi_align,
@@ -76,6 +77,26 @@ def _sort(values: Any, stable: Any = None, dim: int = -1, descending: bool = Fal
     op: Any = opset18
     size = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]))
     return op.TopK(values, size, axis=dim, largest=int(descending), sorted=1)
+
+
+def _index_add(rows: Any, dim: int, index: Any, added: Any, alpha: float = 1.0) -> Any:
+    """Rows added at positions that may be equal: number by number, which ONNX Runtime does one after the other.
+
+    Its ScatterND adds rows with several threads and loses some (a data race; seen with 1.32 on CPU).
+    """
+    from onnxscript import opset18
+
+    assert dim == 0 and alpha == 1, "only what sievit uses"
+    op: Any = opset18
+    flat, last = op.Constant(value_ints=[-1]), op.Constant(value_ints=[1])
+    width = op.Gather(op.Shape(rows), last)
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    columns = op.Range(zero, op.Squeeze(width), one)
+    places = op.Add(op.Mul(op.Unsqueeze(index, last), width), columns)
+    whole = op.ScatterElements(
+        op.Reshape(rows, flat), op.Reshape(places, flat), op.Reshape(added, flat), axis=0, reduction="add"
+    )
+    return op.Reshape(whole, op.Shape(rows))
 
 
 def _nms(boxes: Any, scores: Any, iou: float) -> Any:

@@ -294,6 +294,6 @@ def _rank_in_class(
     by_class = (group.gather(1, by_grade) * group.shape[1] + place).argsort(dim=1)  # without equals, any sort is stable
     order = by_grade.gather(1, by_class)  # by class, then by grade
     grouped = group.gather(1, order)
-    count = torch.zeros_like(group[:, :1]).expand(-1, num_classes + 1).scatter_add(1, group, torch.ones_like(group))
+    count = (group[..., None] == torch.arange(num_classes + 1, device=group.device)).sum(1)
     first = (count.cumsum(1) - count).gather(1, grouped)  # where each class begins
     return torch.empty_like(place).scatter_(1, order, place - first)

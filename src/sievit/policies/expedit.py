@@ -11,6 +11,7 @@ from torch import Tensor
 from sievit.config import Count, Natural, Positive, Share, variant
 from sievit.policies.base import Dial, Notes, Policy, PolicyConfig, register
 from sievit.policies.selection import ROUNDING
+from sievit.rows import is_fixed
 from sievit.tokens import Tokens, Trace
 
 
@@ -93,12 +94,15 @@ class Expedit(Policy):
         """The cell (n,) of each token, the position (k,) of the first token of each cell, and rows and columns of
         cells; none depends on how far an image is padded."""
         device, side = tokens.x.device, self.config.side
-        row, column = ((torch.arange(edge, device=device) * side + ROUNDING).long() for edge in tokens.grid)
-        counts = int(row[-1]) + 1, int(column[-1]) + 1
+        places = (torch.arange(edge, device=device, dtype=torch.float64) for edge in tokens.grid)
+        row, column = ((place * side + ROUNDING).long() for place in places)
+        counts = int((tokens.grid[0] - 1) * side + ROUNDING) + 1, int((tokens.grid[1] - 1) * side + ROUNDING) + 1
         cell = (row[:, None] * counts[1] + column).flatten()
-        first = torch.full((counts[0] * counts[1],), len(cell), device=device)
-        first = first.scatter_reduce(0, cell, torch.arange(len(cell), device=device), "amin")
-        return cell, first, counts
+        above, left = (
+            (edge < torch.arange(count, device=device)[:, None]).sum(1)
+            for edge, count in zip((row, column), counts, strict=True)
+        )
+        return cell, (above[:, None] * tokens.grid[1] + left).flatten(), counts
 
     def _placed(self, tokens: Tokens, centres: Float[Tensor, "b k c"]) -> Tokens:
         """The canvas with the centres in their places, which alone take part."""
@@ -107,7 +111,8 @@ class Expedit(Policy):
         tokens = tokens.replace_patches(patches)
         if tokens.valid is None:
             return tokens.select_order(first)
-        return tokens.select(torch.zeros_like(tokens.valid).scatter(1, first, True))
+        keep = torch.zeros_like(tokens.valid).scatter(1, first, True)
+        return tokens.select_order(first, keep & tokens.valid) if is_fixed(keep) else tokens.select(keep)
 
     def _clustered(self, tokens: Tokens) -> tuple[Tokens, Notes]:
         x, valid = tokens.patches, tokens.valid_or_all()
@@ -178,6 +183,9 @@ def pooled(
     values: Float[Tensor, "b n c"], owner: Int[Tensor, "b n"], valid: Bool[Tensor, "b n"], number: int
 ) -> Float[Tensor, "b k c"]:
     """(b, k, c): the mean of the values of the tokens of each of `number` owners; zero where there is none."""
+    if is_fixed(owner):
+        owned = (owner[:, None] == torch.arange(number, device=owner.device)[:, None]) & valid[:, None]
+        return owned.to(values.dtype) @ values / owned.sum(2, keepdim=True).clamp(min=1)
     weight = valid[..., None].to(values.dtype)
     sums = values.new_zeros(values.shape[0], number, values.shape[2])
     sums = sums.scatter_add(1, owner[..., None].expand_as(values), values * weight)

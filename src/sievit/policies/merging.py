@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sievit.tokens import Tokens, Trace, chosen_first, most_of, similarities, taken
+from sievit.rows import chosen_first, most_of, similarities, taken
+from sievit.tokens import Tokens, Trace
 
 
 def again(index: int, tokens: Tokens, trace: Trace) -> Tokens:

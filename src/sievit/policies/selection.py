@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sievit.config import ConfigError, Natural, Share
 from sievit.policies.base import FEWEST, BlockRange, Dial, Notes, Policy, PolicyConfig
+from sievit.rows import is_fixed
 from sievit.tokens import Tokens, Trace
 
 PAPER_SCHEDULE = (0.7, 0.7, 0.7, 0.49, 0.49, 0.49, 0.343, 0.343, 0.343)
@@ -61,7 +62,7 @@ def select_top(
 
     Args:
         multiple: counts are rounded up to a multiple of it.
-        static: no shape may depend on the sizes of the images either.
+        static: no shape may depend on the sizes of the images either, as in a program for one size it may not.
     """
     if share >= 1:
         return tokens.select(None)
@@ -76,7 +77,9 @@ def select_top(
     count = counted(valid.sum(1, keepdim=True), share, multiple)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(n, device=order.device).expand_as(order))
     keep = valid & (rank < count)
-    return tokens.select_order(order[:, :most].sort(dim=1).values, keep) if static else tokens.select(keep)
+    if static or is_fixed(order):
+        return tokens.select_order(order[:, :most].sort(dim=1).values, keep)
+    return tokens.select(keep)
 
 
 @dataclass(frozen=True)

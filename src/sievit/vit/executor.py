@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sievit.tokens import Tokens, chosen_first, most_of
+from sievit.rows import chosen_first, most_of
+from sievit.tokens import Tokens
 from sievit.vit.block import Block, Heads
 from sievit.vit.execution import Execution
 from sievit.vit.packed import (

@@ -9,14 +9,12 @@ Letters: b images, n grid tokens, c channels.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from sievit.policies.base import Notes
-from sievit.tokens import Tokens, chosen_first, most_of, similarities, taken
+from sievit.rows import similarities, taken
+from sievit.tokens import Tokens
 
 
 def with_source(tokens: Tokens, notes: Notes) -> tuple[Tokens, Notes]:
@@ -29,7 +27,7 @@ def with_source(tokens: Tokens, notes: Notes) -> tuple[Tokens, Notes]:
         return tokens, notes
     keep, valid, n = tokens.keep, tokens.valid_or_all(), tokens.keep.shape[1]
     rows = tokens.directions()
-    order, most, fewest = _counts(tokens)
+    order, most, fewest = tokens.counts()
     if most == 0:
         return tokens, notes
     chosen = order[:, :most]
@@ -67,13 +65,3 @@ def propagated(whole: Tokens, before: Tokens, after: Tokens, *, selected: bool =
     weight = torch.where(whole.keep, gate, gate.detach()) if selected else gate
     left = (1 - weight) * whole.valid_or_all()
     return after.replace_patches(whole.patches + update + left[..., None] * taken(update, whole.source))
-
-
-def _counts(tokens: Tokens) -> tuple[Int[Tensor, "b n"], Any, Any]:
-    """The positions with the chosen ones first, and how many of them the images have at most and at least."""
-    assert tokens.keep is not None
-    order = chosen_first(tokens.keep)
-    if tokens.order is not None:
-        most = tokens.order.shape[1]
-        return order, most, most if tokens.real is None else 0
-    return order, most_of(tokens.keep), 0 if torch.compiler.is_exporting() else int(tokens.keep.sum(1).min())
