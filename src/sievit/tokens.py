@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from sievit.rows import chosen_first, is_fixed, most_of, taken, with_products, with_sums
+from sievit.rows import chosen_first, fewest_of, is_fixed, most_of, taken, with_products, with_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,7 @@ class Tokens:
         if self.order is not None:
             most = self.order.shape[1]
             return order, most, most if self.real is None else 0
-        return order, most_of(self.keep), 0 if torch.compiler.is_exporting() else int(self.keep.sum(1).min())
+        return order, most_of(self.keep), fewest_of(self.keep)
 
     def leaders(self) -> Int[Tensor, "b n"] | None:
         """(b, n): the position of the token that each one is merged with or follows; None: each is for itself."""

@@ -273,6 +273,8 @@ def any_length() -> AbstractContextManager[None]:
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """(b, n, h, d) each; of the keys, (b, n) each, which are visible, and what is added to their logits."""
     mask = None if visible is None else visible[:, None, None, :]
+    if visible is not None and bias is None and torch.compiler.is_exporting():
+        bias = q.new_zeros(visible.shape)  # ONNX looks for rows that see nothing in a mask of bools
     if bias is not None:
         bias = bias.to(q.dtype)[:, None, None, :]
         mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))

@@ -33,7 +33,7 @@ def with_source(tokens: Tokens, notes: Notes) -> tuple[Tokens, Notes]:
     chosen = order[:, :most]
     asking = order if tokens.gate is not None else order[:, fewest:]
     alike = similarities(taken(rows, asking), taken(rows, chosen))
-    if most != fewest:
+    if torch.compiler.is_exporting() or most != fewest:
         alike = alike.masked_fill(~keep.gather(1, chosen)[:, None], -torch.inf)
     if tokens.gate is not None:
         alike = alike.masked_fill(asking[:, :, None] == chosen[:, None], -torch.inf)
