@@ -37,17 +37,6 @@ def most_of(keep: Bool[Tensor, "b n"]) -> Any:
     return most
 
 
-def fewest_of(keep: Bool[Tensor, "b n"]) -> Any:
-    """How many are chosen in the image with the fewest of them."""
-    fewest: Any = keep.sum(1).min()
-    if not torch.compiler.is_exporting():
-        return int(fewest)
-    fewest = fewest.clamp(max=keep.shape[1] - 2).item()
-    torch._check(fewest >= 0)
-    torch._check(fewest <= keep.shape[1] - 2)
-    return fewest
-
-
 def chosen_first(keep: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:
     """(b, n) int64: the positions of the chosen tokens, in their order, and behind them those of all others."""
     kept = keep.to(torch.int64)

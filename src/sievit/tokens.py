@@ -5,14 +5,13 @@ Letters: b images, n = h*w grid tokens, p prefix tokens, t = p+n tokens, c chann
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from sievit.rows import chosen_first, fewest_of, is_fixed, most_of, taken, with_products, with_sums
+from sievit.rows import chosen_first, is_fixed, most_of, taken, with_products, with_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,17 +156,22 @@ class Tokens:
         others = (owner != torch.arange(owner.shape[1], device=owner.device)) & self.valid_or_all()
         if self.order is None or not is_fixed(owner):
             return with_sums(values, owner, others)
-        order, most, fewest = self.counts()
-        return with_products(values, owner, others, owners=order[:, :most], rest=order[:, fewest:])
+        owners, rest = self.parted()
+        return with_products(values, owner, others, owners=owners, rest=rest)
 
-    def counts(self) -> tuple[Int[Tensor, "b n"], Any, Any]:
-        """The positions with the chosen ones first, and how many of them the images have at most and at least."""
+    def parted(self) -> tuple[Int[Tensor, "b k"], Int[Tensor, "b m"]]:
+        """Positions with the chosen ones of every image among them, and positions with all others among them.
+
+        Those of one image are no more than they have to be; where images differ in number, the rest is filled up.
+        """
         assert self.keep is not None
-        order = chosen_first(self.keep)
-        if self.order is not None:
-            most = self.order.shape[1]
-            return order, most, most if self.real is None else 0
-        return order, most_of(self.keep), fewest_of(self.keep)
+        n = self.keep.shape[1]
+        if self.order is None:
+            chosen, rest = (chosen_first(part)[:, : most_of(part)] for part in (self.keep, ~self.keep))
+            return chosen, rest
+        if self.real is None:
+            return self.order, chosen_first(~self.keep)[:, : n - self.order.shape[1]]
+        return self.order, torch.arange(n, device=self.order.device).expand_as(self.keep)
 
     def leaders(self) -> Int[Tensor, "b n"] | None:
         """(b, n): the position of the token that each one is merged with or follows; None: each is for itself."""

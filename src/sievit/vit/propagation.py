@@ -27,18 +27,17 @@ def with_source(tokens: Tokens, notes: Notes) -> tuple[Tokens, Notes]:
         return tokens, notes
     keep, valid, n = tokens.keep, tokens.valid_or_all(), tokens.keep.shape[1]
     rows = tokens.directions()
-    order, most, fewest = tokens.counts()
-    if most == 0:
+    chosen, rest = tokens.parted()
+    itself = torch.arange(n, device=keep.device).expand(keep.shape)
+    if not torch.compiler.is_exporting() and not chosen.shape[1]:
         return tokens, notes
-    chosen = order[:, :most]
-    asking = order if tokens.gate is not None else order[:, fewest:]
+    asking = rest if tokens.gate is None else itself
     alike = similarities(taken(rows, asking), taken(rows, chosen))
-    if torch.compiler.is_exporting() or most != fewest:
+    if torch.compiler.is_exporting() or chosen.shape[1] + rest.shape[1] != n:
         alike = alike.masked_fill(~keep.gather(1, chosen)[:, None], -torch.inf)
     if tokens.gate is not None:
         alike = alike.masked_fill(asking[:, :, None] == chosen[:, None], -torch.inf)
     best = chosen.gather(1, alike.max(2).indices)  # argmax takes twice as long
-    itself = torch.arange(n, device=keep.device).expand(keep.shape)
     source = itself.scatter(1, asking, best)
     if tokens.valid is not None:
         source = torch.where(valid, source, itself)
