@@ -120,10 +120,15 @@ def test_the_file_answers_as_the_model_does_at_every_size_and_batch(pair) -> Non
     "policy", [replace(GATES, dither=True, propagate=True), SpreadConfig(first_block=1, shares=(0.6, 0.3))]
 )
 def test_tokens_that_follow_others_do_so_in_the_file(policy, scenes, tmp_path) -> None:
+    import onnx
+
     from sievit.export import export
 
     path = segmenter(policy, tmp_path / "model.safetensors")
     assert export(path, images=scenes / "images", out=tmp_path / "model.onnx", number=2)["agree"] == 1
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    adding = {node.op_type for node in nodes if any(each.s == b"add" for each in node.attribute)}
+    assert adding == {"ScatterElements"}, "ONNX Runtime loses sums of ScatterND"
     assert_same_answers(load(path), load(tmp_path / "model.onnx"))
 
 
@@ -302,6 +307,7 @@ def test_a_program_in_cpp_runs_the_file(pair, tmp_path: Path) -> None:
 
 @only_segmenter
 def test_what_is_in_the_file(pair) -> None:
+    import onnx
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(pair[1]))
@@ -309,6 +315,8 @@ def test_what_is_in_the_file(pair) -> None:
     assert known["config"]["classes"] and known["config"]["input"]["mean"] and known["config"]["policy"]["kind"]
     shape = session.get_inputs()[0].shape
     assert shape[1] == 3 and not any(isinstance(shape[i], int) for i in (0, 2, 3)), "batch, height and width are free"
+    nodes = onnx.load(pair[1]).graph.node
+    assert not [node for node in nodes if node.op_type == "IsNaN"], "attention looks for no rows that see nothing"
 
 
 @only_segmenter
