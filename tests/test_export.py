@@ -117,7 +117,7 @@ def test_the_file_answers_as_the_model_does_at_every_size_and_batch(pair) -> Non
 
 
 @pytest.mark.parametrize(
-    "policy", [replace(GATES, dither=True, propagate=True), SpreadConfig(first_block=1, shares=(0.6, 0.3))]
+    "policy", [replace(GATES, dither=True, propagate=True), SpreadConfig(first_block=1, shares=(0.8, 0.6))]
 )
 def test_tokens_that_follow_others_do_so_in_the_file(policy, scenes, tmp_path) -> None:
     import onnx
@@ -201,7 +201,7 @@ def test_a_program_of_torch_computes_the_tokens_that_take_part_alone(tmp_path: P
     ("policy", "computed"),
     [
         (DToPConfig(static_left=(0.3, 0.5)), 128),
-        (SpreadConfig(first_block=1, shares=(0.6, 0.3)), 77),
+        (SpreadConfig(first_block=1, shares=(0.8, 0.6)), 154),
         (ExpeditConfig(first_block=1), 144),
         (replace(GATES, propagate=True, static_shares=(0.6, 0.4)), 103),
     ],
