@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sievit.engine.checkpoint import CsvLog, RunFolder, read_log
-from sievit.files import write_atomically, write_json
+from sievit.files import remove_parts, write_atomically, write_json
 from sievit.models.build import build, save
 from sievit.recipes import recipe
 from tiny import refused, tiny_segmenter
@@ -109,8 +109,10 @@ def test_a_folder_holds_one_run_and_nothing_that_a_killed_process_left(tmp_path:
     folder.recipe_file.write_text('{"model": {}, "train": {}')
     refused(r"recipe\.json: cannot be read as JSON", folder.recipe)
 
-    folder.recipe_file.rename(folder.path / ".state.pt.123.part")
+    (folder.path / "deep").mkdir()
+    folder.recipe_file.rename(folder.path / "deep" / ".0123abcd.99.part")
     write_json(folder.path / "metrics.json", {"step": 3, "images": 2})
-    folder.remove_parts()
-    assert [p.name for p in folder.path.iterdir()] == ["metrics.json"]
+    (folder.path / ".mine.99.part").touch()
+    remove_parts(folder.path)
+    assert {p.name for p in folder.path.rglob("*")} == {"deep", "metrics.json", ".mine.99.part"}
     assert folder.metrics() == {"step": 3, "images": 2}

@@ -6,7 +6,6 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 from unittest import mock
 
 import pytest
@@ -21,7 +20,7 @@ from sievit.data.scenes import CLASSES, generate
 from sievit.engine.batches import Batch, Losses
 from sievit.engine.evaluate import evaluate
 from sievit.engine.optim import freeze
-from sievit.engine.recipe import Recipe, TrainConfig
+from sievit.engine.recipe import Frozen, Recipe, TrainConfig
 from sievit.engine.train import train
 from sievit.heads import ATMConfig, LinearConfig, SemanticHeadConfig, SETRNaiveConfig
 from sievit.models.build import build, load
@@ -37,11 +36,12 @@ from tiny import coco_data, refused, run_two_processes, tiny_detector, tiny_head
 
 EVERYTHING = 10**6
 ADAPTER = AdapterConfig(conv_inplane=4, deform_num_heads=2, num_interactions=2)
-DETECTORS: dict[str, tuple[NeckConfig, bool, Literal["none", "vit"] | int]] = {
+DETECTORS: dict[str, tuple[NeckConfig, bool, Frozen]] = {
     "batch mean": (PyramidConfig(out_channels=16), False, "none"),
     "per sample": (PyramidConfig(out_channels=16), True, "none"),
     "batch norm": (ADAPTER, False, "none"),
     "frozen": (ADAPTER, False, "vit"),
+    "gates alone": (ADAPTER, False, "model"),
     "frozen blocks": (PyramidConfig(out_channels=16), False, 2),
     "budgets": (PyramidConfig(out_channels=16), False, "none"),
     "selected": (PyramidConfig(out_channels=16), False, "none"),
@@ -119,7 +119,7 @@ def gradients(rows: slice, case: str) -> dict[str, Tensor]:
         (neck, per_sample, frozen), given = DETECTORS[case], batch(rows)
         budgets = (0.5, 1.2) if case == "budgets" else None
         model = build(tiny_model(neck=neck, per_sample=per_sample, budgets=budgets))
-        freeze(model.vit, frozen)
+        freeze(model, frozen)
     for name, parameter in model.named_parameters():
         if name.endswith("gamma"):
             torch.nn.init.constant_(parameter, 0.1)  # at zero the injectors have no gradient

@@ -188,6 +188,7 @@ def test_a_killed_process_loses_nothing(detector: Path, tmp_path: Path, command:
     assert process.returncode == -signal.SIGKILL
     assert not (out / "results.json").exists()
     journal.write_bytes(journal.read_bytes()[:-7])
+    (out / ".0123abcd.99999.part").write_bytes(b"half of a file")
     command(*args, out, status=1)
     assert contents(out) == contents(whole)
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sievit.config import from_json, to_json
 from sievit.engine.optim import (
@@ -18,10 +18,14 @@ from sievit.engine.optim import (
     parameter_groups,
     set_learning_rate,
 )
-from sievit.engine.recipe import TrainConfig
+from sievit.engine.recipe import Frozen, TrainConfig
+from sievit.heads.setr import SETRNaiveConfig
+from sievit.models.base import Model
 from sievit.models.build import build
+from sievit.necks.adapter import AdapterConfig
+from sievit.policies import SpreadConfig, SViTConfig
 from sievit.recipes import recipe
-from tiny import on_meta, refused
+from tiny import on_meta, refused, tiny_detector, tiny_segmenter, tiny_vit
 
 CONFIG = TrainConfig(epochs=10, batch_size=4, lr=1e-3, weight_decay=0.05, warmup_steps=0, policy_lr=3.0)
 
@@ -111,9 +115,10 @@ def test_what_is_frozen_has_neither_gradients_nor_drop_path():
     config = recipe("nuclei_svit").model
     config = replace(config, vit=replace(config.vit, drop_path_rate=0.3))
 
-    def left(what: Literal["none", "vit"] | int) -> tuple[set[str], list[float]]:
-        vit = build(config).vit
-        freeze(vit, what)
+    def left(what: Frozen) -> tuple[set[str], list[float]]:
+        model = build(config)
+        freeze(model, what)
+        vit = model.vit
         return {n for n, p in vit.named_parameters() if p.requires_grad}, [
             vars(block)["drop_path"] for block in vit.blocks
         ]
@@ -126,10 +131,54 @@ def test_what_is_frozen_has_neither_gradients_nor_drop_path():
     assert some == [0.0] * 4 + rates[4:]
     assert left(12)[0] == set()
     refused("freeze is 13, but the ViT has 12 blocks", left, 13)
+    assert left("model") == (set(), [0.0] * 12)
 
 
-@pytest.mark.parametrize("value", ["none", "vit", 3])
-def test_what_is_frozen_survives_json(value: Literal["none", "vit"] | int):
+@pytest.mark.parametrize("task", ["detector", "segmenter"])
+def test_a_frozen_model_draws_nothing_and_keeps_its_statistics(task: str):
+    """So that gates learn in the model that they are used in: no drop path, no dropout, no norms of a batch."""
+    vit = tiny_vit(depth=3, drop_path_rate=0.5)
+    policy = SViTConfig(first_block=1, targets=(0.7, 0.5))
+    if task == "detector":
+        neck = AdapterConfig(conv_inplane=4, deform_num_heads=2, num_interactions=3, drop_path_rate=0.5)
+        model: Model = build(tiny_detector(vit=vit, neck=neck, policy=policy))
+    else:
+        head = SETRNaiveConfig(channels=8, dropout=0.5)
+        model = build(tiny_segmenter(vit=vit, head=head, policy=policy, out_indices=(0, 2)))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    assert any("running_mean" in name for name in before)
+    image = torch.rand(2, 3, 64, 64)
+
+    def maps() -> Tensor:
+        model.train()
+        model.policy.eval()
+        out, _ = model.network(image)
+        return torch.cat([one.flatten() for one in (out.values() if isinstance(out, dict) else [out])])
+
+    assert not torch.equal(maps(), maps())
+    freeze(model, "model")
+    for name, value in before.items():
+        model.get_buffer(name).copy_(value)
+    first = maps()
+    assert torch.equal(first, maps())
+    for name, value in before.items():
+        assert torch.equal(model.get_buffer(name), value), name
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in model.named_parameters() if ".policy." in n
+    }
+
+
+def test_a_policy_without_weights_cannot_be_trained_alone():
+    refused(
+        "a policy of Spread has no weights", freeze, build(tiny_detector(policy=SpreadConfig(shares=(0.5,)))), "model"
+    )
+
+
+@pytest.mark.parametrize("value", ["none", "vit", "model", 3])
+def test_what_is_frozen_survives_json(value: Frozen):
     config = replace(CONFIG, freeze=value)
     assert from_json(TrainConfig, json.loads(json.dumps(to_json(config)))) == config
     refused("freeze", from_json, TrainConfig, {"freeze": "blocks"})

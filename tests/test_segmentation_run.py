@@ -118,7 +118,7 @@ def test_a_segmenter_starts_from_one_of_other_classes(checkpoint: Path):
 
 def test_a_frozen_vit_keeps_nothing_for_gradients():
     model = build(tiny(KeepAllConfig())).train()
-    freeze(model.vit, "vit")
+    freeze(model, "vit")
     tokens, _ = model.vit(torch.rand(1, 3, 48, 48), model.policy)
     assert not tokens.x.requires_grad
 

@@ -235,6 +235,15 @@ def vit_file(tmp_path: Path) -> Path:
     return tmp_path / "vit.pth"
 
 
+def test_gates_learn_alone_in_a_trained_model(recipe: Recipe, tmp_path: Path):
+    start = tmp_path / "start.safetensors"
+    save(build(MODEL), start)
+    train(trained(recipe, init_from=start, freeze="model", steps=2), out=tmp_path / "run")
+    before, after = dict(load(start).state_dict()), dict(load(tmp_path / "run/last.safetensors").state_dict())
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert moved == {name for name in before if ".policy.gates." in name}
+
+
 @pytest.mark.parametrize("what", ["vit", pytest.param(2, marks=pytest.mark.slow)])
 def test_what_is_frozen_stays_and_a_killed_run_goes_on_exactly(
     what: Literal["vit"] | int, recipe: Recipe, vit_file: Path, tmp_path: Path
@@ -500,6 +509,7 @@ def test_settings_that_make_no_sense(change: dict[str, Any], words: str, recipe:
     [
         ({"selected_after": 6}, r"selected_after 6: the run has 6 steps; give fewer"),
         ({"freeze": "vit"}, r"would keep random weights; give train\.vit-from or train\.init-from"),
+        ({"freeze": "model", "vit_from": Path("vit.pth")}, r"would keep random weights; give train\.init-from, a"),
         ({"freeze": 5, "vit_from": Path("vit.pth")}, r"freeze is 5, but the ViT has 4 blocks"),
         ({"init_from": Path("nothing.safetensors")}, r"nothing\.safetensors"),
         ({"precision": "16-mixed"}, "16-mixed needs a CUDA device"),

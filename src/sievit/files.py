@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,10 @@ from sievit.config import ConfigError
 
 LOCK = ".lock"
 """The file in a folder that the process which writes there has locked. Killed, it leaves the file and no lock."""
+
+
+PART = re.compile(r"\.[0-9a-f]{8}\.\d+\.part")
+"""The name of a file that `writing` writes: of its path, and of the process."""
 
 
 class HeldError(ConfigError):
@@ -45,6 +50,13 @@ def writing(path: Path) -> Generator[BinaryIO]:
         raise OSError(error.errno, f"{error.strerror}, and nothing was changed", str(path)) from error
     finally:
         with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what killed processes left of files they were writing, in the folder and below it; none may write now."""
+    for part in folder.rglob(".*.part"):
+        if PART.fullmatch(part.name):
             part.unlink(missing_ok=True)
 
 

@@ -86,11 +86,6 @@ class RunFolder:
             figures = read_json(self.metrics_file)
             return {**figures, "step": int(figures["step"]), "images": int(figures["images"])}
 
-    def remove_parts(self) -> None:
-        """Remove what a killed process left of files it was writing."""
-        for part in self.path.glob(".*.part"):
-            part.unlink(missing_ok=True)
-
     def save_state(self, state: dict[str, Any]) -> None:
         """Write the training state, whole or not at all."""
         buffer = io.BytesIO()

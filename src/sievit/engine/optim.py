@@ -1,13 +1,14 @@
 """Frozen weights, the optimiser, and the learning rate of a step."""
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from sievit.config import ConfigError
-from sievit.engine.recipe import TrainConfig
+from sievit.engine.recipe import Frozen, TrainConfig
+from sievit.models.base import Model
+from sievit.policies import Policy
 from sievit.vit import Block, ViT
 
 UNDECAYED = ("bias", "pos_embed", "level_embed", "cls_token", "reg_token")
@@ -15,24 +16,48 @@ NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 POLY_POWER = 0.9
 
 
-def freeze(vit: ViT, what: Literal["none", "vit"] | int) -> None:
-    """Have the ViT, or its embedding and so many first blocks, keep their weights: no gradients, no drop path.
+def freeze(model: Model, what: Frozen) -> None:
+    """Have a part of a model keep its weights: no gradients, no drop path, no dropout, no new statistics of norms.
+
+    Args:
+        what: "model": everything but the policy, so that what leaves tokens out is all that is trained; "vit": all of
+            the ViT; a number: its embedding and so many first blocks.
 
     Raises:
-        ConfigError: it has fewer blocks.
+        ConfigError: the ViT has fewer blocks, or the policy has no weights that could be trained.
     """
     if what == "none":
         return
-    depth = len(vit.blocks)
+    if what == "model":
+        freeze_all_but(model.policy, model)
+        return
+    depth = len(model.vit.blocks)
     if isinstance(what, int) and what > depth:
         raise ConfigError(f"train.freeze is {what}, but the ViT has {depth} blocks; vit freezes all of it")
     layers = depth + 1 if what == "vit" else what
-    for name, parameter in vit.named_parameters():
+    for name, parameter in model.vit.named_parameters():
         if layer_of(name, depth) <= layers:
             parameter.requires_grad_(False)
-    for block in vit.blocks[:layers]:
+    for block in model.vit.blocks[:layers]:
         assert isinstance(block, Block)
         block.drop_path = 0.0
+
+
+def freeze_all_but(policy: Policy, model: Model) -> None:
+    """See `freeze`; norms in training mode look at `requires_grad` themselves."""
+    learning = set(policy.parameters())
+    if not learning:
+        raise ConfigError(
+            f"train.freeze is model, but a policy of {type(policy).__name__} has no weights: nothing would be trained; "
+            "evaluate the dense model with this policy, or give train.freeze vit"
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in learning)
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        elif "drop_path" in vars(module):
+            vars(module)["drop_path"] = 0.0
 
 
 def layer_of(name: str, depth: int) -> int:

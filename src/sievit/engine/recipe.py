@@ -12,6 +12,8 @@ from sievit.data.dataset import ImageDataset
 from sievit.models.inputs import ModelConfig
 from sievit.tasks import DataConfig, Task, task_of
 
+Frozen = Literal["none", "vit", "model"] | Count
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
@@ -23,8 +25,8 @@ class TrainConfig(Config):
             or hf:user/name; what the policy lacks there stays new.
         vit_from: pre-trained ViT for the backbone: file of a state dict in timm's naming, or `timm:NAME` for what timm
             downloads under that name.
-        freeze: what of the ViT keeps the weights that training starts from: nothing, all of it, or its embedding and
-            so many first blocks. Policy, neck and heads are always trained.
+        freeze: what keeps the weights that training starts from: `none`; a number, the ViT's embedding and so many
+            first blocks; `vit`, all of it; `model`, everything but the policy, which learns alone in a trained model.
         batch_size: images per step, over all processes and accumulated parts.
         accumulate: parts that a step's images are computed in.
         warmup_steps: linear, from `warmup_start` times the rate.
@@ -66,7 +68,7 @@ class TrainConfig(Config):
     layer_decay: Annotated[float, Interval(gt=0, le=1)] = 1.0
     """Factor on the rate from each block of the ViT to the one before it, as in BEiT's fine-tuning; the embedding
     counts as the first layer, and everything outside the ViT has the full rate."""
-    freeze: Literal["none", "vit"] | Count = "none"
+    freeze: Frozen = "none"
     decay_norms: bool = False
     """Weight decay on norms, biases and positions too."""
     clip_norm: Positive | None = None

@@ -27,7 +27,7 @@ from sievit.engine.launch import launched, slow_bfloat16
 from sievit.engine.optim import Average, build_optimizer, freeze, learning_rate, set_learning_rate, total_steps
 from sievit.engine.recipe import Recipe, default_data_root, open_data, with_own_classes
 from sievit.engine.signals import Interrupted, Stop, stopping
-from sievit.files import held, write_json
+from sievit.files import held, remove_parts, write_json
 from sievit.hub.fetch import HUB, model_file
 from sievit.models.build import read, save
 from sievit.tasks import task_of
@@ -86,7 +86,7 @@ def _started(
 ) -> "_Run":
     """The run, of which nothing is written before everything is checked."""
     if fabric.is_global_zero:
-        folder.remove_parts() if resume else folder.require_free()
+        remove_parts(folder.path) if resume else folder.require_free()
     fabric.barrier()
     with fabric.rank_zero_first():
         train_set, val_set = open_data(recipe)
@@ -143,9 +143,11 @@ class _Run:
             new = start_from(self.model, config.init_from)
             if new and fabric.is_global_zero:
                 console.print(f"{config.init_from}: {len(new)} weights start new, such as {new[-1]}", soft_wrap=True)
+        if config.freeze == "model" and config.init_from is None:
+            raise ConfigError("train.freeze model would keep random weights; give train.init-from, a trained model")
         if config.freeze != "none" and config.vit_from is None and config.init_from is None:
             raise ConfigError("train.freeze would keep random weights; give train.vit-from or train.init-from")
-        freeze(self.model.vit, config.freeze)
+        freeze(self.model, config.freeze)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         optimizer = build_optimizer(self.model, config)

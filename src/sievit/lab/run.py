@@ -374,7 +374,7 @@ class _Lab:
     def _seconds_per_step(self, recipe: Recipe, train_set: ImageDataset) -> float:
         """The shorter of two steps, without the update of the weights."""
         model = self._start_model(self.variants[0]).train()
-        freeze(model.vit, recipe.train.freeze)
+        freeze(model, recipe.train.freeze)
         losses = Losses(model, dense_teacher(model.policy, recipe.train, self.device), recipe.train.distill)
         batches = EpochBatches(len(train_set), recipe.train, rank=0, processes=1)
         batch = Batch(*next(iter(training_loader(train_set, batches))), self.device)

@@ -1,5 +1,7 @@
 """Normalisation of maps."""
 
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,7 +10,13 @@ from sievit.distributed import global_sum, world_size
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes, on CPU and CUDA alike (torch's SyncBatchNorm is CUDA only)."""
+    """Batch norm over the batches of all processes, on CPU and CUDA alike (torch's SyncBatchNorm is CUDA only).
+
+    Where its weights take no gradients, it stays in inference mode: frozen are its statistics too.
+    """
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(mode and self.weight.requires_grad)
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or world_size() == 1:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sievit.config import ConfigError
-from sievit.files import held, writing
+from sievit.files import held, remove_parts, writing
 from sievit.tasks import Writer
 
 JOURNAL = "results.jsonl"
@@ -91,6 +91,8 @@ class Journal:
             other = " and ".join(key for key in self.settings if others[0].get(key) != self.settings[key])
             what = f"{self.folder}: holds results of another {other or 'version'}"
             raise ConfigError(f"{what}; give another --out, or --force to write over them")
+        if known:
+            remove_parts(self.folder)
         try:
             if known and not others:
                 self._go_on(root)
