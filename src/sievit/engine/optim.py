@@ -53,7 +53,7 @@ def freeze_all_but(policy: Policy, model: Model) -> None:
         )
     for parameter in model.parameters():
         parameter.requires_grad_(parameter in learning)
-    for module in model.modules():
+    for module in set(model.modules()) - set(policy.modules()):
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         elif "drop_path" in vars(module):
