@@ -166,6 +166,25 @@ def test_slow_changes_are_seen_and_cuts_sizes_and_age_start_anew():
     assert computed(stream([other])) == [35]
 
 
+@pytest.mark.parametrize("name", ["keep_all", "dtop"])
+def test_a_camera_that_moves_costs_what_images_cost_and_one_that_stops_is_seen(name: str):
+    """Of the second of two frames that moved, and of those behind it, embeddings alone are remembered."""
+    model = segmenter(name)
+    frames = [torch.rand(3, 40, 56) for _ in range(4)]
+    stream = model.stream(ReuseConfig(threshold=0.1, refresh=None))
+    remembered = []
+    for frame in [*frames, *frames[-1:] * 3]:
+        answer, alone = stream([frame]), model([frame])
+        assert torch.equal(answer.results[0], alone.results[0])
+        assert stream.past is not None
+        remembered.append(len(stream.past.memory))
+        if len(remembered) < 6:
+            torch.testing.assert_close(model.gflops(answer), model.gflops(alone))
+        else:
+            assert computed(answer) == [0]
+    assert remembered == [4, 4, 0, 0, 4, 4, 4]
+
+
 def test_videos_side_by_side_are_as_each_alone_and_state_is_a_value():
     model = segmenter("dtop")
     videos = [[torch.rand(3, 40, 56)], [torch.rand(3, 32, 56)]]

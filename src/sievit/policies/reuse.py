@@ -40,6 +40,8 @@ class ReuseConfig(Config):
 class Past:
     """What a frame leaves for the next one; a value.
 
+    Where the camera moves, no more than its embeddings: remembering takes time, and nothing of it would be used.
+
     Attributes:
         valid: (b, n) bool. grid: (h, w) in tokens.
         values: per block the (b, n, c) that went into it. The first are the embeddings with which each token was last
@@ -48,6 +50,7 @@ class Past:
         known: per block (b, n) bool: the tokens whose values behind it, keys and values are those that it computed.
         ends: (b, n, c) of the canvas behind each piece of the loop, by the number of blocks up to there.
         age: (b, n) int, in how many frames each token was not computed.
+        moved: of every image more than `cut` changed, or the size.
     """
 
     valid: Bool[Tensor, "b n"]
@@ -57,6 +60,7 @@ class Past:
     known: tuple[Bool[Tensor, "b n"], ...]
     ends: dict[int, Float[Tensor, "b n c"]]
     age: Int[Tensor, "b n"]
+    moved: bool
 
 
 class Reuse(Policy):
@@ -76,12 +80,17 @@ class Reuse(Policy):
             ConfigError: `inner` does more than select tokens before blocks.
         """
         super().__init__()
-        self.config, self.depth, self.past = config, inner.depth, past
+        self.config, self.depth, self.past, self.moved = config, inner.depth, past, False
         self.needs = inner.needs  # ty: ignore[invalid-attribute-access]
         self._inner = (inner,)  # its weights are the model's
         restores = type(inner).after_piece is not Policy.after_piece
         if restores or inner.propagates or any(inner.decides_inside(index) for index in range(inner.depth)):
             _refuse(inner)
+
+    @property
+    def forgets(self) -> bool:
+        """Whether nothing but embeddings is remembered of this frame; known from the first block on."""
+        return self.moved and self.past is not None and self.past.moved
 
     @property
     def inner(self) -> Policy:
@@ -94,9 +103,11 @@ class Reuse(Policy):
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         past, notes = self._fitting(tokens), Notes()
         if index == 0:
-            dirty, notes[AGE] = self._changed(tokens, past)
-        else:
-            dirty = trace.aux[-1][DIRTY]
+            notes[DIRTY], notes[AGE], self.moved = self._changed(tokens)
+        if self.forgets:
+            asked, own = self._asked(index, tokens, trace)
+            return asked, notes | own | ({} if index else {VALUES: tokens.patches.clone()})
+        dirty = notes[DIRTY] if index == 0 else trace.aux[-1][DIRTY]
         if past is not None:
             tokens = _taken_over(tokens, past.values[index], dirty)
         notes[VALUES] = tokens.patches.clone()  # blocks may write into the canvas
@@ -105,7 +116,6 @@ class Reuse(Policy):
         known = torch.zeros_like(keep) if past is None else past.known[index] & ~dirty
         dirty = dirty | (keep & ~known)
         notes |= {DIRTY: dirty, KNOWN: known | keep, **own}
-        notes |= {f"asked_{name}": getattr(asked, name) for name in CHOICE if getattr(asked, name) is not None}
         b, total, channels = tokens.x.shape
         memory = tokens.x.new_zeros(b, total, 2 * channels) if past is None else past.memory[index]
         return replace(asked.select(keep & dirty, context=keep & ~dirty), memory=memory), notes
@@ -113,12 +123,12 @@ class Reuse(Policy):
     def after_piece(self, tokens: Tokens, trace: Trace) -> Tokens:
         past = self._fitting(tokens)
         end = None if past is None else past.ends.get(len(trace.keep))
-        if end is not None:
+        if end is not None and not self.forgets:
             tokens = _taken_over(tokens, end, trace.aux[-1][DIRTY])
         return tokens
 
     def piece_notes(self, tokens: Tokens) -> Notes:
-        return {END: tokens.patches.clone()}
+        return {} if self.forgets else {END: tokens.patches.clone()}
 
     def after_blocks(self, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         return self.inner.after_blocks(_chosen(tokens, trace), _as_asked(trace))
@@ -126,37 +136,39 @@ class Reuse(Policy):
     def left(self, trace: Trace) -> Past:
         """What a pass leaves for the next frame."""
         blocks = trace.aux[: len(trace.keep)]
+        whole = () if self.forgets else blocks
         return Past(
             valid=trace.valid,
             grid=trace.grid,
-            values=tuple(aux[VALUES] for aux in blocks),
-            memory=tuple(aux[MEMORY] for aux in blocks),
-            known=tuple(aux[KNOWN] for aux in blocks),
-            ends={i: aux[END] for i, aux in enumerate(blocks, start=1) if END in aux},
+            values=tuple(aux[VALUES] for aux in whole or blocks[:1]),
+            memory=tuple(aux[MEMORY] for aux in whole),
+            known=tuple(aux[KNOWN] for aux in whole),
+            ends={i: aux[END] for i, aux in enumerate(whole, start=1) if END in aux},
             age=blocks[0][AGE],
+            moved=self.moved,
         )
 
     def _fitting(self, tokens: Tokens) -> Past | None:
-        """The frame before; None where it was of another size, or one of other images."""
-        past = self.past
-        if past is None or past.grid != tokens.grid or past.values[0].shape != tokens.patches.shape:
-            return None
-        return past
+        """The frame before; None where not all of it is known, or it was of another size, or one of other images."""
+        return self.past if self.past is not None and self.past.memory and _alike(self.past, tokens) else None
 
-    def _changed(self, tokens: Tokens, past: Past | None) -> tuple[Tensor, Tensor]:
-        """(b, n) bool, the tokens that have to be computed; and the (b, n) ages of all."""
-        x, valid = tokens.patches.float(), tokens.valid_or_all()
-        if past is None:
-            return torch.ones_like(valid), torch.zeros_like(valid, dtype=torch.int64)
+    def _changed(self, tokens: Tokens) -> tuple[Tensor, Tensor, bool]:
+        """(b, n) bool, the tokens that have to be computed; the (b, n) ages of all; and whether all images moved."""
+        past, x, valid = self.past, tokens.patches.float(), tokens.valid_or_all()
+        if past is None or not _alike(past, tokens):
+            return torch.ones_like(valid), torch.zeros_like(valid, dtype=torch.int64), past is not None
         there = valid[..., None] / valid.sum(1).clamp(min=1)[:, None, None]
         mean = (x * there).sum(1, keepdim=True)
         typical = ((x - mean).square() * there).sum((1, 2)).sqrt()
         dirty = (x - past.values[0].float()).norm(dim=2) > self.config.threshold * typical[:, None]
+        share = (dirty & valid).sum(1) / valid.sum(1).clamp(min=1)
+        moved = (share > self.config.cut) | (valid != past.valid).any(1)
+        dirty |= moved[:, None]
         if self.config.refresh is not None:
             dirty |= past.age + 1 >= self.config.refresh
-        share = (dirty & valid).sum(1) / valid.sum(1).clamp(min=1)
-        dirty |= ((share > self.config.cut) | (valid != past.valid).any(1))[:, None]
-        return dirty, (past.age + 1).masked_fill(dirty, 0)
+        if not past.memory:
+            dirty = torch.ones_like(dirty)
+        return dirty, (past.age + 1).masked_fill(dirty, 0), bool(moved.all())
 
     def _asked(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         """The canvas with the choice of the inner policy, and its notes."""
@@ -166,7 +178,13 @@ class Reuse(Policy):
             asked = asked.select(None)
         if asked.context is not None:
             _refuse(self.inner)
-        return asked, notes
+        choice = {name: value for name in CHOICE if (value := getattr(asked, name)) is not None}
+        return asked, notes | {f"asked_{name}": value for name, value in choice.items()}
+
+
+def _alike(past: Past, tokens: Tokens) -> bool:
+    """Whether the frames have one size, and there are as many."""
+    return past.grid == tokens.grid and past.values[0].shape == tokens.patches.shape
 
 
 def without_values(trace: Trace) -> Trace:
