@@ -36,6 +36,7 @@ from sievit.necks.adapter import AdapterConfig
 from sievit.necks.pyramid import PyramidConfig
 from sievit.policies import KeepAllConfig, SViTConfig, register
 from sievit.policies.selection import SharesConfig, SharesPolicy
+from sievit.policies.svit import SViT
 from sievit.tasks.detection import CocoData
 from sievit.tokens import Tokens, Trace
 from tiny import (
@@ -235,10 +236,15 @@ def vit_file(tmp_path: Path) -> Path:
     return tmp_path / "vit.pth"
 
 
-def test_gates_learn_alone_in_a_trained_model(recipe: Recipe, tmp_path: Path):
+def test_gates_learn_alone_in_a_trained_model(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And what is wrong with them is said at the end, once."""
+    monkeypatch.setattr(SViT, "hint", lambda self, kept: f"gates: {len(kept)} blocks")
+    said = io.StringIO()
     start = tmp_path / "start.safetensors"
     save(build(MODEL), start)
-    train(trained(recipe, init_from=start, freeze="model", steps=2), out=tmp_path / "run")
+    steps = trained(recipe, init_from=start, freeze="model", epochs=2, save_every=0.0)
+    train(steps, out=tmp_path / "run", console=Console(file=said))
+    assert said.getvalue().count("gates: 4 blocks") == 1 < said.getvalue().count("epoch ")
     before, after = dict(load(start).state_dict()), dict(load(tmp_path / "run/last.safetensors").state_dict())
     moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert moved == {name for name in before if ".policy.gates." in name}

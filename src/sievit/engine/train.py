@@ -297,6 +297,8 @@ class _Run:
             text = ", ".join(f"{name} {figures[name]:.4f}" for name in task.shown if name in figures)
             took = f"{time.monotonic() - started:.0f} s"
             self.console.print(f"epoch {epoch}: {text} on {figures['images']} images ({took})")
+            if self.step == self.total and (hint := self.model.policy.hint(figures["keep"])):
+                self.console.print(hint, soft_wrap=True)
         if better:
             self.best, self.figures = score, figures
         self.validated = self.step

@@ -236,6 +236,14 @@ class Policy(nn.Module):
         values = ((f, getattr(self.config, f.name)) for f in fields(self.config))
         return {f.name: to_json(value) for f, value in values if value != f.default}
 
+    def hint(self, kept: Sequence[float]) -> str | None:
+        """What to say to somebody who has trained it, where something went wrong.
+
+        Args:
+            kept: per block the share of tokens that it computed in the last validation.
+        """
+        return None
+
     def report(self, trace: Trace) -> dict[str, Num[Tensor, "b k"]]:
         """Further figures of a pass by name: (b, k) numbers of tokens, for k stages or blocks."""
         return {}

@@ -84,6 +84,10 @@ class SViTConfig(PolicyConfig):
     budget: Positive = 1.0
 
 
+FAR = 0.15
+"""Shares of tokens that differ by more are no success of a training."""
+
+
 class Gate(nn.Module):
     """LayerNorm, linear, GELU, linear: (b, n, c) to logits (b, n, 2); index 0 means "take part".
 
@@ -242,6 +246,18 @@ class SViT(Policy):
         else:
             error = (global_sum(kept.sum(1)) / global_sum(total.sum()) - wanted[:, 0]).square()
         return {"ratio": self.config.loss_weight * error.mean()}
+
+    def hint(self, kept: Sequence[float]) -> str | None:
+        """Gates that keep quite another share than their target's: they closed, or have not learned to leave out."""
+        first, factor = self.config.first_block, self.config.budget if self.config.budgets is not None else 1.0
+        shares = {index: (kept[index], min(1.0, target * factor)) for index, target in enumerate(self.targets, first)}
+        off = [f"{i} ({own:.0%} of {target:.0%})" for i, (own, target) in shares.items() if abs(own - target) > FAR]
+        if self.config.dense_blocks or self.is_static or not off:
+            return None
+        return (
+            f"gates are far from the share of tokens that they should keep, in blocks {', '.join(off)}: with too high "
+            "a rate they close for good, with too low a rate they stay undecided; change --train.policy-lr"
+        )
 
     def macs(self, trace: Trace) -> Float[Tensor, " b"]:
         """A gate computes every grid token: n (c hidden + 2 hidden), and k^2 c of a convolution."""
