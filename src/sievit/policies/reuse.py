@@ -27,7 +27,7 @@ class ReuseConfig(Config):
         threshold: a token is computed again where its patch embedding is further than this from that of the frame in
             which the token was last computed. The unit is the typical distance of the frame's embeddings from their
             mean; at 0 every change counts.
-        cut: where more than this share of the tokens changed, all are computed.
+        cut: where more than this share of the tokens changed or are too old, all are computed.
         refresh: a token is computed again after so many frames in any case; None for never.
     """
 
@@ -161,14 +161,17 @@ class Reuse(Policy):
         mean = (x * there).sum(1, keepdim=True)
         typical = ((x - mean).square() * there).sum((1, 2)).sqrt()
         dirty = (x - past.values[0].float()).norm(dim=2) > self.config.threshold * typical[:, None]
-        share = (dirty & valid).sum(1) / valid.sum(1).clamp(min=1)
-        moved = (share > self.config.cut) | (valid != past.valid).any(1)
-        dirty |= moved[:, None]
+        moved = self._most(dirty, valid) | (valid != past.valid).any(1)
         if self.config.refresh is not None:
             dirty |= past.age + 1 >= self.config.refresh
+        dirty |= (moved | self._most(dirty, valid))[:, None]
         if not past.memory:
             dirty = torch.ones_like(dirty)
         return dirty, (past.age + 1).masked_fill(dirty, 0), bool(moved.all())
+
+    def _most(self, part: Bool[Tensor, "b n"], valid: Bool[Tensor, "b n"]) -> Bool[Tensor, " b"]:
+        """(b,) bool: of which images this is more than `cut` of the tokens."""
+        return (part & valid).sum(1) / valid.sum(1).clamp(min=1) > self.config.cut
 
     def _asked(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         """The canvas with the choice of the inner policy, and its notes."""
