@@ -244,7 +244,7 @@ def test_gates_learn_alone_in_a_trained_model(recipe: Recipe, tmp_path: Path, mo
     save(build(MODEL), start)
     steps = trained(recipe, init_from=start, freeze="model", epochs=2, save_every=0.0)
     train(steps, out=tmp_path / "run", console=Console(file=said))
-    assert said.getvalue().count("gates: 4 blocks") == 1 < said.getvalue().count("epoch ")
+    assert said.getvalue().count("gates: 4 blocks; --train.policy-lr is") == 1 < said.getvalue().count("epoch ")
     before, after = dict(load(start).state_dict()), dict(load(tmp_path / "run/last.safetensors").state_dict())
     moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert moved == {name for name in before if ".policy.gates." in name}

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from sievit.config import ConfigError
 from sievit.engine.recipe import Frozen, TrainConfig
 from sievit.models.base import Model
-from sievit.policies import Policy
 from sievit.vit import Block, ViT
 
 UNDECAYED = ("bias", "pos_embed", "level_embed", "cls_token", "reg_token")
@@ -29,7 +28,7 @@ def freeze(model: Model, what: Frozen) -> None:
     if what == "none":
         return
     if what == "model":
-        freeze_all_but(model.policy, model)
+        _freeze_all_but_policy(model)
         return
     depth = len(model.vit.blocks)
     if isinstance(what, int) and what > depth:
@@ -43,8 +42,9 @@ def freeze(model: Model, what: Frozen) -> None:
         block.drop_path = 0.0
 
 
-def freeze_all_but(policy: Policy, model: Model) -> None:
-    """See `freeze`; norms in training mode look at `requires_grad` themselves."""
+def _freeze_all_but_policy(model: Model) -> None:
+    """Norms in training mode look at `requires_grad` themselves."""
+    policy = model.policy
     learning = set(policy.parameters())
     if not learning:
         raise ConfigError(

@@ -298,7 +298,7 @@ class _Run:
             took = f"{time.monotonic() - started:.0f} s"
             self.console.print(f"epoch {epoch}: {text} on {figures['images']} images ({took})")
             if self.step == self.total and (hint := self.model.policy.hint(figures["keep"])):
-                self.console.print(hint, soft_wrap=True)
+                self.console.print(f"{hint}; --train.policy-lr is a factor on it", soft_wrap=True)
         if better:
             self.best, self.figures = score, figures
         self.validated = self.step

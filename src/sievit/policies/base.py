@@ -164,6 +164,14 @@ class Policy(nn.Module):
         """
         return {}
 
+    def hint(self, kept: Sequence[float]) -> str | None:
+        """What to say to somebody who has trained it, where something went wrong.
+
+        Args:
+            kept: per block the share of tokens that it computed in the last validation.
+        """
+        return None
+
     # Cost
 
     def macs(self, trace: Trace) -> Num[Tensor, " b"]:
@@ -235,14 +243,6 @@ class Policy(nn.Module):
         """The fields of the configuration that differ from their defaults."""
         values = ((f, getattr(self.config, f.name)) for f in fields(self.config))
         return {f.name: to_json(value) for f, value in values if value != f.default}
-
-    def hint(self, kept: Sequence[float]) -> str | None:
-        """What to say to somebody who has trained it, where something went wrong.
-
-        Args:
-            kept: per block the share of tokens that it computed in the last validation.
-        """
-        return None
 
     def report(self, trace: Trace) -> dict[str, Num[Tensor, "b k"]]:
         """Further figures of a pass by name: (b, k) numbers of tokens, for k stages or blocks."""

@@ -13,7 +13,7 @@ from sievit.config import Config, ConfigError, Count, NonNegative, Share
 from sievit.policies.base import Notes, Policy
 from sievit.tokens import Tokens, Trace
 
-NOTES = VALUES, DIRTY, KNOWN, AGE, END, MEMORY = ("values", "dirty", "known", "age", "end", "memory")
+NOTES = VALUES, DIRTY, KNOWN, AGE, END, MEMORY, MOVED = ("values", "dirty", "known", "age", "end", "memory", "moved")
 """Names of what the trace remembers for the next frame."""
 CHOICE = ("keep", "order", "real")
 """The fields of a canvas that are a choice; the inner policy's stands in the notes, as asked_keep and so on."""
@@ -80,17 +80,12 @@ class Reuse(Policy):
             ConfigError: `inner` does more than select tokens before blocks.
         """
         super().__init__()
-        self.config, self.depth, self.past, self.moved = config, inner.depth, past, False
+        self.config, self.depth, self.past = config, inner.depth, past
         self.needs = inner.needs  # ty: ignore[invalid-attribute-access]
         self._inner = (inner,)  # its weights are the model's
         restores = type(inner).after_piece is not Policy.after_piece
         if restores or inner.propagates or any(inner.decides_inside(index) for index in range(inner.depth)):
             _refuse(inner)
-
-    @property
-    def forgets(self) -> bool:
-        """Whether nothing but embeddings is remembered of this frame; known from the first block on."""
-        return self.moved and self.past is not None and self.past.moved
 
     @property
     def inner(self) -> Policy:
@@ -103,11 +98,14 @@ class Reuse(Policy):
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         past, notes = self._fitting(tokens), Notes()
         if index == 0:
-            notes[DIRTY], notes[AGE], self.moved = self._changed(tokens)
-        if self.forgets:
+            dirty, notes[AGE], notes[MOVED] = self._changed(tokens)
+            if self.past is not None and self.past.moved and notes[MOVED]:  # no more than embeddings is remembered
+                dirty, notes[VALUES] = None, tokens.patches.clone()
+        else:
+            dirty = trace.aux[-1].get(DIRTY)
+        if dirty is None:
             asked, own = self._asked(index, tokens, trace)
-            return asked, notes | own | ({} if index else {VALUES: tokens.patches.clone()})
-        dirty = notes[DIRTY] if index == 0 else trace.aux[-1][DIRTY]
+            return asked, notes | own
         if past is not None:
             tokens = _taken_over(tokens, past.values[index], dirty)
         notes[VALUES] = tokens.patches.clone()  # blocks may write into the canvas
@@ -123,12 +121,12 @@ class Reuse(Policy):
     def after_piece(self, tokens: Tokens, trace: Trace) -> Tokens:
         past = self._fitting(tokens)
         end = None if past is None else past.ends.get(len(trace.keep))
-        if end is not None and not self.forgets:
+        if end is not None and DIRTY in trace.aux[-1]:
             tokens = _taken_over(tokens, end, trace.aux[-1][DIRTY])
         return tokens
 
     def piece_notes(self, tokens: Tokens) -> Notes:
-        return {} if self.forgets else {END: tokens.patches.clone()}
+        return {END: tokens.patches.clone()}
 
     def after_blocks(self, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
         return self.inner.after_blocks(_chosen(tokens, trace), _as_asked(trace))
@@ -136,7 +134,7 @@ class Reuse(Policy):
     def left(self, trace: Trace) -> Past:
         """What a pass leaves for the next frame."""
         blocks = trace.aux[: len(trace.keep)]
-        whole = () if self.forgets else blocks
+        whole = blocks if DIRTY in blocks[0] else ()
         return Past(
             valid=trace.valid,
             grid=trace.grid,
@@ -145,18 +143,19 @@ class Reuse(Policy):
             known=tuple(aux[KNOWN] for aux in whole),
             ends={i: aux[END] for i, aux in enumerate(whole, start=1) if END in aux},
             age=blocks[0][AGE],
-            moved=self.moved,
+            moved=bool(blocks[0][MOVED]),
         )
 
     def _fitting(self, tokens: Tokens) -> Past | None:
         """The frame before; None where not all of it is known, or it was of another size, or one of other images."""
         return self.past if self.past is not None and self.past.memory and _alike(self.past, tokens) else None
 
-    def _changed(self, tokens: Tokens) -> tuple[Tensor, Tensor, bool]:
+    def _changed(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """(b, n) bool, the tokens that have to be computed; the (b, n) ages of all; and whether all images moved."""
         past, x, valid = self.past, tokens.patches.float(), tokens.valid_or_all()
         if past is None or not _alike(past, tokens):
-            return torch.ones_like(valid), torch.zeros_like(valid, dtype=torch.int64), past is not None
+            everything = torch.ones_like(valid)
+            return everything, torch.zeros_like(valid, dtype=torch.int64), everything.new_tensor(past is not None)
         there = valid[..., None] / valid.sum(1).clamp(min=1)[:, None, None]
         mean = (x * there).sum(1, keepdim=True)
         typical = ((x - mean).square() * there).sum((1, 2)).sqrt()
@@ -167,7 +166,7 @@ class Reuse(Policy):
         dirty |= (moved | self._most(dirty, valid))[:, None]
         if not past.memory:
             dirty = torch.ones_like(dirty)
-        return dirty, (past.age + 1).masked_fill(dirty, 0), bool(moved.all())
+        return dirty, (past.age + 1).masked_fill(dirty, 0), moved.all()
 
     def _most(self, part: Bool[Tensor, "b n"], valid: Bool[Tensor, "b n"]) -> Bool[Tensor, " b"]:
         """(b,) bool: of which images this is more than `cut` of the tokens."""

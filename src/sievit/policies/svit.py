@@ -256,7 +256,7 @@ class SViT(Policy):
             return None
         return (
             f"gates are far from the share of tokens that they should keep, in blocks {', '.join(off)}: with too high "
-            "a rate they close for good, with too low a rate they stay undecided; change --train.policy-lr"
+            "a rate they close for good, with too low a rate they stay undecided"
         )
 
     def macs(self, trace: Trace) -> Float[Tensor, " b"]:
