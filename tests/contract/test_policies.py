@@ -68,7 +68,7 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "svit  ": {
         "propagate": (True,),
         "reactivate": (True, False),
-        "dither": (False, True),
+        "dither": (None, "grid", "similarity"),
         "static_shares": (None, (0.6, 0.3, 1.0, 0.5)),
         "dense_blocks": ((), (3, 5)),
     },

@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from sievit.policies import SViTConfig, build_policy
-from sievit.policies.svit import SViT, gumbel_gate
+from sievit.config import from_json
+from sievit.policies import PolicyConfig, SpreadConfig, SViTConfig, build_policy
+from sievit.policies.gates import gumbel_gate
+from sievit.policies.svit import SViT
 from sievit.tokens import Trace
 from sievit.vit import ViT, ViTConfig
 from tiny import refused
@@ -91,7 +93,7 @@ def test_sampling_at_inference_draws_by_the_gates_probability() -> None:
 
 
 def test_dither_keeps_the_same_share_in_a_fixed_pattern_that_moves() -> None:
-    vit, policy = ViT(VIT), built(dataclasses.replace(CONFIG, dither=True)).eval()
+    vit, policy = ViT(VIT), built(dataclasses.replace(CONFIG, dither="grid")).eval()
     policy.begin()
     images = torch.randn(2, 3, 256, 384)
     keep = torch.stack(vit(images, policy)[1].keep[1:])  # (4, 2, 384)
@@ -103,12 +105,57 @@ def test_dither_keeps_the_same_share_in_a_fixed_pattern_that_moves() -> None:
     rows = keep[0, 0].view(16, 24)
     assert rows[:8].double().mean().item() == pytest.approx(rows[8:].double().mean().item(), abs=0.03)
     for noisy in (True, False):
-        fixed = built(dataclasses.replace(CONFIG, dither=noisy, static_shares=(0.5,) * 4)).eval()
+        fixed = built(dataclasses.replace(CONFIG, dither="grid" if noisy else None, static_shares=(0.5,) * 4)).eval()
         fixed.begin()
         chosen = vit(images[:1], fixed)[1].keep[1]
         assert chosen.double().mean() == 0.5
         if noisy:
             assert 0.4 < chosen[0, :192].double().mean() < 0.6, "static counts are spread over the image too"
+
+
+SIMILAR = dataclasses.replace(CONFIG, dither="similarity", targets=(0.625, 0.375))  # whole numbers of 64 tokens
+
+
+def test_by_similarity_gates_that_know_nothing_choose_as_spread_does() -> None:
+    """And the same in training, which draws nothing."""
+    vit, policy, images = ViT(VIT).eval(), built(SIMILAR), torch.randn(2, 3, 128, 128)
+    policy.begin()
+    plain = build_policy(SpreadConfig(first_block=1, shares=SIMILAR.targets, propagate=False), embed_dim=24, depth=5)
+    chosen = vit(images, plain)[1].keep
+    for training in (False, True):
+        _, trace = vit(images, policy.train(training))
+        for ours, spread in zip(trace.keep, chosen, strict=True):
+            assert torch.equal(ours, spread)
+        torch.testing.assert_close(trace.aux[2]["order"], trace.aux[1]["order"], atol=0, rtol=0)
+        assert not torch.equal(trace.aux[3]["order"], trace.aux[2]["order"]), "where the target falls they are new"
+        assert [("macs" in aux) for aux in trace.aux[:5]] == [False, True, False, True, False]
+
+
+def test_by_similarity_a_gate_says_how_many_tokens_are_computed_and_learns() -> None:
+    vit, policy, images = ViT(VIT), built(SIMILAR), torch.randn(2, 3, 128, 128)
+    policy.begin()
+    with torch.no_grad():
+        policy.gates[0].get_parameter("fc2.bias").copy_(torch.tensor([-2.0, 2.0]))  # 0.018 of the tokens
+    _, trace = vit(images, policy)
+    assert trace.shares()[1].max() < 0.05 < trace.shares()[2].min()
+    policy.loss(trace)["ratio"].backward()
+    grad = policy.gates[0].get_parameter("fc2.bias").grad
+    assert grad is not None and grad[0] < 0 < grad[1], "the loss opens it again"
+
+
+def test_by_similarity_a_block_without_a_gate_is_no_hole() -> None:
+    """Behind it similar tokens are looked for again, whether the target falls there or not."""
+    vit, images = ViT(VIT).eval(), torch.randn(1, 3, 128, 128)
+    for dense, looked in (((1,), [2, 3]), ((3,), [1, 4]), ((2, 4), [1, 3])):
+        policy = built(dataclasses.replace(SIMILAR, dense_blocks=dense)).eval()
+        _, trace = vit(images, policy)
+        assert [i for i, aux in enumerate(trace.aux) if "macs" in aux] == looked
+        assert all(trace.keep[i].all() for i in dense)
+
+
+def test_the_json_of_versions_with_one_pattern_loads() -> None:
+    for old, new in ((True, "grid"), (False, None), ("similarity", "similarity")):
+        assert from_json(PolicyConfig, {"kind": "svit", "dither": old}) == SViTConfig(dither=new)
 
 
 def test_gates_that_closed_are_named_to_who_trained_them() -> None:
@@ -195,8 +242,8 @@ def test_gates_learn_to_keep_as_many_tokens_as_the_budget_says() -> None:
         ({"budgets": (0.5, 1.2), "budget": 1.3}, "not in the range"),
         ({"budget": 0.7}, "needs gates that were trained for a range"),
         ({"preserve": False}, "reactivate=False"),
-        ({"dither": True, "sample": True}, "takes the place of sample"),
-        ({"dither": True, "noise": 0.0}, "needs noise above 0"),
+        ({"dither": "grid", "sample": True}, "takes the place of sample"),
+        ({"dither": "grid", "noise": 0.0}, "needs noise above 0"),
         ({"targets": (1.2,)}, r"targets is 1\.2"),
         ({"first_block": 5}, "blocks 0 to 4"),
     ],

@@ -26,7 +26,7 @@ from sievit.policies import (
 )
 from sievit.policies.selection import StagesConfig
 
-SVIT = SViTConfig(dither=True, loss_weight=20.0)
+SVIT = SViTConfig(dither="grid", loss_weight=20.0)
 """Gates that draw, in training by chance and in the test by a fixed pattern: to a gate similar tokens are alike."""
 GATES_LR = 4e-3
 """Of gates, which start from random weights and learn within some dozens of steps, at any rate of the others."""

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from sievit.config import NonNegative, Positive, variant
 from sievit.policies.base import Notes, register
-from sievit.policies.selection import StagesConfig, StagesPolicy, gumbel_gate, of_left
+from sievit.policies.gates import gumbel_gate
+from sievit.policies.selection import StagesConfig, StagesPolicy, of_left
 from sievit.tokens import Tokens, Trace
 
 

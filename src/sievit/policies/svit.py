@@ -4,10 +4,9 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from annotated_types import Interval
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -15,17 +14,9 @@ from torch import Tensor, nn
 from sievit.config import ConfigError, Count, Extended, Natural, NonNegative, Positive, Share, variant
 from sievit.distributed import from_first, global_sum
 from sievit.policies.base import FEWEST, BlockRange, Dial, Notes, Policy, PolicyConfig, register
-from sievit.policies.selection import (
-    PAPER_SCHEDULE,
-    dither,
-    gumbel_gate,
-    gumbel_noise,
-    quantile,
-    scaled,
-    select_top,
-    spread,
-    tidy,
-)
+from sievit.policies.gates import Gate, dither, gumbel_gate, gumbel_noise, straight_through
+from sievit.policies.selection import PAPER_SCHEDULE, quantile, scaled, select_top, spread, tidy
+from sievit.policies.spread import covering, covering_macs, rounds
 from sievit.tokens import Tokens, Trace
 
 
@@ -45,9 +36,11 @@ class SViTConfig(PolicyConfig):
         reactivate: a token that was left out may come back in a later block.
         preserve: a token that is left out keeps its features on the canvas; otherwise they become zero.
         sample: draw Gumbel noise at inference too, as the released test scripts do, instead of taking the arg-max.
-        dither: at inference a token takes part where the probability that training would draw it is above a fixed
-            pattern over grid and blocks, instead of above one half. A gate sees a token by itself: of a plain area the
-            arg-max takes all tokens or none, noise and pattern a share of them. Like `sample`, but without chance.
+        dither: a token takes part where the probability that its gate gives it is above a threshold of its own, instead
+            of above one half. A gate sees a token by itself: of a plain area the arg-max takes all tokens or none,
+            thresholds a share of them. With `grid` they are a fixed pattern over grid and blocks, at inference. With
+            `similarity`, in training too and in place of the noise, the higher, the sooner another token can stand for
+            this one: gates say how many tokens to compute where, and of those that are alike some are left out.
         hidden_ratio: hidden width of a gate, relative to the embedding.
         gate_layers: linear layers of a gate, 1 to 3.
         gate_kernel: of a convolution over the grid at the beginning of a gate; 1 for none.
@@ -72,7 +65,7 @@ class SViTConfig(PolicyConfig):
     reactivate: bool = True
     preserve: bool = True
     sample: bool = False
-    dither: bool = False
+    dither: Literal["grid", "similarity"] | None = None
     hidden_ratio: Positive = 0.25
     gate_layers: Annotated[int, Interval(ge=1, le=3)] = 2
     gate_kernel: Count = 1
@@ -83,43 +76,17 @@ class SViTConfig(PolicyConfig):
     budgets: tuple[Positive, Positive] | None = None
     budget: Positive = 1.0
 
+    @classmethod
+    def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """The JSON of versions in which thresholds were a pattern over the grid, or none."""
+        return {**data, "dither": "grid" if data["dither"] else None} if isinstance(data.get("dither"), bool) else data
+
 
 FAR = 0.15
 """Shares of tokens that differ by more are no success of a training."""
 
-
-class Gate(nn.Module):
-    """LayerNorm, linear, GELU, linear: (b, n, c) to logits (b, n, 2); index 0 means "take part".
-
-    Other numbers of layers, and a depth-wise convolution behind the norm, are for comparison. A gate `with_budget`
-    moves its hidden layer by a multiple of a learned vector, which is zero at first.
-    """
-
-    def __init__(
-        self, *, dim: int, hidden_dim: int, layers: int = 2, kernel: int = 1, with_budget: bool = False
-    ) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-5)
-        self.conv = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim) if kernel > 1 else None
-        self.fc1 = nn.Linear(dim, hidden_dim) if layers > 1 else None
-        self.middle = nn.ModuleList(nn.Linear(hidden_dim, hidden_dim) for _ in range(layers - 2))
-        self.fc2 = nn.Linear(dim if layers == 1 else hidden_dim, 2)
-        self.budget = nn.Parameter(torch.zeros(hidden_dim)) if with_budget else None
-
-    def forward(self, tokens: Tokens, budget: Tensor | float = 0.0) -> Float[Tensor, "b n 2"]:
-        """`budget`, a number or (b, 1, 1), is where the budget lies in its range, from -1 to 1."""
-        x = self.norm(tokens.patches)
-        if self.conv is not None:
-            x = x if tokens.valid is None else x * tokens.valid[..., None].to(x.dtype)
-            x = self.conv(x.mT.unflatten(2, tokens.grid)).flatten(2).mT
-        if self.fc1 is None:
-            return self.fc2(x)
-        x = self.fc1(x)
-        if self.budget is not None:
-            x = x + (budget * self.budget).to(x.dtype)
-        for layer in self.middle:
-            x = layer(F.gelu(x))
-        return self.fc2(F.gelu(x))
+ON = 0.25
+"""Where few tokens are wanted, down to this part of the target those are found that others stand for."""
 
 
 @register(SViTConfig)
@@ -128,7 +95,8 @@ class SViT(Policy):
 
     Training draws hard Gumbel-softmax samples with straight-through gradients; inference takes the arg-max, and a tie
     leaves the token out. The trace holds `logits` (b, n, 2) and, in training, `gate` (b, n), and with `budgets` at the
-    first gated block the factor that was drawn, `budget` (b,). Budgets are not the paper's.
+    first gated block the factor that was drawn, `budget` (b,). Budgets, and thresholds instead of the arg-max, are not
+    the paper's; those by similarity are `order` (b, n).
     """
 
     gates_in_training = True
@@ -179,10 +147,14 @@ class SViT(Policy):
             drawn = torch.empty((), device=tokens.x.device).uniform_(*config.budgets)
             aux["budget"] = from_first(drawn).expand(len(tokens.x))  # the same for every image of every process
         budget = self._budget(aux if index == config.first_block else trace.aux[config.first_block])
-        aux["logits"] = logits = self.gates[index - config.first_block](tokens, budget).float()  # (b, n, 2)
+        aux["logits"] = self.gates[index - config.first_block](tokens, budget).float()  # (b, n, 2)
+        if self._orders_at(index):
+            aux["order"], aux["macs"] = covering(tokens, self._parts(index)), covering_macs(tokens, self._parts(index))
+        elif config.dither == "similarity":
+            aux["order"] = trace.aux[-1]["order"]
         earlier = None if config.reactivate or index == config.first_block else trace.aux[-1]
         if self.training:
-            gate = gumbel_gate(logits, temperature=config.temperature, noise=config.noise)
+            gate = self._gate(aux)
             if tokens.valid is not None:
                 gate = gate * tokens.valid
             if earlier is not None:
@@ -190,7 +162,7 @@ class SViT(Policy):
             keep, aux["gate"] = gate.detach() > 0.5, gate
         else:
             gate = None
-            margin = self._margin(index, logits, tokens.grid)
+            margin = self._margin(index, aux, tokens.grid)
             if config.static_shares is not None:
                 share = config.static_shares[index - config.first_block]
                 return select_top(tokens, margin, share, multiple=config.multiple, static=True), aux
@@ -202,15 +174,33 @@ class SViT(Policy):
             tokens = tokens.replace_patches(tokens.patches * left[..., None].to(tokens.x.dtype))
         return tokens.select(keep, gate), aux
 
-    def _margin(self, index: int, logits: Float[Tensor, "b n 2"], grid: tuple[int, int]) -> Float[Tensor, "b n"]:
-        """By how much the logit of taking part is above the other one's, with noise or pattern at inference."""
-        if self.config.sample:
-            logits = logits.log_softmax(-1) + self.config.noise * gumbel_noise(logits)
+    def _gate(self, aux: Notes) -> Float[Tensor, "b n"]:
+        """In training: 0 or 1, with the gradient of a soft choice."""
+        config = self.config
+        if config.dither == "similarity":
+            return straight_through((self._margin(0, aux, (0, 0)) / config.temperature).sigmoid())
+        return gumbel_gate(aux["logits"], temperature=config.temperature, noise=config.noise)
+
+    def _margin(self, index: int, aux: Notes, grid: tuple[int, int]) -> Float[Tensor, "b n"]:
+        """By how much the logit of taking part is above the other one's, with noise or threshold."""
+        config, logits = self.config, aux["logits"].float()
+        if config.sample:
+            logits = logits.log_softmax(-1) + config.noise * gumbel_noise(logits)
         margin = logits[..., 0] - logits[..., 1]
-        if self.config.dither:
-            pattern = dither(grid, index, device=logits.device)
-            margin = margin + self.config.noise * (pattern.log() - (-pattern).log1p())  # logistic, as two Gumbels' is
-        return margin
+        if config.dither is None:
+            return margin
+        own = aux["order"] if config.dither == "similarity" else 1 - dither(grid, index, device=logits.device)
+        return margin - config.noise * own.clamp(1e-4, 1 - 1e-4).logit()  # logistic, as the noise of two Gumbels is
+
+    def _orders_at(self, index: int) -> bool:
+        """Whether a gated block looks for similar tokens: where the target changes, and behind one without a gate."""
+        i = index - self.config.first_block
+        changes = i == 0 or self.targets[i] != self.targets[i - 1] or self._is_dense(index - 1)
+        return self.config.dither == "similarity" and changes
+
+    def _parts(self, index: int) -> list[float]:
+        """What `covering` goes down to: the target of the block, and from there on for where fewer are wanted."""
+        return rounds(max(self.targets[index - self.config.first_block], FEWEST), ON)
 
     def begin(self) -> None:
         """Gates that draw: at first they take every token with the probability of its target, whatever it is."""
@@ -260,13 +250,16 @@ class SViT(Policy):
         )
 
     def macs(self, trace: Trace) -> Float[Tensor, " b"]:
-        """A gate computes every grid token: n (c hidden + 2 hidden), and k^2 c of a convolution."""
+        """A gate computes every grid token: n (c hidden + 2 hidden), and k^2 c of a convolution; and the notes."""
         per_token = sum(p.numel() for p in self.gates.parameters() if p.ndim >= 2) / len(self.gates)
-        return sum("logits" in aux for aux in trace.aux) * per_token * trace.valid.sum(1).double()
+        return super().macs(trace) + sum("logits" in aux for aux in trace.aux) * per_token * trace.valid.sum(1).double()
 
     def dense_notes(self, index: int, tokens: Tokens) -> Notes:
         gated = self.config.first_block <= index < self.depth and not self._is_dense(index)
-        return {"logits": tokens.valid_or_all()} if gated else {}
+        notes: Notes = {"logits": tokens.valid_or_all()} if gated else {}
+        if gated and self._orders_at(index):
+            notes["macs"] = covering_macs(tokens, self._parts(index))
+        return notes
 
     @property
     def is_static(self) -> bool:
@@ -321,7 +314,7 @@ class SViT(Policy):
         @cache
         def margins() -> Tensor:
             of_passes = [
-                self._margin(index, aux["logits"].float(), trace.grid)[trace.valid].cpu()
+                self._margin(index, aux, trace.grid)[trace.valid].cpu()
                 for trace in passes(replace(config, threshold=-math.inf, sample=False))
                 for index, aux in enumerate(trace.aux)
                 if "logits" in aux
