@@ -117,7 +117,11 @@ def test_the_file_answers_as_the_model_does_at_every_size_and_batch(pair) -> Non
 
 
 @pytest.mark.parametrize(
-    "policy", [replace(GATES, dither="similarity", propagate=True), SpreadConfig(first_block=1, shares=(0.8, 0.6))]
+    "policy",
+    [
+        replace(GATES, dither="similarity", per_stage=True, propagate=True),
+        SpreadConfig(first_block=1, shares=(0.8, 0.6)),
+    ],
 )
 def test_tokens_that_follow_others_do_so_in_the_file(policy, scenes, tmp_path) -> None:
     import onnx

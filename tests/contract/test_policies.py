@@ -72,6 +72,13 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
         "static_shares": (None, (0.6, 0.3, 1.0, 0.5)),
         "dense_blocks": ((), (3, 5)),
     },
+    "svit   ": {
+        "per_stage": (True,),
+        "propagate": (True, False),
+        "dither": (None, "similarity"),
+        "static_shares": (None, (0.6, 0.3, 1.0, 0.5)),
+        "dense_blocks": ((), (4, 5)),
+    },
     "dtop ": {"propagate": (True,), "static_left": (None, (0.4, 0.6)), "preserve": (False, True), "rejoin": (True,)},
     "evit ": {"propagate": (True,), "preserve": (True,)},
 }

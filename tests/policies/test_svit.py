@@ -7,6 +7,7 @@ import torch
 
 from sievit.config import from_json
 from sievit.policies import PolicyConfig, SpreadConfig, SViTConfig, build_policy
+from sievit.policies.base import BlockRange
 from sievit.policies.gates import gumbel_gate
 from sievit.policies.svit import SViT
 from sievit.tokens import Trace
@@ -151,6 +152,30 @@ def test_by_similarity_a_block_without_a_gate_is_no_hole() -> None:
         _, trace = vit(images, policy)
         assert [i for i, aux in enumerate(trace.aux) if "macs" in aux] == looked
         assert all(trace.keep[i].all() for i in dense)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_per_stage_a_choice_holds_until_the_target_changes(training: bool) -> None:
+    vit, policy = ViT(VIT), decided(built(dataclasses.replace(CONFIG, per_stage=True))).train(training)
+    assert len(policy.gates) == 2 and policy.ranges() == [BlockRange(1, 3), BlockRange(3, 5)]
+    tokens = vit.embed(torch.randn(2, 3, 64, 96))
+    trace = Trace.start(tokens)
+    for start, stop in ((0, 2), (2, 5)):  # a piece of the loop begins in the middle of a stage
+        tokens, trace = vit.run_blocks(tokens, policy, trace, start=start, stop=stop)
+    first, second = trace.keep[1], trace.keep[3]
+    assert torch.equal(trace.keep[2], first) and torch.equal(trace.keep[4], second) and not torch.equal(first, second)
+    if training:
+        errors = [(keep.double().mean() - target) ** 2 for keep, target in ((first, 0.6), (second, 0.4))]
+        torch.testing.assert_close(policy.loss(trace)["ratio"].double(), 4 * torch.stack(errors).mean())
+
+
+def test_per_stage_a_stage_is_left_alone_as_a_whole() -> None:
+    policy = built(dataclasses.replace(CONFIG, per_stage=True))
+    assert policy.without([3]) == dataclasses.replace(policy.config, dense_blocks=(3, 4))
+    fixed = policy.made_static([1.0, 0.6, 0.6, 0.4, 0.4])
+    assert isinstance(fixed, SViTConfig)
+    assert fixed == dataclasses.replace(policy.config, static_shares=(0.6, 0.6, 0.4, 0.4))
+    assert built(fixed).without([1]) == dataclasses.replace(fixed, static_shares=(1.0, 1.0, 0.4, 0.4))
 
 
 def test_the_json_of_versions_with_one_pattern_loads() -> None:

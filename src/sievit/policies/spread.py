@@ -1,7 +1,6 @@
 """Tokens that stand for all others: each one that is left out has a similar one to follow."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +49,7 @@ class Spread(SharesPolicy):
     config: SpreadConfig
 
     def scores(self, index: int, tokens: Tokens) -> Float[Tensor, "b n"]:
-        return -covering(tokens, rounds(self._share(index)))
+        return -covering(tokens, self._share(index))
 
     def _share(self, index: int) -> float:
         return self.shares[index - self.config.first_block]
@@ -65,23 +64,20 @@ class Spread(SharesPolicy):
     def dense_notes(self, index: int, tokens: Tokens) -> Notes:
         if index == self.depth or not self.changes_at(index) or self._share(index) == 1:
             return {}
-        return {"macs": covering_macs(tokens, rounds(self._share(index)))}
+        return {"macs": covering_macs(tokens, self._share(index))}
 
 
-def covering(tokens: Tokens, parts: Sequence[float]) -> Float[Tensor, "b n"]:
+def covering(tokens: Tokens, share: float) -> Float[Tensor, "b n"]:
     """(b, n) in 0..1: the share of the tokens that are left when this one is left out.
 
     In each round the tokens that are left are `matched` by their features, and the most similar ones of the first set
-    are left out. The order of those that the last round leaves is an even pattern over the grid.
-
-    Args:
-        parts: of all tokens, what is left after each round; falling.
+    are left out, until the `share` is left. The order of those is an even pattern over the grid.
     """
     rows, keep = tokens.directions().detach(), tokens.valid_or_all()
     total = left = keep.sum(1, keepdim=True)
     order = rows.new_zeros(keep.shape)
     n = most = keep.shape[1]
-    for part in parts:
+    for part in _rounds(share):
         alike, _, _ = matched(tokens.select(keep), rows, most=most)
         rank = (alike / CLOSE).round().argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         after, most = counted(total, part), counted(n, part)
@@ -90,21 +86,19 @@ def covering(tokens: Tokens, parts: Sequence[float]) -> Float[Tensor, "b n"]:
     return torch.where(keep, left / total * dither(tokens.grid, 0, device=rows.device), order)
 
 
-def covering_macs(tokens: Tokens, parts: Sequence[float]) -> Float[Tensor, " b"]:
+def covering_macs(tokens: Tokens, share: float) -> Float[Tensor, " b"]:
     """(b,): what `covering` costs, of a canvas of which only shapes count."""
     total = left = tokens.valid_or_all().sum(1)
     macs = torch.zeros_like(total, dtype=torch.float64)
-    for part in parts:
+    for part in _rounds(share):
         macs = macs + (left - left // 2).double() * (left // 2) * tokens.x.shape[2]
         left = counted(total, part)
     return macs
 
 
-def rounds(share: float, on: float = 1.0) -> list[float]:
-    """The parts of all tokens that are left after each round, down to `share`, and from there on to the part `on`."""
-
-    def steps(end: float) -> list[float]:
-        number = math.ceil(math.log(end) / math.log(SLOWEST))
-        return [end ** (i / number) for i in range(1, number)] + [end] if number else []
-
-    return [*steps(share), *(share * part for part in steps(on))]
+def _rounds(share: float) -> list[float]:
+    """The parts of all tokens that are left after each round."""
+    if share >= 1:
+        return []
+    number = math.ceil(math.log(share) / math.log(SLOWEST))
+    return [share ** (i / number) for i in range(1, number)] + [share]

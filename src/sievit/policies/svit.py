@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -16,7 +17,7 @@ from sievit.distributed import from_first, global_sum
 from sievit.policies.base import FEWEST, BlockRange, Dial, Notes, Policy, PolicyConfig, register
 from sievit.policies.gates import Gate, dither, gumbel_gate, gumbel_noise, straight_through
 from sievit.policies.selection import PAPER_SCHEDULE, quantile, scaled, select_top, spread, tidy
-from sievit.policies.spread import covering, covering_macs, rounds
+from sievit.policies.spread import covering, covering_macs
 from sievit.tokens import Tokens, Trace
 
 
@@ -41,12 +42,15 @@ class SViTConfig(PolicyConfig):
             thresholds a share of them. With `grid` they are a fixed pattern over grid and blocks, at inference. With
             `similarity`, in training too and in place of the noise, the higher, the sooner another token can stand for
             this one: gates say how many tokens to compute where, and of those that are alike some are left out.
+        per_stage: gates stand where the target changes, and their choice holds up to the next change, instead of a gate
+            before each block: with the paper's targets a third of the gates, and of the searches of `propagate`.
         hidden_ratio: hidden width of a gate, relative to the embedding.
         gate_layers: linear layers of a gate, 1 to 3.
         gate_kernel: of a convolution over the grid at the beginning of a gate; 1 for none.
         threshold: a token takes part where its logit is so much above the other one's.
-        static_shares: static counts: these shares of an image's tokens, one per gated block, those with the highest
-            logits, in place of the threshold; no shape depends on what is in the image. At 1 the gate is not computed.
+        static_shares: static counts: these shares of an image's tokens, one per block from `first_block` on, those with
+            the highest logits, in place of the threshold; no shape depends on what is in the image. At 1 no gate is
+            computed.
         multiple: static counts are rounded up to a multiple of it.
         dense_blocks: blocks whose gate is not computed, where leaving tokens out costs more than it saves.
         budgets: one model for a range of budgets: (least, most), factors on the targets. In training each step draws
@@ -66,6 +70,7 @@ class SViTConfig(PolicyConfig):
     preserve: bool = True
     sample: bool = False
     dither: Literal["grid", "similarity"] | None = None
+    per_stage: bool = False
     hidden_ratio: Positive = 0.25
     gate_layers: Annotated[int, Interval(ge=1, le=3)] = 2
     gate_kernel: Count = 1
@@ -85,9 +90,6 @@ class SViTConfig(PolicyConfig):
 FAR = 0.15
 """Shares of tokens that differ by more are no success of a training."""
 
-ON = 0.25
-"""Where few tokens are wanted, down to this part of the target those are found that others stand for."""
-
 
 @register(SViTConfig)
 class SViT(Policy):
@@ -95,8 +97,8 @@ class SViT(Policy):
 
     Training draws hard Gumbel-softmax samples with straight-through gradients; inference takes the arg-max, and a tie
     leaves the token out. The trace holds `logits` (b, n, 2) and, in training, `gate` (b, n), and with `budgets` at the
-    first gated block the factor that was drawn, `budget` (b,). Budgets, and thresholds instead of the arg-max, are not
-    the paper's; those by similarity are `order` (b, n).
+    first gated block the factor that was drawn, `budget` (b,). Budgets, thresholds instead of the arg-max (those by
+    similarity are `order` (b, n)), and gates per stage are not the paper's.
     """
 
     gates_in_training = True
@@ -107,6 +109,9 @@ class SViT(Policy):
         self.config: SViTConfig = config
         self.depth = depth
         self.targets = spread(config.targets, first_block=config.first_block, depth=depth)
+        first = config.first_block
+        stages = [i for i in range(first, depth) if not config.per_stage or i == first or self._falls(i)]
+        self.runs = [BlockRange(*run) for run in pairwise([*stages, depth])]
         hidden_dim = int(embed_dim * config.hidden_ratio)
         budgets = config.budgets is not None
         self.gates = nn.ModuleList(
@@ -117,11 +122,21 @@ class SViT(Policy):
                 kernel=config.gate_kernel,
                 with_budget=budgets,
             )
-            for _ in self.targets
+            for _ in self.runs
         )
 
     def decides_at(self, index: int) -> bool:
-        return index == 0 or index >= self.config.first_block
+        return index == 0 or self._gate_at(index) is not None
+
+    def _gate_at(self, index: int) -> nn.Module | None:
+        return next((gate for run, gate in zip(self.runs, self.gates, strict=True) if run.start == index), None)
+
+    def _target(self, index: int) -> float:
+        return max(self.targets[index - self.config.first_block], FEWEST)
+
+    def _falls(self, index: int) -> bool:
+        """Whether a gated block has another target than the one before it."""
+        return self.targets[index - self.config.first_block] != self.targets[index - self.config.first_block - 1]
 
     def _is_dense(self, index: int) -> bool:
         """Whether the gate of a gated block is not computed in inference."""
@@ -139,26 +154,29 @@ class SViT(Policy):
         return (2 * budget - least - most) / (most - least)
 
     def before_block(self, index: int, tokens: Tokens, trace: Trace) -> tuple[Tokens, Notes]:
-        config = self.config
-        if index < config.first_block or (not self.training and self._is_dense(index)):
+        config, judge, last = self.config, self._gate_at(index), trace.last("gate")
+        if judge is None and index >= config.first_block:  # the choice stands
+            return (tokens if last is None else tokens.select(last.detach() > 0.5, last)), {}
+        if judge is None or (not self.training and self._is_dense(index)):
             return tokens.select(None), {}
         aux: Notes = {}
         if self.training and config.budgets is not None and index == config.first_block:
             drawn = torch.empty((), device=tokens.x.device).uniform_(*config.budgets)
             aux["budget"] = from_first(drawn).expand(len(tokens.x))  # the same for every image of every process
         budget = self._budget(aux if index == config.first_block else trace.aux[config.first_block])
-        aux["logits"] = self.gates[index - config.first_block](tokens, budget).float()  # (b, n, 2)
+        aux["logits"] = judge(tokens, budget).float()  # (b, n, 2)
         if self._orders_at(index):
-            aux["order"], aux["macs"] = covering(tokens, self._parts(index)), covering_macs(tokens, self._parts(index))
+            aux["order"] = covering(tokens, self._target(index))
+            aux["macs"] = covering_macs(tokens, self._target(index))
         elif config.dither == "similarity":
             aux["order"] = trace.aux[-1]["order"]
-        earlier = None if config.reactivate or index == config.first_block else trace.aux[-1]
+        final = not config.reactivate and index > config.first_block
         if self.training:
             gate = self._gate(aux)
             if tokens.valid is not None:
                 gate = gate * tokens.valid
-            if earlier is not None:
-                gate = gate * earlier["gate"]
+            if final and last is not None:
+                gate = gate * last
             keep, aux["gate"] = gate.detach() > 0.5, gate
         else:
             gate = None
@@ -167,7 +185,7 @@ class SViT(Policy):
                 share = config.static_shares[index - config.first_block]
                 return select_top(tokens, margin, share, multiple=config.multiple, static=True), aux
             keep = margin > config.threshold
-            if earlier is not None:
+            if final:
                 keep = keep & trace.keep[-1]
         if not config.preserve:
             left = keep if gate is None else gate
@@ -194,22 +212,18 @@ class SViT(Policy):
 
     def _orders_at(self, index: int) -> bool:
         """Whether a gated block looks for similar tokens: where the target changes, and behind one without a gate."""
-        i = index - self.config.first_block
-        changes = i == 0 or self.targets[i] != self.targets[i - 1] or self._is_dense(index - 1)
-        return self.config.dither == "similarity" and changes
-
-    def _parts(self, index: int) -> list[float]:
-        """What `covering` goes down to: the target of the block, and from there on for where fewer are wanted."""
-        return rounds(max(self.targets[index - self.config.first_block], FEWEST), ON)
+        if self.config.dither != "similarity":
+            return False
+        return index == self.config.first_block or self._falls(index) or self._is_dense(index - 1)
 
     def begin(self) -> None:
         """Gates that draw: at first they take every token with the probability of its target, whatever it is."""
         noise = self.config.noise
         if not noise or not (self.config.dither or self.config.sample):
             return
-        for gate, target in zip(self.gates, self.targets, strict=True):
+        for run, gate in zip(self.runs, self.gates, strict=True):
             assert isinstance(gate, Gate)
-            odds = math.log(max(target, FEWEST) / max(1 - target, FEWEST)) * noise
+            odds = math.log(self._target(run.start) / max(1 - self._target(run.start), FEWEST)) * noise
             nn.init.zeros_(gate.fc2.weight)
             gate.fc2.bias.data.copy_(torch.tensor([odds / 2, -odds / 2]))
 
@@ -226,7 +240,7 @@ class SViT(Policy):
             return {}
         kept = torch.stack([gate.sum(1) for gate in gates])  # (gates, b)
         total = trace.valid.sum(1).to(kept.dtype)  # (b,)
-        wanted = kept.new_tensor(self.targets)[:, None]
+        wanted = kept.new_tensor([self.targets[run.start - self.config.first_block] for run in self.runs])[:, None]
         if self.config.budgets is not None:
             factor = next(aux["budget"] for aux in trace.aux if "budget" in aux)  # (b,)
             wanted = (wanted * factor).clamp(max=1.0)
@@ -255,10 +269,10 @@ class SViT(Policy):
         return super().macs(trace) + sum("logits" in aux for aux in trace.aux) * per_token * trace.valid.sum(1).double()
 
     def dense_notes(self, index: int, tokens: Tokens) -> Notes:
-        gated = self.config.first_block <= index < self.depth and not self._is_dense(index)
+        gated = self._gate_at(index) is not None and not self._is_dense(index)
         notes: Notes = {"logits": tokens.valid_or_all()} if gated else {}
         if gated and self._orders_at(index):
-            notes["macs"] = covering_macs(tokens, self._parts(index))
+            notes["macs"] = covering_macs(tokens, self._target(index))
         return notes
 
     @property
@@ -268,15 +282,15 @@ class SViT(Policy):
     def ranges(self) -> list[BlockRange]:
         if not self.config.reactivate:
             return []  # a block for all tokens would bring back those that are gone
-        gated = range(self.config.first_block, self.depth)
-        return [BlockRange(i, i + 1) for i in gated if not (self.is_static and self._is_dense(i))]
+        return [run for run in self.runs if not (self.is_static and self._is_dense(run.start))]
 
     def without(self, starts: Collection[int]) -> PolicyConfig:
         config = self.config
+        off = {i for run in self.runs if run.start in starts for i in range(run.start, run.stop)}
         if config.static_shares is None:
-            return replace(config, dense_blocks=tuple(sorted({*config.dense_blocks, *starts})))
+            return replace(config, dense_blocks=tuple(sorted({*config.dense_blocks, *off})))
         shares = enumerate(config.static_shares, start=config.first_block)
-        return replace(config, static_shares=tuple(1.0 if i in starts else share for i, share in shares))
+        return replace(config, static_shares=tuple(1.0 if i in off else share for i, share in shares))
 
     def dynamic(self) -> PolicyConfig:
         return replace(self.config, static_shares=None, multiple=1, dense_blocks=())

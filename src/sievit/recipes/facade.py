@@ -138,7 +138,7 @@ SHORT: dict[str, Any] = {
     "distill": 2.0,  # blocks that leave tokens out have to learn, and their features are held
 }
 SVIT: dict[str, Any] = {
-    "policy": SViTConfig(dither="similarity", propagate=True, loss_weight=20.0),
+    "policy": SViTConfig(dither="similarity", per_stage=True, propagate=True, loss_weight=20.0),
     **SHORT,
     "steps": 80,
     "lr": 1e-3,
