@@ -110,7 +110,7 @@ class SViT(Policy):
         self.depth = depth
         self.targets = spread(config.targets, first_block=config.first_block, depth=depth)
         first = config.first_block
-        stages = [i for i in range(first, depth) if not config.per_stage or i == first or self._falls(i)]
+        stages = [i for i in range(first, depth) if not config.per_stage or i == first or self._changes(i)]
         self.runs = [BlockRange(*run) for run in pairwise([*stages, depth])]
         hidden_dim = int(embed_dim * config.hidden_ratio)
         budgets = config.budgets is not None
@@ -134,7 +134,7 @@ class SViT(Policy):
     def _target(self, index: int) -> float:
         return max(self.targets[index - self.config.first_block], FEWEST)
 
-    def _falls(self, index: int) -> bool:
+    def _changes(self, index: int) -> bool:
         """Whether a gated block has another target than the one before it."""
         return self.targets[index - self.config.first_block] != self.targets[index - self.config.first_block - 1]
 
@@ -214,7 +214,7 @@ class SViT(Policy):
         """Whether a gated block looks for similar tokens: where the target changes, and behind one without a gate."""
         if self.config.dither != "similarity":
             return False
-        return index == self.config.first_block or self._falls(index) or self._is_dense(index - 1)
+        return index == self.config.first_block or self._changes(index) or self._is_dense(index - 1)
 
     def begin(self) -> None:
         """Gates that draw: at first they take every token with the probability of its target, whatever it is."""
