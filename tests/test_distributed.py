@@ -30,7 +30,7 @@ from sievit.models.segmenter import Segmenter
 from sievit.necks import NeckConfig
 from sievit.necks.adapter import AdapterConfig
 from sievit.necks.pyramid import PyramidConfig
-from sievit.policies import DToPConfig, SViTConfig, selection
+from sievit.policies import DToPConfig, SViTConfig, gates
 from test_metrics import one_process, several_processes
 from tiny import coco_data, refused, run_two_processes, tiny_detector, tiny_head, tiny_segmenter, tiny_vit
 
@@ -154,7 +154,7 @@ def worker(folder: Path) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     assert predicted(folder, "two") == 1
     half = slice(2 * rank, 2 * rank + 2)
-    with mock.patch.object(selection, "gumbel_noise", torch.zeros_like):
+    with mock.patch.object(gates, "gumbel_noise", torch.zeros_like):
         results = {case: gradients(half, case) for case in CASES}
     figures = evaluate(load(folder / "run"), dataset(folder / "data"))
     several_processes(folder, rank)
@@ -184,7 +184,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_one_process(folder: Path, case: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(selection, "gumbel_noise", torch.zeros_like)
+    monkeypatch.setattr(gates, "gumbel_noise", torch.zeros_like)
     two = torch.load(folder / "gradients.pt", weights_only=True)[case]
     one = gradients(slice(0, 4), case)
     assert one.keys() == two.keys()

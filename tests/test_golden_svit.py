@@ -18,7 +18,7 @@ from sievit.heads import MaskRCNNConfig
 from sievit.models.build import load, save
 from sievit.models.detector import Detector
 from sievit.necks.adapter import ViTAdapter
-from sievit.policies import KeepAllConfig, build_policy, selection, svit
+from sievit.policies import KeepAllConfig, build_policy, gates, svit
 from sievit.released.detectors import SViTOptions, assemble, release_limits
 from sievit.vit import Execution
 from sievit.vit.execution import Mode
@@ -105,7 +105,7 @@ def test_training_equals_the_release(weights, golden_svit: Path, monkeypatch: py
     data = load_file(golden_svit / "backbone_small_train.safetensors")
     backbone = adapter_backbone(weights, **HEADS).train()
     noise = iter([data[f"noise_{k}"] for k in range(9)])
-    monkeypatch.setattr(selection, "gumbel_noise", lambda like: next(noise))
+    monkeypatch.setattr(gates, "gumbel_noise", lambda like: next(noise))
     images = data["input"].clone().requires_grad_()
 
     features, trace = backbone(images)

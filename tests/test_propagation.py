@@ -16,9 +16,9 @@ from sievit.policies import (
     SViTConfig,
     ToMeConfig,
 )
+from sievit.policies.merging import covering
 from sievit.policies.reuse import Reuse, ReuseConfig
 from sievit.policies.selection import counted
-from sievit.policies.spread import covering
 from sievit.tokens import Tokens
 from sievit.vit import Execution, ViT, ViTConfig
 from sievit.vit.propagation import propagated, with_source

@@ -1,25 +1,16 @@
 """Tokens that stand for all others: each one that is left out has a similar one to follow."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sievit.config import variant
 from sievit.policies.base import Notes, register
-from sievit.policies.gates import dither
-from sievit.policies.merging import matched
-from sievit.policies.selection import SharesConfig, SharesPolicy, counted
+from sievit.policies.merging import covering, covering_macs
+from sievit.policies.selection import SharesConfig, SharesPolicy
 from sievit.tokens import Tokens, Trace
-
-SLOWEST = 0.75
-"""At least this part of the tokens is left after a round."""
-
-CLOSE = 1e-4
-"""Of cosines: of a plain area, where all are 1 but for their last digits, the first tokens are left out."""
 
 
 @variant("spread")
@@ -65,40 +56,3 @@ class Spread(SharesPolicy):
         if index == self.depth or not self.changes_at(index) or self._share(index) == 1:
             return {}
         return {"macs": covering_macs(tokens, self._share(index))}
-
-
-def covering(tokens: Tokens, share: float) -> Float[Tensor, "b n"]:
-    """(b, n) in 0..1: the share of the tokens that are left when this one is left out.
-
-    In each round the tokens that are left are `matched` by their features, and the most similar ones of the first set
-    are left out, until the `share` is left. The order of those is an even pattern over the grid.
-    """
-    rows, keep = tokens.directions().detach(), tokens.valid_or_all()
-    total = left = keep.sum(1, keepdim=True)
-    order = rows.new_zeros(keep.shape)
-    n = most = keep.shape[1]
-    for part in _rounds(share):
-        alike, _, _ = matched(tokens.select(keep), rows, most=most)
-        rank = (alike / CLOSE).round().argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        after, most = counted(total, part), counted(n, part)
-        out = rank < left - after
-        order, keep, left = torch.where(out, (left - rank - 0.5) / total, order), keep & ~out, after
-    return torch.where(keep, left / total * dither(tokens.grid, 0, device=rows.device), order)
-
-
-def covering_macs(tokens: Tokens, share: float) -> Float[Tensor, " b"]:
-    """(b,): what `covering` costs, of a canvas of which only shapes count."""
-    total = left = tokens.valid_or_all().sum(1)
-    macs = torch.zeros_like(total, dtype=torch.float64)
-    for part in _rounds(share):
-        macs = macs + (left - left // 2).double() * (left // 2) * tokens.x.shape[2]
-        left = counted(total, part)
-    return macs
-
-
-def _rounds(share: float) -> list[float]:
-    """The parts of all tokens that are left after each round."""
-    if share >= 1:
-        return []
-    number = math.ceil(math.log(share) / math.log(SLOWEST))
-    return [share ** (i / number) for i in range(1, number)] + [share]

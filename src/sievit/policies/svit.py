@@ -16,8 +16,8 @@ from sievit.config import ConfigError, Count, Extended, Natural, NonNegative, Po
 from sievit.distributed import from_first, global_sum
 from sievit.policies.base import FEWEST, BlockRange, Dial, Notes, Policy, PolicyConfig, register
 from sievit.policies.gates import Gate, dither, gumbel_gate, gumbel_noise, straight_through
+from sievit.policies.merging import covering, covering_macs
 from sievit.policies.selection import PAPER_SCHEDULE, quantile, scaled, select_top, spread, tidy
-from sievit.policies.spread import covering, covering_macs
 from sievit.tokens import Tokens, Trace
 
 
