@@ -67,7 +67,9 @@ def test_every_detector_builds(name: str):
     model = on_meta(detector_config(name))
     assert len(model.config.classes) == model.config.head.num_classes
     gates = sum("gates" in key and key.endswith("fc1.weight") for key in model.state_dict())
-    assert gates == (9 if "svit" in name else 0)
+    per_stage = getattr(chosen.model.policy, "per_stage", False)
+    assert gates == (3 if per_stage else 9 if "svit" in name else 0)
+    assert per_stage == (name in ("facade_svit", "facade_adapter_svit"))
 
 
 @pytest.mark.parametrize(
