@@ -54,7 +54,7 @@ SETS = {
         labels="labels/val",
         annotations="annotations/instances_val.json",
         models={"detection": "facade_svit", "segmentation": "facade_setr_dtop"},
-        num_images=32,
+        num_images=28,
     ),
     "nuclei": Shown(
         folder="nuclei",
