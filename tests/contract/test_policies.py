@@ -76,7 +76,7 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
         "per_stage": (True,),
         "propagate": (True, False),
         "dither": (None, "similarity"),
-        "static_shares": (None, (0.6, 0.3, 1.0, 0.5)),
+        "static_shares": (None, (0.6, 0.6, 0.3, 0.3), (1.0, 1.0, 0.5, 0.5)),
         "dense_blocks": ((), (4, 5)),
     },
     "dtop ": {"propagate": (True,), "static_left": (None, (0.4, 0.6)), "preserve": (False, True), "rejoin": (True,)},

@@ -178,6 +178,14 @@ def test_per_stage_a_stage_is_left_alone_as_a_whole() -> None:
     assert built(fixed).without([1]) == dataclasses.replace(fixed, static_shares=(1.0, 1.0, 0.4, 0.4))
 
 
+def test_per_stage_blocks_of_one_gate_are_treated_alike() -> None:
+    per_stage = dataclasses.replace(CONFIG, per_stage=True)
+    for options in ({"dense_blocks": (3,)}, {"static_shares": (0.6, 0.5, 0.4, 0.4)}):
+        refused("decides once for blocks", built, dataclasses.replace(per_stage, **options))
+    fixed = built(per_stage).made_static([1.0, 0.6, 0.6, 0.4, 1.0])  # all tokens join in the last block
+    assert isinstance(fixed, SViTConfig) and fixed.static_shares == (0.6, 0.6, 0.4, 0.4)
+
+
 def test_the_json_of_versions_with_one_pattern_loads() -> None:
     for old, new in ((True, "grid"), (False, None), ("similarity", "similarity")):
         assert from_json(PolicyConfig, {"kind": "svit", "dither": old}) == SViTConfig(dither=new)

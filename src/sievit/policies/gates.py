@@ -45,17 +45,6 @@ class Gate(nn.Module):
         return self.fc2(F.gelu(x))
 
 
-def dither(grid: tuple[int, int], index: int, *, device: torch.device) -> Float[Tensor, " n"]:
-    """(n,) in 0..1: thresholds that spread over the grid as evenly as may be, and move from block to block.
-
-    The additive recurrence R2 of M. Roberts (2018, "The unreasonable effectiveness of quasirandom sequences").
-    """
-    rows = torch.arange(grid[0], device=device, dtype=torch.float32)[:, None]
-    columns = torch.arange(grid[1], device=device, dtype=torch.float32)
-    sums = 0.7548776662466927 * columns + 0.5698402909980532 * rows + 0.6180339887498949 * (index + 1)
-    return (sums % 1.0).flatten().clamp(1e-4, 1 - 1e-4)
-
-
 def gumbel_noise(like: Tensor) -> Tensor:
     """Standard Gumbel noise of the shape of `like`."""
     return -torch.empty_like(like).exponential_().log()

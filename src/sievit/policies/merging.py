@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sievit.policies.gates import dither
-from sievit.policies.selection import counted
+from sievit.policies.selection import counted, dither
 from sievit.rows import chosen_first, most_of, similarities, taken
 from sievit.tokens import Tokens, Trace
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from sievit.config import ConfigError, Count, Extended, Natural, NonNegative, Positive, Share, variant
 from sievit.distributed import from_first, global_sum
 from sievit.policies.base import FEWEST, BlockRange, Dial, Notes, Policy, PolicyConfig, register
-from sievit.policies.gates import Gate, dither, gumbel_gate, gumbel_noise, straight_through
+from sievit.policies.gates import Gate, gumbel_gate, gumbel_noise, straight_through
 from sievit.policies.merging import covering, covering_macs
-from sievit.policies.selection import PAPER_SCHEDULE, quantile, scaled, select_top, spread, tidy
+from sievit.policies.selection import PAPER_SCHEDULE, dither, quantile, scaled, select_top, spread, tidy
 from sievit.tokens import Tokens, Trace
 
 
@@ -112,6 +112,7 @@ class SViT(Policy):
         first = config.first_block
         stages = [i for i in range(first, depth) if not config.per_stage or i == first or self._changes(i)]
         self.runs = [BlockRange(*run) for run in pairwise([*stages, depth])]
+        _check_stages(config, self.runs)
         hidden_dim = int(embed_dim * config.hidden_ratio)
         budgets = config.budgets is not None
         self.gates = nn.ModuleList(
@@ -172,7 +173,7 @@ class SViT(Policy):
             aux["order"] = trace.aux[-1]["order"]
         final = not config.reactivate and index > config.first_block
         if self.training:
-            gate = self._gate(aux)
+            gate = self._gate(index, aux, tokens.grid)
             if tokens.valid is not None:
                 gate = gate * tokens.valid
             if final and last is not None:
@@ -192,11 +193,11 @@ class SViT(Policy):
             tokens = tokens.replace_patches(tokens.patches * left[..., None].to(tokens.x.dtype))
         return tokens.select(keep, gate), aux
 
-    def _gate(self, aux: Notes) -> Float[Tensor, "b n"]:
+    def _gate(self, index: int, aux: Notes, grid: tuple[int, int]) -> Float[Tensor, "b n"]:
         """In training: 0 or 1, with the gradient of a soft choice."""
         config = self.config
         if config.dither == "similarity":
-            return straight_through((self._margin(0, aux, (0, 0)) / config.temperature).sigmoid())
+            return straight_through((self._margin(index, aux, grid) / config.temperature).sigmoid())
         return gumbel_gate(aux["logits"], temperature=config.temperature, noise=config.noise)
 
     def _margin(self, index: int, aux: Notes, grid: tuple[int, int]) -> Float[Tensor, "b n"]:
@@ -313,7 +314,8 @@ class SViT(Policy):
     ) -> PolicyConfig | None:
         if self.config.sample or not self.config.reactivate:
             return None
-        shares = tuple(min(1.0, max(FEWEST, share)) for share in kept[self.config.first_block :])
+        starts = [run.start for run in self.runs for _ in range(run.start, run.stop)]
+        shares = tuple(min(1.0, max(FEWEST, kept[start])) for start in starts)
         shares = tuple(map(tidy, shares)) if position is None else scaled(shares, position)
         return replace(self.config, static_shares=shares, multiple=multiple, dense_blocks=())
 
@@ -345,6 +347,18 @@ class SViT(Policy):
             return replace(config, threshold=quantile(margins(), low + position * max(0.0, high - low)))
 
         return turn
+
+
+def _check_stages(config: SViTConfig, runs: Sequence[BlockRange]) -> None:
+    """Raise a ConfigError where blocks that one gate decides for are not treated alike."""
+    for run in runs:
+        blocks = range(run.start, run.stop)
+        fixed = config.static_shares and config.static_shares[run.start - config.first_block :][: len(blocks)]
+        if len({i in config.dense_blocks for i in blocks}) > 1 or (fixed and len(set(fixed)) > 1):
+            raise ConfigError(
+                f"svit: per_stage decides once for blocks {run.start} to {run.stop - 1}; give all of them in "
+                "dense_blocks or none, and one static share, or set per_stage=False"
+            )
 
 
 def _check(config: SViTConfig, *, gated: int) -> None:
